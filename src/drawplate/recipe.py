@@ -1,0 +1,297 @@
+"""The user's whole vocabulary: one YAML file, one frozen model, every key validated before anything is loaded.
+
+Key names are the ones people know from `transformers.TrainingArguments`, `peft.LoraConfig` and
+`transformers.BitsAndBytesConfig`, grouped into sections. A key left out is `auto` (or its stated default); what `auto`
+became is written to the run folder's `recipe.yaml` and explained by the plan. Unknown keys are refused with the nearest
+known one. YAML 1.1's surprises (`2e-4` is a string, `no` is False) are undone by pydantic's coercion to each field's type.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from drawplate.errors import UsageError
+from drawplate.units import parse_bytes
+
+Auto = Literal["auto"]
+Precision = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
+ComputeDtype = Literal["float16", "bfloat16", "float32"]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Section(BaseModel):
+    """Frozen, and strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which base model, and where it runs."""
+
+    name_or_path: str = Field(description="A folder, or a repository name on the Hugging Face hub.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub repository.")
+    gguf_file: str | None = Field(None, description="A GGUF file inside the folder or repository, converted once.")
+    device_map: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: CUDA if there is one, else CPU.")
+    compile: Literal["auto", True, False] = Field("auto", description="Compile the layer function; auto: on CUDA.")
+
+
+class QuantizationSection(Section):
+    """Precision of the frozen base weights, in BitsAndBytesConfig's words, or as one `precision`."""
+
+    precision: Precision | Auto = Field("auto", description="nf4, fp4, int8, bf16, fp16 or fp32 for the frozen weights.")
+    load_in_4bit: bool | None = Field(None, description="Same as precision nf4 or fp4.")
+    load_in_8bit: bool | None = Field(None, description="Same as precision int8.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="The 4-bit data type.")
+    bnb_4bit_use_double_quant: bool = Field(True, description="Quantize the 4-bit scales too (0.4 bit a weight less).")
+    bnb_4bit_compute_dtype: ComputeDtype | Auto = Field("auto", description="Arithmetic of the matrix products.")
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> QuantizationSection:
+        named = [n for n, on in (("load_in_4bit", self.load_in_4bit), ("load_in_8bit", self.load_in_8bit)) if on]
+        if len(named) == 2:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+        if named and self.precision not in ("auto", self._from_flags()):
+            raise ValueError(f"precision {self.precision} and {named[0]} disagree; give one of them")
+        return self
+
+    def _from_flags(self) -> Precision | Auto:
+        if self.load_in_4bit:
+            return self.bnb_4bit_quant_type
+        return "int8" if self.load_in_8bit else "auto"
+
+    @property
+    def chosen(self) -> Precision | Auto:
+        """The precision that was asked for, whichever way it was said."""
+        return self.precision if self.precision != "auto" else self._from_flags()
+
+
+class LoraSection(Section):
+    """The adapter, in LoraConfig's words."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    lora_alpha: float = Field(32, gt=0, description="The update is scaled by lora_alpha / r (or / sqrt(r), rslora).")
+    target_modules: list[str] | str = Field("all-linear", description="Names of linear layers, or all-linear.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's input set to zero in training.")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too.")
+    use_rslora: bool = Field(False, description="Rank-stabilised scaling.")
+
+
+class DataSection(Section):
+    """Which documents, and how they become training sequences."""
+
+    files: list[str] = Field(default=[], description="Files or folders: .txt .md .html .jsonl .parquet .csv.")
+    dataset: str | None = Field(None, description="A dataset on the Hugging Face hub, instead of files.")
+    dataset_split: str = Field("train", description="Split of the hub dataset.")
+    text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet, .csv and datasets.")
+    split_pattern: str | None = Field(None, description="Regular expression; a document starts at each line it matches.")
+    heldout_fraction: float = Field(0.1, gt=0, lt=1, description="Share of documents held out of training.")
+    heldout_files: list[str] = Field(default=[], description="Held-out documents given by hand, instead of a share.")
+    max_length: int | Auto = Field("auto", description="Tokens in a window; longer documents become several windows.")
+    packing: bool | Auto = Field("auto", description="Put several documents in one row; auto: on. Off: pad.")
+    pad_to_multiple_of: int = Field(16, ge=1, description="Rows are padded to a multiple of this many tokens.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            values = {k: [v] if k in ("files", "heldout_files") and isinstance(v, str) else v for k, v in values.items()}
+        return values
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSection:
+        if bool(self.files) == bool(self.dataset):
+            raise ValueError("give either data.files or data.dataset")
+        return self
+
+
+class TrainSection(Section):
+    """The loop, in TrainingArguments' words."""
+
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training documents.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps at most.")
+    max_minutes: float | None = Field(None, gt=0, description="Minutes of training at most; the schedule adapts.")
+    per_device_train_batch_size: int | Auto = Field("auto", description="Sequences in a micro-batch.")
+    gradient_accumulation_steps: int | Auto = Field("auto", description="Micro-batches in an optimizer step.")
+    effective_batch_size: int | Auto = Field("auto", description="Sequences in an optimizer step.")
+    learning_rate: float | Auto = Field("auto", description="Peak learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("cosine")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises.")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients longer than this are scaled down to it.")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit"] = Field("adamw_torch")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    fp16: bool | None = Field(None, description="Half precision with a loss scaler.")
+    bf16: bool | None = Field(None, description="bfloat16 arithmetic.")
+    gradient_checkpointing: bool | Auto = Field("auto", description="Recompute activations in backward.")
+    save_steps: int | Auto = Field("auto", description="Optimizer steps between checkpoints.")
+    seed: int = Field(42, ge=0)
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainSection:
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16 exclude each other")
+        parts = (self.per_device_train_batch_size, self.gradient_accumulation_steps, self.effective_batch_size)
+        if "auto" not in parts and parts[0] * parts[1] != parts[2]:  # type: ignore[operator]
+            raise ValueError("effective_batch_size is not per_device_train_batch_size x gradient_accumulation_steps")
+        return self
+
+
+class EvaluationSection(Section):
+    """How, and how often, the held-out documents are measured."""
+
+    per_device_eval_batch_size: int | Auto = Field("auto", description="Sequences in an evaluation micro-batch.")
+    eval_accumulation_steps: int | None = Field(
+        None, ge=1, description="Accepted for compatibility: no logits are kept, so nothing accumulates."
+    )
+    eval_steps: int | None = Field(None, ge=1, description="Optimizer steps between evaluations; none: only the end.")
+    early_stopping_patience: int | None = Field(None, ge=1, description="Stop after so many evaluations without gain.")
+    load_best_model_at_end: bool = Field(True, description="Keep the adapter with the lowest held-out loss.")
+
+
+class MemorySection(Section):
+    """The budget, and how it may be spent."""
+
+    vram: Bytes | None = Field(None, description="Device bytes at most, like 6GiB; none: what the device has.")
+    ram: Bytes | None = Field(None, description="Host bytes at most; none: what the machine has.")
+    weights: Literal["auto", "device", "dequantized", "host"] = Field(
+        "auto", description="Where frozen layers live: on the device, there dequantized, or streamed from the host."
+    )
+    activations: Literal["auto", "keep", "recompute", "offload"] = Field(
+        "auto", description="Kept, recomputed from inputs on the device, or from inputs offloaded to the host."
+    )
+    log_frequency: int = Field(10, ge=1, description="Optimizer steps between memory samples.")
+
+
+class TrackingSection(Section):
+    """Trackers beside metrics.jsonl, which is always written."""
+
+    report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default=[])
+    project_name: str = Field("drawplate")
+
+
+class Recipe(Section):
+    """A whole run, as the user wants it."""
+
+    model: ModelSection
+    data: DataSection
+    output_dir: str = Field("runs/drawplate", description="The run's folder; must not exist or be empty.")
+    quantization: QuantizationSection = QuantizationSection()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    memory: MemorySection = MemorySection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _checkpointing_and_activations_agree(self) -> Recipe:
+        if self.train.gradient_checkpointing is False and self.memory.activations in ("recompute", "offload"):
+            raise ValueError("train.gradient_checkpointing is off but memory.activations asks for recomputation")
+        if self.train.gradient_checkpointing is True and self.memory.activations == "keep":
+            raise ValueError("train.gradient_checkpointing is on but memory.activations is keep")
+        return self
+
+    def to_yaml(self) -> str:
+        """This recipe as YAML that `load_recipe` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A recipe from a YAML file or a mapping, with `section.key=value` overrides applied on top.
+
+    Raises:
+        UsageError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a value
+            cannot be meant.
+    """
+    values = source if isinstance(source, dict) else _read_yaml(Path(source))
+    values = {key: dict(part) if isinstance(part, dict) else part for key, part in values.items()}
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        where = "the recipe" if isinstance(source, dict) else str(source)
+        raise UsageError(
+            f"{where}: " + "; ".join(_explain(problem) for problem in error.errors()),
+            safe="Nothing was loaded or written.",
+            next_step="Mend the recipe; `drawplate recipe` lists every key with its meaning.",
+        ) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"The recipe {path} cannot be read: {error.strerror}.",
+            next_step="Name a recipe file, for example examples/climate-demo.yaml.",
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}", next_step="Mend the line it names.") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no keys.", next_step="Start from examples/climate-demo.yaml.")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UsageError(f"--set {override} has no value.", next_step="Write --set section.key=value.")
+    section, _, key = path.strip().rpartition(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if not section:
+        values[key] = value
+        return
+    part = values.setdefault(section, {})
+    if not isinstance(part, dict):
+        raise UsageError(f"--set {override}: {section} is not a section.", next_step=_known_keys_hint(section))
+    part[key] = value
+
+
+def known_keys() -> dict[str, str]:
+    """Every key of a recipe in dotted form, with its description."""
+    keys: dict[str, str] = {}
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            for inner, inner_field in section.model_fields.items():
+                keys[f"{name}.{inner}"] = inner_field.description or ""
+        else:
+            keys[name] = field.description or ""
+    return keys
+
+
+def _known_keys_hint(wrong: str) -> str:
+    keys = list(known_keys())
+    sections = sorted({key.split(".")[0] for key in keys})
+    leaf = wrong.rpartition(".")[2]
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    for candidates, name in ((keys, wrong), (sections, wrong), (list(by_leaf), leaf)):
+        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+        if near:
+            return f"did you mean {by_leaf.get(near[0], near[0])}?"
+    return f"known sections are {', '.join(sections)}"
+
+
+def _explain(problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and part in _path_words())
+    if problem["type"] == "extra_forbidden":
+        wrong = ".".join(str(part) for part in problem["loc"])
+        return f"unknown key {wrong}, {_known_keys_hint(wrong)}"
+    if problem["type"] == "missing":
+        return f"{path or '.'.join(map(str, problem['loc']))} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{path}: {message} (got {problem['input']!r})" if path and "exclude" not in message else message
+
+
+def _path_words() -> set[str]:
+    return {word for key in known_keys() for word in key.split(".")}

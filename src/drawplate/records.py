@@ -1,0 +1,407 @@
+"""What crosses floors: small frozen dataclasses, each with a JSON round trip through `to_json` / `from_json`.
+
+Nothing here computes more than a ratio, and nothing imports torch, so that the report, the plan and other tools can read
+a run without loading a framework. Field names of `RunRecord` are a contract (schema 1): add, never rename.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One unit of text that is either trained on or held out, never both.
+
+    Attributes:
+        name: where it came from, like `reports/ch1.html#12`; unique in a run and shown in messages.
+        text: the whole text; for a conversation, the text rendered by the model's template.
+        trained_spans: character ranges [start, end) of `text` that the loss counts; None means all of it.
+        sha256: of the text's UTF-8 bytes.
+    """
+
+    name: str
+    text: str
+    sha256: str
+    trained_spans: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intake:
+    """What became of one file: a line of intake.jsonl. `status` is read, skipped or refused."""
+
+    file: str
+    status: Literal["read", "skipped", "refused"]
+    bytes: int = 0
+    documents: int = 0
+    characters: int = 0
+    duplicate_documents: int = 0
+    empty_documents: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sequence:
+    """One window of one document as token ids: what a micro-batch is made of.
+
+    Attributes:
+        index: position in the corpus; with the seed it decides order and dropout.
+        document: name of the document it came from.
+        input_ids: int32, shape (tokens,).
+        counted: bool, shape (tokens,): whether the loss counts the prediction OF this token. The first is never
+            counted: nothing precedes it.
+        text_bytes: UTF-8 bytes of text that the window covers, for bits per byte.
+    """
+
+    index: int
+    document: str
+    input_ids: np.ndarray
+    counted: np.ndarray
+    text_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLedger:
+    """Where every token went; `tokens` of the documents = counted + first + masked + dropped, over all windows."""
+
+    documents: int
+    windows: int
+    tokens: int
+    counted_tokens: int
+    first_tokens: int
+    masked_tokens: int
+    dropped_tokens: int
+    cut_documents: int
+    text_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Sums over a set of documents; every ratio is derived from them, never averaged."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats / tokens); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """nats / ln 2 / bytes: comparable across tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentScore:
+    """One held-out document's sums, the unit of the paired bootstrap."""
+
+    document: str
+    nats: float
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySample:
+    """Bytes at one moment. Device fields are 0 on a machine without a GPU."""
+
+    process_bytes: int
+    process_peak_bytes: int
+    device_allocated_bytes: int = 0
+    device_reserved_bytes: int = 0
+    device_peak_bytes: int = 0
+    device_free_bytes: int = 0
+    device_total_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What this machine has."""
+
+    platform: str
+    python: str
+    cpu: str
+    cores: int
+    ram_bytes: int
+    bf16_native: bool
+    device: str = "cpu"
+    device_name: str = ""
+    device_bytes: int = 0
+    driver: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerLine:
+    """One named number of bytes, with the formula that gave it. `where` is device, host or disk."""
+
+    name: str
+    where: Literal["device", "host", "disk"]
+    bytes: int
+    formula: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the run will be carried out: what was left `auto`, decided, each with its reason."""
+
+    device: str
+    precision: str
+    double_quant: bool
+    compute_dtype: str
+    weights: str
+    activations: str
+    compiled: bool
+    packing: bool
+    max_length: int
+    micro_batch_sequences: int
+    micro_batch_tokens: int
+    effective_batch_size: int
+    gradient_accumulation_steps: int
+    optimizer_steps: int
+    epochs: float
+    learning_rate: float
+    eval_batch_sequences: int
+    reasons: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    ledger: tuple[LedgerLine, ...] = ()
+
+    def predicted_bytes(self, where: str) -> int:
+        """The ledger's sum for one place."""
+        return sum(line.bytes for line in self.ledger if line.where == where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step: a line of metrics.jsonl with `event: step`."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    counted_tokens: int
+    seconds: float
+    skipped: bool = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that are not padding, over wall seconds."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """Which base model it was."""
+
+    name: str
+    revision: str | None
+    parameters: int
+    precision: str
+    sha256: str
+    architecture: str = ""
+    layers: int = 0
+    trainable_parameters: int = 0
+    frozen_bytes: int = 0
+    self_check_difference: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What went in, and how much of it the loss saw."""
+
+    files: int
+    documents: int
+    train_documents: int
+    heldout_documents: int
+    train_tokens: int
+    heldout_tokens: int
+    heldout_bytes: int
+    dropped_tokens: int
+    duplicate_documents: int
+    cut_documents: int = 0
+    windows: int = 0
+    refused_files: int = 0
+    skipped_files: int = 0
+    sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFacts:
+    """Before and after, on the same held-out documents."""
+
+    baseline: Evaluation | None = None
+    final: Evaluation | None = None
+    unquantized_baseline: Evaluation | None = None
+    perplexity_change_percent: float | None = None
+    change_ci95_percent: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFacts:
+    """What the loop did."""
+
+    optimizer_steps: int
+    epochs: float
+    tokens: int
+    tokens_per_optimizer_step: float
+    seconds: float
+    tokens_per_second: float
+    micro_batch_tokens: int
+    gradient_accumulation_steps: int
+    first_loss: float | None
+    last_loss: float | None
+    skipped_steps: int = 0
+    stopped_because: str = ""
+    best_step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFacts:
+    """Predicted and measured peaks."""
+
+    device_peak_predicted_bytes: int
+    device_peak_bytes: int
+    host_peak_predicted_bytes: int
+    host_peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPoint:
+    """A held-out measurement during the run; step 0 is the baseline."""
+
+    step: int
+    result: Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPoint:
+    """A memory sample and when it was taken."""
+
+    step: int
+    phase: str
+    seconds: float
+    sample: MemorySample
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentChange:
+    """One held-out document before and after: shown best and worst first."""
+
+    document: str
+    tokens: int
+    baseline_nats: float
+    final_nats: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a run tells whoever watches it, often; `figures` are shown beside the bar as they are.
+
+    Attributes:
+        phase: read, load, baseline, train, evaluate, final or save.
+        done, total: in `unit`s; total 0 where it is not known.
+        figures: short name -> text, like {"loss": "2.31", "tokens/s": "812"}.
+        message: a line worth keeping on the screen, such as a warning; empty most of the time.
+    """
+
+    phase: str
+    done: float = 0
+    total: float = 0
+    unit: str = ""
+    figures: dict[str, str] = field(default_factory=dict)
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """record.json: all that was measured. The report is made from it alone; curves are thinned to 2,000 points."""
+
+    drawplate: str
+    status: Literal["finished", "stopped", "failed"]
+    model: ModelFacts
+    data: DataFacts
+    evaluation: EvaluationFacts
+    training: TrainingFacts
+    memory: MemoryFacts
+    machine: Machine
+    versions: dict[str, str]
+    seed: int = 0
+    started: str = ""
+    plan: Plan | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    steps: tuple[StepRecord, ...] = ()
+    evaluations: tuple[EvaluationPoint, ...] = ()
+    memory_curve: tuple[MemoryPoint, ...] = ()
+    documents: tuple[DocumentChange, ...] = ()
+    total_seconds: float = 0.0
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    error: str = ""
+    schema: int = SCHEMA
+
+
+_DERIVED = {Evaluation: ("loss", "perplexity", "bits_per_byte"), StepRecord: ("tokens_per_second",)}
+
+
+def to_json(record: Any) -> Any:
+    """A record as plain JSON values; ratios (perplexity, tokens_per_second) are written out beside their sums."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        values = {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+        values.update({name: to_json(getattr(record, name)) for name in _DERIVED.get(type(record), ())})
+        return values
+    if isinstance(record, dict):
+        return {key: to_json(value) for key, value in record.items()}
+    if isinstance(record, (list, tuple)):
+        return [to_json(value) for value in record]
+    if isinstance(record, float) and not math.isfinite(record):
+        return str(record)
+    return record
+
+
+Record = TypeVar("Record")
+
+
+def from_json(kind: type[Record], values: dict[str, Any]) -> Record:
+    """The record that `to_json` wrote; derived values and fields of a newer version are left out.
+
+    Raises:
+        TypeError: a field without a default is missing.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {f.name: _parse(hints[f.name], values[f.name]) for f in dataclasses.fields(kind) if f.name in values}  # type: ignore[arg-type]
+    return kind(**known)
+
+
+def _parse(hint: Any, value: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if value is None:
+        return None
+    if origin in (typing.Union, types.UnionType):
+        return _parse(next(a for a in arguments if a is not type(None)), value)
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value)  # type: ignore[arg-type]
+    if origin is tuple:
+        inner = arguments[0] if arguments[-1] is Ellipsis else None
+        return tuple(_parse(inner or arguments[i], item) for i, item in enumerate(value))
+    return float(value) if hint is float else value
