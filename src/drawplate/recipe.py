@@ -9,6 +9,7 @@ known one. YAML 1.1's surprises (`2e-4` is a string, `no` is False) are undone b
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,7 +44,9 @@ class ModelSection(Section):
 class QuantizationSection(Section):
     """Precision of the frozen base weights, in BitsAndBytesConfig's words, or as one `precision`."""
 
-    precision: Precision | Auto = Field("auto", description="nf4, fp4, int8, bf16, fp16 or fp32 for the frozen weights.")
+    precision: Precision | Auto = Field(
+        "auto", description="nf4, fp4, int8, bf16, fp16 or fp32 for the frozen weights."
+    )
     load_in_4bit: bool | None = Field(None, description="Same as precision nf4 or fp4.")
     load_in_8bit: bool | None = Field(None, description="Same as precision int8.")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="The 4-bit data type.")
@@ -88,7 +91,10 @@ class DataSection(Section):
     dataset: str | None = Field(None, description="A dataset on the Hugging Face hub, instead of files.")
     dataset_split: str = Field("train", description="Split of the hub dataset.")
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet, .csv and datasets.")
-    split_pattern: str | None = Field(None, description="Regular expression; a document starts at each line it matches.")
+    split_pattern: str | None = Field(
+        None, description="Regular expression; a document starts at each line it matches, less what it matches."
+    )
+    min_characters: int = Field(1, ge=1, description="Documents with fewer characters are left out, and counted.")
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="Share of documents held out of training.")
     heldout_files: list[str] = Field(default=[], description="Held-out documents given by hand, instead of a share.")
     max_length: int | Auto = Field("auto", description="Tokens in a window; longer documents become several windows.")
@@ -99,7 +105,9 @@ class DataSection(Section):
     @classmethod
     def _one_file_is_a_list(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            values = {k: [v] if k in ("files", "heldout_files") and isinstance(v, str) else v for k, v in values.items()}
+            values = {
+                k: [v] if k in ("files", "heldout_files") and isinstance(v, str) else v for k, v in values.items()
+            }
         return values
 
     @model_validator(mode="after")
@@ -119,19 +127,23 @@ class TrainSection(Section):
     gradient_accumulation_steps: int | Auto = Field("auto", description="Micro-batches in an optimizer step.")
     effective_batch_size: int | Auto = Field("auto", description="Sequences in an optimizer step.")
     learning_rate: float | Auto = Field("auto", description="Peak learning rate.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("cosine")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="How the learning rate falls after the warmup."
+    )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises.")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter's weights.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients longer than this are scaled down to it.")
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit"] = Field("adamw_torch")
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit"] = Field(
+        "adamw_torch", description="The optimizer; adamw_8bit keeps its moments in 8 bits."
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the mean of squared gradients.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Keeps the update finite where gradients vanish.")
     fp16: bool | None = Field(None, description="Half precision with a loss scaler.")
     bf16: bool | None = Field(None, description="bfloat16 arithmetic.")
     gradient_checkpointing: bool | Auto = Field("auto", description="Recompute activations in backward.")
     save_steps: int | Auto = Field("auto", description="Optimizer steps between checkpoints.")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="Decides the split, the order, the dropout and the adapter's start.")
 
     @model_validator(mode="after")
     def _agree(self) -> TrainSection:
@@ -172,8 +184,10 @@ class MemorySection(Section):
 class TrackingSection(Section):
     """Trackers beside metrics.jsonl, which is always written."""
 
-    report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default=[])
-    project_name: str = Field("drawplate")
+    report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(
+        default=[], description="Any of tensorboard, trackio, wandb, mlflow; each is an extra to install."
+    )
+    project_name: str = Field("drawplate", description="The name that trackers file the run under.")
 
 
 class Recipe(Section):
@@ -200,6 +214,19 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """This recipe as YAML that `load_recipe` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def cache_folder() -> Path:
+    """Where downloads and converted weights are kept: $DRAWPLATE_CACHE, or drawplate/ in the user's cache folder."""
+    given = os.environ.get("DRAWPLATE_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drawplate"
+
+
+def expand(path: str) -> Path:
+    """A path of the recipe with `~` and `${DRAWPLATE_CACHE}` filled in; no other variable is, so none can leak."""
+    return Path(path.replace("${DRAWPLATE_CACHE}", str(cache_folder()))).expanduser()
 
 
 def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -26,6 +26,8 @@ class Document:
         name: where it came from, like `reports/ch1.html#12`; unique in a run and shown in messages.
         text: the whole text; for a conversation, the text rendered by the model's template.
         trained_spans: character ranges [start, end) of `text` that the loss counts; None means all of it.
+        control_spans: character ranges of `text` that a chat template wrote as control tokens; None where no template
+            was used. A control token's name anywhere else is text.
         sha256: of the text's UTF-8 bytes.
     """
 
@@ -33,6 +35,7 @@ class Document:
     text: str
     sha256: str
     trained_spans: tuple[tuple[int, int], ...] | None = None
+    control_spans: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,8 @@ class Intake:
     characters: int = 0
     duplicate_documents: int = 0
     empty_documents: int = 0
+    short_documents: int = 0
+    refused_rows: int = 0
     reason: str = ""
 
 

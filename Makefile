@@ -1,0 +1,53 @@
+# make demo   the main job, end to end, on real weights and text
+# make test   all tests
+# make check  format, lint, types, import floors
+# Each makes .venv when it is missing and installs exact versions; the second time it starts at once.
+
+SHELL := /bin/bash
+BIN := .venv/bin
+INSTALLED := .venv/installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check setup clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/fetch_demo.py
+	$(BIN)/drawplate tune examples/climate-demo.yaml --set output_dir=runs/climate-demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: $(INSTALLED)
+
+# The stamp lies inside .venv, so that it goes when .venv goes.
+$(INSTALLED): pyproject.toml constraints.txt | .venv/bin/pip
+	@echo "Installing into .venv; the first time this takes some minutes."
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.venv/bin/pip:
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  new_enough=$$python; \
+	  $$python -c 'import ensurepip, venv' 2>/dev/null && found=$$python && break; \
+	done; \
+	if [ -z "$$new_enough" ]; then \
+	  echo "Drawplate needs Python 3.11 or newer, and none was found." >&2; \
+	  echo "Install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; \
+	fi; \
+	if [ -z "$$found" ]; then \
+	  echo "$$new_enough cannot make a virtual environment: its venv module is missing." >&2; \
+	  echo "On Debian and Ubuntu: sudo apt install python3-venv; then give the same command again." >&2; exit 1; \
+	fi; \
+	echo "Making .venv with $$($$found --version)."; \
+	$$found -m venv .venv || { rm -rf .venv; exit 1; }
+
+clean:
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

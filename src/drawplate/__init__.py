@@ -1,0 +1,91 @@
+"""Drawplate fine-tunes open language models on a person's own documents, on the GPU they have.
+
+`tune`, `plan`, `evaluate` and `prepare_model` are the public door. What is behind them is imported on first use,
+because it imports torch and this module must not: `drawplate --help` reads it too.
+
+Two of the four share their name with a submodule. `drawplate.plan` and `drawplate.evaluate` are always the functions;
+the modules are reached with `from drawplate.plan import ...`, as everywhere in this tree.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drawplate.quiet import forbid_hub_code, hush_libraries
+
+if TYPE_CHECKING:
+    from drawplate.recipe import Recipe
+    from drawplate.records import Plan, Progress, RunRecord
+    from drawplate.run import evaluate, prepare_model
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "evaluate", "plan", "prepare_model", "tune"]
+
+# Here and nowhere later: telemetry and hub kernels are decided when the libraries are imported.
+forbid_hub_code()
+
+
+def tune(recipe: str | Path | dict[str, Any] | Recipe, observer: Callable[[Progress], None] | None = None) -> RunRecord:
+    """Measure, fine-tune, measure again; leaves the run folder `recipe.output_dir` and returns its record.
+
+    Args:
+        recipe: a YAML file, the same as a dict, or a `Recipe`.
+        observer: called often with a `Progress`; None shows nothing.
+
+    Raises:
+        UserError: bad input, no room, no device and the like; its three parts say what to do.
+    """
+    from drawplate.recipe import expand
+    from drawplate.records import Progress
+
+    loaded = _as_recipe(recipe)
+    run_tune: Callable[..., RunRecord] = _behind_the_door("tune")
+    if not loaded.tracking.report_to:
+        return run_tune(loaded, observer)
+    from drawplate.integrations.trackers import open_trackers
+
+    def warn(line: str) -> None:
+        if observer is not None:
+            observer(Progress(phase="train", message=line))
+
+    with open_trackers(loaded, expand(loaded.output_dir), warn) as events:
+        return run_tune(loaded, observer, events=events)
+
+
+def plan(recipe: str | Path | dict[str, Any] | Recipe) -> Plan:
+    """What `tune` would do and need, without doing it; same argument and errors."""
+    made: Plan = _behind_the_door("plan")(_as_recipe(recipe))
+    return made
+
+
+def _as_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
+    from drawplate.recipe import Recipe, load_recipe
+
+    return source if isinstance(source, Recipe) else load_recipe(source)
+
+
+def _behind_the_door(name: str) -> Any:
+    hush_libraries()
+    return getattr(importlib.import_module("drawplate.run"), name)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("evaluate", "prepare_model"):
+        return _behind_the_door(name)
+    raise AttributeError(f"module 'drawplate' has no attribute {name!r}")
+
+
+class _Door(types.ModuleType):
+    """Keeps the import system from putting the submodules `plan` and `evaluate` in the functions' place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in __all__ or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Door

@@ -1,0 +1,235 @@
+"""Documents -> windows of token ids, with a ledger in which every token has its line.
+
+A document longer than a window becomes several consecutive windows; nothing is truncated. The windows do not overlap,
+so the first token of each is read but never predicted (at most one token in `max_length`); overlapping them would
+predict it too, at the price of reading tokens twice. A control token's name inside a document, like `<|im_end|>` in a
+page about chat models, is tokenised as the text it is: only a chat template writes control tokens. Tokenizers without
+character offsets (the slow ones) are refused, because spans and bytes cannot be counted through them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drawplate.errors import DataError, IntegrityError
+from drawplate.records import Document, Sequence, TokenLedger
+
+Tokenizer = Any
+DOCUMENTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokenized:
+    """All windows of a set of documents, in the documents' order, and where every token went."""
+
+    sequences: tuple[Sequence, ...]
+    ledger: TokenLedger
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Tokens:
+    """One document's tokens: `ids`, the characters [start, end) of each, and whether the loss counts each."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    counted: np.ndarray
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """The tokenizer of a model's folder: from local files only, and never running code that lies in the folder.
+
+    Raises:
+        DataError: there is no tokenizer, or it cannot give character offsets.
+        IntegrityError: the tokenizer's configuration asks for code to be run.
+    """
+    folder = Path(folder)
+    _refuse_code(folder)
+    from transformers import AutoTokenizer  # here, because importing it takes seconds
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything from OSError to a Rust panic for a broken tokenizer.json
+        raise DataError(
+            f"The tokenizer in {folder} cannot be read: {str(error).splitlines()[0] if str(error) else type(error)}",
+            safe="Nothing was changed.",
+            next_step="The folder needs tokenizer.json and tokenizer_config.json; copy them from the base model.",
+        ) from None
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"The tokenizer in {folder} gives no character offsets, so what the loss counts cannot be placed.",
+            next_step="Use a model whose folder holds a tokenizer.json.",
+        )
+    return tokenizer
+
+
+def _refuse_code(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # absent or broken: AutoTokenizer says what is wrong
+    if isinstance(values, dict) and "auto_map" in values:
+        raise IntegrityError(
+            f"{path} names code to be run (auto_map: {values['auto_map']}).",
+            safe="None of it was imported.",
+            next_step="Use a model that transformers supports by itself, or remove auto_map after reading the code.",
+        )
+
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: Tokenizer, max_length: int, *, append_eos: bool = False
+) -> Tokenized:
+    """Documents -> windows of at most `max_length` tokens.
+
+    If the tokenizer is configured to put a token before every text (BOS), the first window of a document starts with
+    it. `append_eos` puts the end-of-sequence token after the last token of every document that no chat template has
+    rendered, and counts it; leave it off for held-out text, whose authors wrote no such token. A window in which the
+    loss would count nothing (a single token, or a prompt alone) is dropped, and its tokens are counted as dropped.
+    """
+    if max_length < 2:
+        raise ValueError(f"a window of {max_length} tokens predicts nothing")
+    sequences: list[Sequence] = []
+    totals = dict.fromkeys(
+        ("documents", "tokens", "first_tokens", "masked_tokens", "dropped_tokens", "cut_documents"), 0
+    )
+    for document, tokens in _encode_all(documents, tokenizer, append_eos):
+        totals["documents"] += 1
+        totals["tokens"] += len(tokens.ids)
+        totals["cut_documents"] += len(tokens.ids) > max_length
+        for start, end in _windows(len(tokens.ids), max_length):
+            window = _sequence(len(sequences), document, tokens, start, end)
+            if not window.counted.any():
+                totals["dropped_tokens"] += end - start
+                continue
+            totals["first_tokens"] += 1
+            totals["masked_tokens"] += int((~window.counted[1:]).sum())
+            sequences.append(window)
+    ledger = TokenLedger(
+        **totals,
+        windows=len(sequences),
+        counted_tokens=sum(int(sequence.counted.sum()) for sequence in sequences),
+        text_bytes=sum(sequence.text_bytes for sequence in sequences),
+    )
+    return Tokenized(sequences=tuple(sequences), ledger=ledger)
+
+
+def _windows(count: int, max_length: int) -> Iterator[tuple[int, int]]:
+    """Consecutive [start, end); where the last would hold one token, the one before leaves it a second."""
+    borders = [*range(0, count, max_length), count]
+    if len(borders) > 2 and borders[-1] - borders[-2] == 1 and max_length > 2:
+        borders[-2] -= 1
+    return itertools.pairwise(borders)
+
+
+def _sequence(index: int, document: Document, tokens: _Tokens, start: int, end: int) -> Sequence:
+    """Window [start, end) of a document; a character whose bytes are spread over two windows belongs to the later."""
+    text_start = int(tokens.starts[start]) if start else 0
+    text_end = int(tokens.starts[end]) if end < len(tokens.ids) else len(document.text)
+    counted = tokens.counted[start:end].copy()
+    counted[0] = False
+    return Sequence(
+        index=index,
+        document=document.name,
+        input_ids=tokens.ids[start:end].copy(),
+        counted=counted,
+        text_bytes=len(document.text[text_start:text_end].encode()),
+    )
+
+
+def _encode_all(
+    documents: Iterable[Document], tokenizer: Tokenizer, append_eos: bool
+) -> Iterator[tuple[Document, _Tokens]]:
+    """Plain documents go through the tokenizer in groups, which it spreads over the cores."""
+    remaining = iter(documents)
+    while group := list(itertools.islice(remaining, DOCUMENTS_AT_ONCE)):
+        plain = [document for document in group if document.control_spans is None]
+        encodings = iter(_encode(tokenizer, [document.text for document in plain], template=True))
+        for document in group:
+            if document.control_spans is None:
+                ids, offsets = next(encodings)
+                eos = tokenizer.eos_token_id if append_eos else None
+            else:
+                ids, offsets = _encode_rendered(document, tokenizer)
+                eos = None
+            yield document, _place(document, ids, offsets, eos)
+
+
+def _encode(
+    tokenizer: Tokenizer, texts: list[str], *, template: bool, parse_control_tokens: bool = False
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and character offsets of each text; `template` keeps what the tokenizer itself puts BEFORE a text."""
+    if not texts:
+        return []
+    result = tokenizer(
+        texts,
+        add_special_tokens=template,
+        split_special_tokens=not parse_control_tokens,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    encodings = []
+    for ids, offsets, added in zip(
+        result["input_ids"], result["offset_mapping"], result["special_tokens_mask"], strict=True
+    ):
+        end = len(ids)
+        while template and end and added[end - 1]:
+            end -= 1
+        encodings.append((ids[:end], offsets[:end]))
+    return encodings
+
+
+def _encode_rendered(document: Document, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """A chat as its template rendered it: control tokens at `control_spans` and nowhere else.
+
+    Where parsing finds control tokens elsewhere too, which somebody wrote into a message, the text between the
+    template's own is tokenised piece by piece. That is what a tokenizer does itself, save that sentencepiece models may
+    then begin a piece with one space more.
+    """
+    spans = document.control_spans or ()
+    [(ids, offsets)] = _encode(tokenizer, [document.text], template=False, parse_control_tokens=True)
+    control = set(control_tokens(tokenizer).values())
+    found = tuple(tuple(offset) for token, offset in zip(ids, offsets, strict=True) if token in control)
+    if found == spans:
+        return ids, offsets
+    ids, offsets = [], []
+    borders = [0, *itertools.chain.from_iterable(spans), len(document.text)]
+    for number, (start, end) in enumerate(itertools.pairwise(borders)):
+        [(piece_ids, piece_offsets)] = _encode(
+            tokenizer, [document.text[start:end]], template=False, parse_control_tokens=number % 2 == 1
+        )
+        ids += piece_ids
+        offsets += [(start + a, start + b) for a, b in piece_offsets]
+    return ids, offsets
+
+
+def _place(document: Document, ids: list[int], offsets: Seq[tuple[int, int]], eos: int | None) -> _Tokens:
+    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    starts, ends = np.maximum.accumulate(places[:, 0]), places[:, 1]
+    if document.trained_spans is None:
+        counted = np.ones(len(ids), dtype=bool)
+    else:
+        counted = np.zeros(len(ids), dtype=bool)
+        for start, end in document.trained_spans:
+            counted |= (starts < end) & (ends > start)
+    if eos is not None:
+        end = len(document.text)
+        ids, starts, ends = [*ids, eos], np.append(starts, end), np.append(ends, end)
+        counted = np.append(counted, True)
+    return _Tokens(ids=np.asarray(ids, dtype=np.int32), starts=starts, ends=ends, counted=counted)
+
+
+def control_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Text -> id of every token that a text cannot contain as text: the ones the tokenizer marks as special."""
+    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))

@@ -1,0 +1,322 @@
+"""What this machine has, and how much memory is in use. The only reader of memory counters.
+
+Left out: how fast the machine is (the plan measures what it needs), more than one GPU (the current CUDA device is the
+device), and memory that CUDA itself takes beside torch's allocator: a context is 300 to 600 MiB which only
+`device_free_bytes` sees, because it is the one counter of the whole device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar
+
+import psutil
+import pynvml
+import torch
+
+from drawplate.errors import EnvironmentProblem, UsageError
+from drawplate.records import Machine, MemorySample
+from drawplate.units import KIB
+
+HOST_SAMPLE_SECONDS = 0.05
+BF16_CAPABILITY = (8, 0)
+_NATIVE_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_CGROUP_OF_THIS_PROCESS = Path("/proc/self/cgroup")
+
+
+def pick_device(device_map: str = "auto") -> torch.device:
+    """`auto` (CUDA if there is one that works, else CPU), `cuda` or `cpu` -> the device to run on.
+
+    Raises:
+        EnvironmentProblem: `cuda` was asked for and does not work; the message names cause and cure.
+        UsageError: any other word.
+    """
+    if device_map not in ("auto", "cuda", "cpu"):
+        raise UsageError(f"model.device_map {device_map!r} is not known.", next_step="Use auto, cuda or cpu.")
+    if device_map == "cpu":
+        return torch.device("cpu")
+    problem = cuda_problem()
+    if problem is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if device_map == "cuda":
+        raise EnvironmentProblem(
+            f"model.device_map asks for cuda, but {problem.cause}.",
+            safe="Nothing was loaded or written.",
+            next_step=f"{problem.cure}; or set model.device_map to cpu.",
+        )
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaProblem:
+    """Why CUDA cannot be used, without a full stop; `gpu_present` says that a GPU lies idle because of it."""
+
+    cause: str
+    cure: str
+    gpu_present: bool
+
+
+def cuda_problem() -> CudaProblem | None:
+    """What keeps torch from using CUDA, with its cure; None where nothing does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about an old driver; the answer below says it in full
+        if torch.cuda.is_available():
+            return None
+    driver = nvidia_driver()
+    cause, cure = _cause_and_cure(driver)
+    return CudaProblem(cause=cause, cure=cure, gpu_present=driver is not None and driver.gpus > 0)
+
+
+def _cause_and_cure(driver: NvidiaDriver | None) -> tuple[str, str]:
+    if driver is None:
+        return "no NVIDIA driver answers on this machine", "Install the NVIDIA driver until `nvidia-smi` lists the GPU"
+    if driver.gpus == 0:
+        return (
+            f"the NVIDIA driver {driver.version} sees no GPU",
+            "Check `nvidia-smi` and how the GPU is passed to this machine",
+        )
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA", "Install a CUDA build of torch"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        hidden = os.environ["CUDA_VISIBLE_DEVICES"]
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPU", "Unset CUDA_VISIBLE_DEVICES"
+    if driver.cuda_major < int(torch.version.cuda.split(".")[0]):
+        return (
+            f"the NVIDIA driver {driver.version} knows CUDA {driver.cuda_major} and torch is built for CUDA "
+            f"{torch.version.cuda}",
+            f"Update the driver, or install a torch built for CUDA {driver.cuda_major}",
+        )
+    return f"torch {torch.__version__} cannot reach the GPU", "Check that `nvidia-smi` works and no other job holds it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NvidiaDriver:
+    """What the driver says of itself: its version, the newest CUDA it knows, and how many GPUs it sees."""
+
+    version: str
+    cuda_major: int
+    gpus: int
+
+
+def nvidia_driver() -> NvidiaDriver | None:
+    """The NVIDIA driver of this machine; None where none answers."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return NvidiaDriver(
+            version=str(pynvml.nvmlSystemGetDriverVersion()),
+            cuda_major=int(pynvml.nvmlSystemGetCudaDriverVersion()) // 1000,
+            gpus=int(pynvml.nvmlDeviceGetCount()),
+        )
+    except pynvml.NVMLError:
+        return None
+    finally:
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+def machine(device: torch.device | None = None) -> Machine:
+    """What this machine has; `device` None means the one `pick_device("auto")` would give.
+
+    `cores` and `ram_bytes` are what this process may use: CPU affinity and control-group limits count.
+    """
+    device = device or pick_device()
+    common = {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cores": _usable_cores(),
+        "ram_bytes": _usable_ram_bytes(),
+        "bf16_native": bf16_native(device),
+    }
+    if device.type != "cuda":
+        return Machine(**common)  # type: ignore[arg-type]
+    properties, driver = torch.cuda.get_device_properties(device), nvidia_driver()
+    return Machine(
+        **common,  # type: ignore[arg-type]
+        device="cuda",
+        device_name=properties.name,
+        device_bytes=properties.total_memory,
+        driver=driver.version if driver else "",
+    )
+
+
+def bf16_native(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware, not through fp32.
+
+    On a CPU that is AVX512-BF16, AMX or ARM's bf16. `torch.ops.mkldnn._is_mkldnn_bf16_supported` would not do: it is
+    true on any AVX512, where bf16 is emulated and several times slower than fp32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name, False) for name in _NATIVE_BF16_FEATURES)
+
+
+def default_compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where it is native; else fp16 on a GPU and fp32 on a CPU, which has no fast fp16."""
+    if bf16_native(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def memory_sample() -> MemorySample:
+    """Bytes in use now. Device fields stay 0 until CUDA was first used: asking must not create a context.
+
+    `process_peak_bytes` is the highest resident set since the process began; `device_peak_bytes` the highest that
+    torch's allocator held since the last `PeakMeter` began.
+    """
+    resident = psutil.Process().memory_info().rss
+    peak = max(resident, _lifetime_peak_bytes())
+    if not torch.cuda.is_initialized():
+        return MemorySample(process_bytes=resident, process_peak_bytes=peak)
+    free, total = torch.cuda.mem_get_info()
+    return MemorySample(
+        process_bytes=resident,
+        process_peak_bytes=peak,
+        device_allocated_bytes=torch.cuda.memory_allocated(),
+        device_reserved_bytes=torch.cuda.memory_reserved(),
+        device_peak_bytes=torch.cuda.max_memory_reserved(),
+        device_free_bytes=free,
+        device_total_bytes=total,
+    )
+
+
+class PeakMeter:
+    """The high-water marks of one phase: `with PeakMeter() as meter: ...`, then `meter.host_peak_bytes`.
+
+    Both marks can be read while the phase runs, and meters may be nested. The device mark is torch's own and exact. The
+    host mark is sampled every `HOST_SAMPLE_SECONDS`, because the kernel's mark cannot be reset without privileges; it
+    is exact where the phase raised the mark of the whole process, and else may miss a shorter spike.
+
+    Attributes:
+        host_peak_bytes: highest resident set of this process.
+        device_peak_bytes: highest number of bytes reserved by torch's CUDA allocator; 0 without CUDA.
+    """
+
+    _running: ClassVar[list[PeakMeter]] = []
+
+    def __init__(self) -> None:
+        self._host_peak_bytes = 0
+        self._device_peak_bytes = 0
+        self._lifetime_peak_before = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> PeakMeter:
+        if self._thread is not None:
+            raise RuntimeError("a PeakMeter measures one phase; make another for the next")
+        self._fold_device_peak()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+        PeakMeter._running.append(self)
+        self._lifetime_peak_before = _lifetime_peak_bytes()
+        self._sample_host()
+        self._thread = threading.Thread(target=self._watch_host, name="drawplate-peak-meter", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._sample_host()
+        self._fold_device_peak()
+        PeakMeter._running.remove(self)
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """Highest resident set of this process in the phase, so far."""
+        if self in PeakMeter._running:
+            self._sample_host()
+        return self._host_peak_bytes
+
+    @property
+    def device_peak_bytes(self) -> int:
+        """Highest number of bytes that torch's CUDA allocator held in the phase, so far."""
+        if self in PeakMeter._running:
+            self._fold_device_peak()
+        return self._device_peak_bytes
+
+    def _watch_host(self) -> None:
+        while not self._stop.wait(HOST_SAMPLE_SECONDS):
+            self._sample_host()
+
+    def _sample_host(self) -> None:
+        lifetime_peak = _lifetime_peak_bytes()
+        seen = lifetime_peak if lifetime_peak > self._lifetime_peak_before else psutil.Process().memory_info().rss
+        self._host_peak_bytes = max(self._host_peak_bytes, seen)
+
+    @staticmethod
+    def _fold_device_peak() -> None:
+        """Give every running meter the mark reached so far, before somebody resets it."""
+        if not torch.cuda.is_initialized():
+            return
+        reserved = torch.cuda.max_memory_reserved()
+        for meter in PeakMeter._running:
+            meter._device_peak_bytes = max(meter._device_peak_bytes, reserved)
+
+
+def _lifetime_peak_bytes() -> int:
+    """The kernel's high-water mark of the resident set since the process began; 0 where it keeps none."""
+    with suppress(OSError, IndexError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * KIB
+    return 0
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for text in _cgroup_files("cpu", "cpu.max"):
+        quota, _, period = text.partition(" ")
+        if quota.isdigit() and period.isdigit():
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
+
+
+def _usable_ram_bytes() -> int:
+    limits = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        limits += [int(text) for text in _cgroup_files("memory", name) if text.isdigit()]
+    return min(limits)
+
+
+def _cgroup_files(controller: str, name: str) -> Iterator[str]:
+    """Contents of `name` in this process's control group and every group above it, in versions 1 and 2.
+
+    Inside a container the path that /proc names may not be mounted; the mount's root is read then.
+    """
+    with suppress(OSError):
+        for line in _CGROUP_OF_THIS_PROCESS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            mount = _CGROUP_ROOT / controller if controllers else _CGROUP_ROOT
+            group = mount / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(mount):
+                    with suppress(OSError):
+                        yield (folder / name).read_text().strip()

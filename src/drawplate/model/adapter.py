@@ -1,0 +1,211 @@
+"""LoRA: the trained tensors, in PEFT's names, PEFT's file format and with PEFT's own rule of which layers are targets.
+
+PEFT decides what `target_modules` means and writes adapter_config.json; the tensors are ours, one dict a layer, in fp32
+on the device. What is saved loads with `peft.PeftModel.from_pretrained`, and the number of tensors is checked at every
+save, because an adapter that is silently empty costs a whole run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from drawplate.errors import IntegrityError, UsageError
+from drawplate.model.anatomy import Anatomy
+from drawplate.recipe import LoraSection
+
+PREFIX = "base_model.model."
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+
+def lora_config(section: LoraSection, anatomy: Anatomy, base_model: str, revision: str | None) -> LoraConfig:
+    """PEFT's configuration for a recipe, with `target_modules` resolved to names of this architecture.
+
+    Raises:
+        UsageError: a target that no linear layer of the decoder layers has.
+    """
+    targets = section.target_modules
+    config = LoraConfig(
+        r=section.r,
+        lora_alpha=section.lora_alpha if section.lora_alpha % 1 else int(section.lora_alpha),
+        target_modules=targets,
+        lora_dropout=section.lora_dropout,
+        bias=section.bias,
+        use_rslora=section.use_rslora,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        revision=revision,
+        inference_mode=True,
+    )
+    config = _maybe_include_all_linear_layers(config, anatomy.skeleton)
+    if targets == "all-linear":
+        config.target_modules = {name.rpartition(".")[2] for name in linear_names(anatomy)}
+    found = {name.rpartition(".")[2] for name in target_names(config, anatomy)}
+    wanted = set() if isinstance(targets, str) else {t.rpartition(".")[2] for t in targets}
+    if not found or wanted - found:
+        have = ", ".join(sorted({name.rpartition(".")[2] for name in linear_names(anatomy)}))
+        raise UsageError(
+            f"lora.target_modules: no linear layer is called {', '.join(sorted(wanted - found)) or targets}.",
+            safe="Nothing was loaded or written.",
+            next_step=f"Choose among {have}, or all-linear.",
+        )
+    return config
+
+
+def linear_names(anatomy: Anatomy) -> list[str]:
+    """Full names of the linear layers inside the decoder layers."""
+    return [
+        f"{anatomy.layers_path}.{i}.{path}"
+        for i, layer in enumerate(anatomy.layers)
+        for path, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def target_names(config: LoraConfig, anatomy: Anatomy) -> set[str]:
+    """Full names of the linear layers that get an adapter, by PEFT's own rule."""
+    return {name for name in linear_names(anatomy) if check_target_module_exists(config, name)}
+
+
+def scaling_of(config: LoraConfig) -> float:
+    """alpha / r, or alpha / sqrt(r) with rank stabilisation (Kalajdzievski 2023)."""
+    return float(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
+
+
+class Adapter:
+    """The trained tensors of all layers.
+
+    Args:
+        config: PEFT's configuration.
+        layers_path: the decoder layers' path in the base model.
+        shapes: for each layer, local name (`self_attn.q_proj.lora_A`) -> shape.
+        seed: decides the initial A matrices, whatever the global RNG's state; B starts at zero.
+        device: where the tensors live, in fp32.
+    """
+
+    def __init__(
+        self,
+        config: LoraConfig,
+        layers_path: str,
+        shapes: list[dict[str, tuple[int, ...]]],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.config, self.layers_path = config, layers_path
+        generator = torch.Generator().manual_seed(seed)
+        self.layers: list[dict[str, nn.Parameter]] = [
+            {name: nn.Parameter(_initial(name, shape, generator).to(device)) for name, shape in layer.items()}
+            for layer in shapes
+        ]
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        """Every trained tensor under the name PEFT saves it by."""
+        return {
+            _peft_name(f"{self.layers_path}.{i}.{name}"): tensor
+            for i, layer in enumerate(self.layers)
+            for name, tensor in layer.items()
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trained tensor, in a fixed order."""
+        return list(self.named_tensors().values())
+
+    @property
+    def parameter_count(self) -> int:
+        """Trained numbers."""
+        return sum(p.numel() for p in self.parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the trained tensors in host memory."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.named_tensors().items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor], origin: str) -> None:
+        """Set the trained tensors.
+
+        Raises:
+            IntegrityError: a tensor is missing, left over, or of another shape.
+        """
+        own = self.named_tensors()
+        wrong = sorted(own.keys() ^ state.keys()) + sorted(
+            name for name in own.keys() & state.keys() if own[name].shape != state[name].shape
+        )
+        if wrong:
+            raise IntegrityError(
+                f"{origin} does not fit this model: {len(wrong)} tensors are missing, left over or of another shape,"
+                f" the first {wrong[0]}.",
+                next_step="Use the adapter with the base model named in its adapter_config.json.",
+            )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write adapter_model.safetensors and adapter_config.json, then read the tensors' names back.
+
+        Raises:
+            IntegrityError: what was written is not what is trained.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        state = state if state is not None else self.state()
+        save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        values = self.config.to_dict()
+        values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.chmod(folder / WEIGHTS_NAME, 0o666 & ~_umask())
+        written = load_file(folder / WEIGHTS_NAME)
+        if written.keys() != self.named_tensors().keys() or not written:
+            raise IntegrityError(
+                f"{folder} holds {len(written)} adapter tensors where {len(self.named_tensors())} were trained.",
+                next_step="Please report this; the checkpoint before it is unharmed.",
+            )
+
+
+def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter's configuration and tensors, from PEFT's files; nothing in them is executed.
+
+    Raises:
+        UsageError: the folder holds no adapter.
+        IntegrityError: it holds one only as a pickle, or of a kind that is not plain LoRA.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise UsageError(f"{folder} holds no adapter.", next_step=f"Name a folder with {CONFIG_NAME} in it.")
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise IntegrityError(
+            f"{folder} has no {WEIGHTS_NAME}; other formats can run code when read and are not opened.",
+            next_step="Save the adapter again as safetensors.",
+        )
+    values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    if values.get("peft_type") != "LORA":
+        raise IntegrityError(
+            f"{folder} holds a {values.get('peft_type')} adapter, not LoRA.", next_step="Use a LoRA adapter."
+        )
+    known = {key: value for key, value in values.items() if key in LoraConfig.__dataclass_fields__}
+    return LoraConfig(**known), load_file(folder / WEIGHTS_NAME)
+
+
+def _peft_name(name: str) -> str:
+    path, _, leaf = name.rpartition(".")
+    return f"{PREFIX}{path}.{leaf}.weight" if leaf.startswith("lora_") else f"{PREFIX}{path}.base_layer.{leaf}"
+
+
+def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Any:
+    if name.endswith("lora_A"):
+        bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5), as PEFT and nn.Linear
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.zeros(shape)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

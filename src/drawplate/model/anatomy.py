@@ -1,0 +1,108 @@
+"""config.json -> the parts of a causal LM, on the meta device: nothing is allocated, every shape is known.
+
+A causal LM is embedding -> L decoder layers -> norm -> head. transformers builds the module; this file only finds the
+parts in it and says plainly when they cannot be found. It does not load weights and does not change the module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from drawplate.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a causal LM, as modules on the meta device.
+
+    Attributes:
+        config: the text configuration.
+        skeleton: the whole module, as transformers builds it.
+        body: what maps embeddings to the last hidden state; its `forward` is transformers' own.
+        layers: the decoder layers, in order.
+        layers_path: where they are in the skeleton, like `model.layers`.
+        embedding_path, head_path: names of the two modules.
+        tied: the head's weight is the embedding's.
+    """
+
+    config: PretrainedConfig
+    skeleton: nn.Module
+    body: nn.Module
+    layers: nn.ModuleList
+    layers_path: str
+    embedding_path: str
+    head_path: str
+    tied: bool
+
+    @property
+    def softcap(self) -> float | None:
+        """logits -> softcap * tanh(logits / softcap), where the architecture has it (Gemma 2)."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the logits: Cohere multiplies by logit_scale, Granite divides by logits_scaling."""
+        if (divisor := getattr(self.config, "logits_scaling", None)) is not None:
+            return 1.0 / divisor
+        return float(getattr(self.config, "logit_scale", None) or 1.0)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the base model, tied ones counted once."""
+        return sum(p.numel() for p in self.skeleton.parameters())
+
+
+def build_anatomy(config: PretrainedConfig, *, attention: str = "sdpa") -> Anatomy:
+    """The anatomy of the causal LM that `config` describes.
+
+    Raises:
+        UsageError: the architecture is not a causal LM with one list of decoder layers.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    name = (config.architectures or [config.model_type])[0]
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    except ValueError as error:
+        raise UsageError(
+            f"{name} is not a causal language model that transformers can build: {error}",
+            next_step="Choose a decoder-only model such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",
+        ) from None
+    skeleton.requires_grad_(False)
+    layers_path, layers = _decoder_layers(skeleton, config, name)
+    embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    if embedding is None or not isinstance(head, nn.Linear):
+        raise UsageError(f"{name} has no linear head over its vocabulary.", next_step="Choose another base model.")
+    return Anatomy(
+        config=config,
+        skeleton=skeleton,
+        body=skeleton.base_model,
+        layers=layers,
+        layers_path=layers_path,
+        embedding_path=_path_of(skeleton, embedding),
+        head_path=_path_of(skeleton, head),
+        tied=head.weight is embedding.weight or bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
+def _decoder_layers(skeleton: nn.Module, config: Any, name: str) -> tuple[str, nn.ModuleList]:
+    lists = [
+        (path, module)
+        for path, module in skeleton.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    ]
+    if len(lists) != 1:
+        raise UsageError(
+            f"{name} has {len(lists)} lists of {config.num_hidden_layers} layers where one was expected.",
+            next_step="Choose a model with one stack of decoder layers (Llama, Mistral, Qwen, Gemma, Phi, OLMo, ...).",
+        )
+    return lists[0]
+
+
+def _path_of(root: nn.Module, wanted: nn.Module) -> str:
+    return next(path for path, module in root.named_modules() if module is wanted)

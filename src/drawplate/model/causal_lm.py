@@ -1,0 +1,373 @@
+"""A causal LM put together from its parts, ready to give the nats of a micro-batch.
+
+    ids -> embedding -> transformers' own body, whose decoder layers are ExecutedLayers -> last hidden state
+                                                                    -> frozen head and cross-entropy -> nats
+
+`assemble` is the one way in: it replaces each linear layer of the decoder by a FrozenLinear, lays out the stored weights,
+fills them from the checkpoint tensor by tensor (quantizing on the device), makes the adapter, and gives the few modules
+outside the decoder layers real tensors. Training, evaluation and `prepare_model` all use what it returns.
+
+Left out: dropout that a configuration asks for inside the layers (residual, attention). The modules stay in evaluation
+mode, so that the only noise is the adapter's own dropout, which is a function of the token (model/dropout.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from drawplate.data.batches import Batch
+from drawplate.errors import IntegrityError
+from drawplate.model import attention
+from drawplate.model.adapter import Adapter, scaling_of, target_names
+from drawplate.model.anatomy import Anatomy, build_anatomy
+from drawplate.model.dropout import token_keys
+from drawplate.model.frozen import PLAIN_DTYPES, FrozenLinear, Storage
+from drawplate.model.layers import ExecutedLayer, LayerRunner
+from drawplate.model.loss import Head, ResidentRows, StreamedRows, head_cross_entropy
+from drawplate.model.residency import LayerLayout, Residency
+from drawplate.model.weights import Checkpoint
+
+DROPOUT_KEY = "dropout_key"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where everything lives and how it is computed: the part of a plan that the model needs.
+
+    Attributes:
+        device: where layers are computed.
+        storage: precision of the frozen linear weights.
+        compute_dtype: of activations and of everything frozen that is not a linear weight.
+        weights: tier of each layer: device, dequantized (on the device, in compute_dtype) or host; one word for all.
+        activations: policy of each layer: keep, recompute or offload; one word for all.
+        slots: of the ring for host layers.
+        head_rows: rows of a slot of the streamed head; 0 keeps embedding and head on the device.
+        compiled: compile the layer function.
+        poison: fill slots with NaN between uses (tests).
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    storage: Storage = field(default_factory=lambda: Storage("bf16"))
+    compute_dtype: torch.dtype = torch.bfloat16
+    weights: str | tuple[str, ...] = "device"
+    activations: str | tuple[str, ...] = "keep"
+    slots: int = 2
+    head_rows: int = 0
+    compiled: bool = False
+    poison: bool = False
+
+    def tiers(self, layers: int) -> list[str]:
+        """The weights' tier of each layer."""
+        return [self.weights] * layers if isinstance(self.weights, str) else list(self.weights)
+
+    def policies(self, layers: int) -> list[str]:
+        """The activations' policy of each layer."""
+        return [self.activations] * layers if isinstance(self.activations, str) else list(self.activations)
+
+
+class CausalLM:
+    """A base model with frozen weights somewhere and an adapter on the device. Made by `assemble`.
+
+    Attributes:
+        anatomy: its parts.
+        placement: where they live.
+        adapter: what is trained.
+        residency: where the layers' weights are.
+    """
+
+    def __init__(self, anatomy: Anatomy, placement: Placement, adapter: Adapter, residency: Residency) -> None:
+        self.anatomy, self.placement = anatomy, placement
+        self.adapter, self.residency = adapter, residency
+        self.runner = LayerRunner(
+            list(anatomy.layers),
+            residency,
+            adapter,
+            placement.policies(len(anatomy.layers)),
+            compiled=placement.compiled,
+        )
+        self.embedding: nn.Module
+        self.head: Head
+
+    def sum_nats(
+        self,
+        batch: Batch,
+        *,
+        scale: float = 1.0,
+        dropout_seed: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of a micro-batch, as a sum.
+
+        Args:
+            batch: in host memory.
+            scale: factor on the returned loss, such as 1 / tokens of the optimizer step.
+            dropout_seed: (seed, epoch); None switches the adapter's dropout off.
+
+        Returns:
+            `scale` times the sum of nats over counted targets, differentiable in the adapter where autograd is on; and
+            the nats of each position, detached, shape (B * T,), 0 where not counted.
+        """
+        hidden_BTH = self.hidden_states(batch, dropout_seed=dropout_seed)
+        targets_N = batch.targets_BT.reshape(-1)
+        hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])
+        return head_cross_entropy(hidden_NH, self.head, targets_N, scale=scale, counted=batch.counted_tokens)
+
+    def hidden_states(self, batch: Batch, *, dropout_seed: tuple[int, int] | None = None) -> Tensor:
+        """The body's output, shape (B, T, H), before the head."""
+        device = self.placement.device
+        keys = None
+        if dropout_seed is not None and self.adapter.config.lora_dropout > 0:
+            keys = token_keys(batch.sequence_ids_BT, batch.position_ids_BT, *dropout_seed).to(device, non_blocking=True)
+        self.runner.begin(keys)
+        embedded = self.embed(batch.input_ids_BT)
+        positions = batch.position_ids_BT.to(device, non_blocking=True)
+        return self.body_forward(embedded, positions, attention_arguments(batch, device))
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Rows of the embedding, looked up where the table is, on the device in the compute dtype."""
+        table = next(self.embedding.parameters()).device
+        rows = self.embedding(ids_BT.to(table, non_blocking=True)).detach()
+        if rows.device != self.placement.device:
+            rows = rows.pin_memory().to(self.placement.device, non_blocking=True)
+        return rows.to(self.placement.compute_dtype)
+
+    def body_forward(self, embedded_BTH: Tensor, position_ids_BT: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """transformers' own forward of the body over embeddings."""
+        out = self.anatomy.body(
+            inputs_embeds=embedded_BTH, position_ids=position_ids_BT, use_cache=False, return_dict=True, **arguments
+        )
+        return out.last_hidden_state
+
+
+def attention_arguments(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """What attention needs to know of a packed row; nothing for a padded batch, whose padding is on the right."""
+    if batch.cu_seqlens is None:
+        return {}
+    borders = batch.cu_seqlens.to(device, non_blocking=True)
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
+        "segments": tuple(batch.cu_seqlens.tolist()),
+    }
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    placement: Placement,
+    lora: LoraConfig | Callable[[Anatomy], LoraConfig],
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> CausalLM:
+    """Load a checkpoint into a placement, with a fresh adapter.
+
+    Args:
+        checkpoint: the base model's files.
+        placement: where the parts go.
+        lora: PEFT's configuration, or what makes it once the anatomy is known.
+        seed: of the adapter's initial values.
+        progress: called with (layers loaded, layers).
+
+    Raises:
+        UsageError: an architecture or target that cannot be used.
+        IntegrityError: tensors missing from the checkpoint.
+        DoesNotFit: device or host memory is too small.
+    """
+    attention.register()
+    anatomy = build_anatomy(checkpoint.config, attention="drawplate")
+    config = lora(anatomy) if callable(lora) else lora
+    tiers = placement.tiers(len(anatomy.layers))
+    targets = target_names(config, anatomy)
+    plain = next(name for name, dtype in PLAIN_DTYPES.items() if dtype == placement.compute_dtype)
+    for i, (layer, tier) in enumerate(zip(anatomy.layers, tiers, strict=True)):
+        storage = Storage(plain) if tier == "dequantized" else placement.storage
+        _freeze_linears(layer, f"{anatomy.layers_path}.{i}", storage, config, targets)
+    layouts = [LayerLayout.of(_stored_specs(layer, placement.compute_dtype)) for layer in anatomy.layers]
+    residency = Residency(
+        layouts, [tier != "host" for tier in tiers], placement.device, slots=placement.slots, poison=placement.poison
+    )
+    names = _CheckpointNames(checkpoint, anatomy)
+    for i, layer in enumerate(anatomy.layers):
+        _fill_layer(layer, f"{anatomy.layers_path}.{i}", residency.stored(i), names, placement)
+        if progress:
+            progress(i + 1, len(anatomy.layers))
+    adapter = Adapter(
+        config, anatomy.layers_path, [_trained_shapes(m, config) for m in anatomy.layers], seed, placement.device
+    )
+    _start_biases(adapter, residency)
+    model = CausalLM(anatomy, placement, adapter, residency)
+    _fill_outside(model, names)
+    body_layers = anatomy.skeleton.get_submodule(anatomy.layers_path)
+    for i in range(len(anatomy.layers)):
+        body_layers[i] = ExecutedLayer(model.runner, i)  # type: ignore[index,operator]
+    anatomy.skeleton.eval()
+    return model
+
+
+def _freeze_linears(layer: nn.Module, path: str, storage: Storage, config: LoraConfig, targets: set[str]) -> None:
+    for parent_path, parent in list(layer.named_modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.Linear):
+                continue
+            full = ".".join(part for part in (path, parent_path, name) if part)
+            rank = config.r if full in targets else 0
+            frozen = FrozenLinear(
+                child, storage, rank=rank, scaling=scaling_of(config), dropout=config.lora_dropout if rank else 0.0
+            )
+            setattr(parent, name, frozen)
+
+
+def _stored_specs(layer: nn.Module, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Everything of a layer that is frozen: name -> (shape, dtype)."""
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, tensor in layer.named_buffers():
+        if not name.endswith(DROPOUT_KEY):
+            specs[name] = (tuple(tensor.shape), tensor.dtype)
+    for name, tensor in layer.named_parameters():
+        if name.rpartition(".")[2] not in ("lora_A", "lora_B"):
+            specs[name] = (tuple(tensor.shape), dtype)
+    return specs
+
+
+def _trained_shapes(layer: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    shapes = {n: tuple(p.shape) for n, p in layer.named_parameters() if n.rpartition(".")[2] in ("lora_A", "lora_B")}
+    if config.bias == "none":
+        return shapes
+    targets = {name.rpartition(".")[0] for name in shapes}
+    biases = {
+        name: tuple(p.shape)
+        for name, p in layer.named_parameters()
+        if name.endswith(".bias") and (config.bias == "all" or name.removesuffix(".bias") in targets)
+    }
+    return shapes | biases
+
+
+@torch.no_grad()
+def _start_biases(adapter: Adapter, residency: Residency) -> None:
+    for i, trained in enumerate(adapter.layers):
+        for name, parameter in trained.items():
+            if name.endswith(".bias"):
+                parameter.copy_(residency.stored(i)[name])
+
+
+class _CheckpointNames:
+    """Finds the skeleton's tensors in a checkpoint, which may have been saved with or without the `model.` prefix."""
+
+    def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy) -> None:
+        self.checkpoint = checkpoint
+        self.prefix = anatomy.skeleton.base_model_prefix + "."
+
+    def name_of(self, name: str) -> str | None:
+        """The checkpoint's name of a tensor, None where it has none."""
+        for candidate in (name, name.removeprefix(self.prefix), self.prefix + name):
+            if candidate in self.checkpoint.files:
+                return candidate
+        return None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor.
+
+        Raises:
+            IntegrityError: the checkpoint has none of that name.
+        """
+        found = self.name_of(name)
+        if found is None:
+            raise IntegrityError(
+                f"{self.checkpoint.name} has no tensor {name}, which its configuration asks for.",
+                safe="Nothing was trained or written.",
+                next_step="Fetch the model again, or choose one in transformers' own format.",
+            )
+        return self.checkpoint.read(found)
+
+
+@torch.no_grad()
+def _fill_layer(
+    layer: nn.Module, path: str, stored: dict[str, Tensor], names: _CheckpointNames, placement: Placement
+) -> None:
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, FrozenLinear)}
+    for local, module in linears.items():
+        encoded = _encoded_linear(f"{path}.{local}", module, names, placement)
+        for name, tensor in encoded.items():
+            stored[f"{local}.{name}"].copy_(tensor)
+    from_linears = {f"{local}.{name}" for local, module in linears.items() for name in module.stored_names}
+    for name, target in stored.items():
+        if name not in from_linears:
+            target.copy_(names.read(f"{path}.{name}"))
+
+
+def _encoded_linear(
+    name: str, module: FrozenLinear, names: _CheckpointNames, placement: Placement
+) -> dict[str, Tensor]:
+    """The stored tensors of one linear layer; a dequantized layer has been through its quantization all the same."""
+    shape = (module.out_features, module.in_features)
+    wanted = placement.storage
+    encoded = names.checkpoint.stored_linear(name, wanted) if wanted.quantized else None
+    if encoded is None:
+        weight = names.read(f"{name}.weight").to(placement.device).to(placement.compute_dtype)
+        encoded = wanted.encode(weight)
+    if module.storage == wanted:
+        return encoded
+    on_device = [encoded[key].to(placement.device) for key in wanted.specs(*shape)]
+    return module.storage.encode(wanted.decode(on_device, shape, placement.compute_dtype))
+
+
+@torch.no_grad()
+def _fill_outside(model: CausalLM, names: _CheckpointNames) -> None:
+    """Real tensors for embedding, final norm, rotary tables and head."""
+    anatomy, placement = model.anatomy, model.placement
+    skeleton, dtype = anatomy.skeleton, placement.compute_dtype
+    streamed = placement.head_rows > 0
+    table_device = torch.device("cpu") if streamed else placement.device
+    embedding = skeleton.get_submodule(anatomy.embedding_path)
+    head = skeleton.get_submodule(anatomy.head_path)
+    inside = {id(module) for layer in anatomy.layers for module in layer.modules()}
+    for path, module in skeleton.named_modules():
+        if id(module) in inside or module is head:
+            continue
+        own_device = table_device if module is embedding else placement.device
+        _materialise(skeleton, module, path, own_device, dtype, names)
+    model.embedding = embedding
+    weight = embedding.weight if anatomy.tied else names.read(f"{anatomy.head_path}.weight")
+    weight = weight.detach().to(table_device, dtype)  # type: ignore[operator,union-attr]
+    if streamed and placement.device.type == "cuda":
+        weight = weight.pin_memory()
+        if anatomy.tied:
+            embedding.weight = nn.Parameter(weight, requires_grad=False)
+    bias = names.read(f"{anatomy.head_path}.bias").to(placement.device, dtype) if head.bias is not None else None  # type: ignore[union-attr]
+    rows = (
+        StreamedRows(weight, placement.device, slot_rows=placement.head_rows, poison=placement.poison)
+        if streamed
+        else ResidentRows(weight)
+    )
+    model.head = Head(weights=rows, bias=bias, softcap=anatomy.softcap, logit_scale=anatomy.logit_scale)
+
+
+def _materialise(
+    skeleton: nn.Module, module: nn.Module, path: str, device: torch.device, dtype: torch.dtype, names: _CheckpointNames
+) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        tensor = names.read(f"{path}.{name}".lstrip(".")).to(device, dtype)
+        if tensor.shape != parameter.shape:
+            raise IntegrityError(
+                f"{path}.{name} has shape {tuple(tensor.shape)} where the configuration says {tuple(parameter.shape)}.",
+                next_step="Fetch the model again.",
+            )
+        setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    buffers = list(module.named_buffers(recurse=False))
+    if not buffers:
+        return
+    for name, buffer in buffers:
+        module._buffers[name] = torch.empty_like(buffer, device=device)
+    lost = [name for name, _ in buffers if name in module._non_persistent_buffers_set]
+    if lost:
+        skeleton._init_weights(module)  # transformers' own way of computing tables that no checkpoint holds
+    for name, _ in buffers:
+        if name not in lost and names.name_of(f"{path}.{name}"):
+            module._buffers[name].copy_(names.read(f"{path}.{name}"))  # type: ignore[union-attr]

@@ -1,0 +1,245 @@
+"""Runs the decoder layers: one function of (stored weights, adapter, hidden states), called for each layer in turn.
+
+`ExecutedLayer` stands in transformers' own module list, so transformers' own `forward` drives the walk and every
+architecture keeps its masks, rotary embeddings and scalings. For each layer the policy says what becomes of its
+activations:
+
+    keep       autograd keeps them. If the layer is streamed, saved tensors that lie in its slot are kept as addresses
+               and looked up again in backward, when the slot holds the layer anew.
+    recompute  only the layer's input is saved; backward runs the layer again under autograd.
+    offload    as recompute, with the input in host memory meanwhile.
+
+Recomputation sees the same numbers because nothing in a layer draws from an RNG: dropout is a function of the token
+(model/dropout.py), and the modules stay in evaluation mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from drawplate.model.adapter import Adapter
+from drawplate.model.dropout import module_keys
+from drawplate.model.frozen import FrozenLinear
+from drawplate.model.residency import Residency
+from drawplate.model.saved_inputs import InputStore
+
+POLICIES = ("keep", "recompute", "offload")
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class LayerCall:
+    """One call of one layer: everything but the hidden states and the weights."""
+
+    layer: int
+    adapter_names: tuple[str, ...]
+    keys: Tensors
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class LayerRunner:
+    """Calls layers with weights from the residency and adapters from the adapter.
+
+    Args:
+        templates: the decoder layers on the meta device, linear layers already FrozenLinear.
+        residency: gives the stored tensors.
+        adapter: gives the trained tensors.
+        policies: keep, recompute or offload for each layer.
+        compiled: compile the layer function; layers of one kind share one compilation.
+    """
+
+    def __init__(
+        self,
+        templates: Sequence[nn.Module],
+        residency: Residency,
+        adapter: Adapter,
+        policies: Sequence[str],
+        *,
+        compiled: bool = False,
+    ) -> None:
+        unknown = set(policies) - set(POLICIES)
+        if unknown or len(policies) != len(templates):
+            raise ValueError(f"policies must be {POLICIES}, one for each of {len(templates)} layers; got {policies}")
+        self.templates, self.residency, self.adapter = list(templates), residency, adapter
+        self.policies = list(policies)
+        self.inputs = InputStore(residency.device)
+        self.token_keys: Tensor | None = None
+        self._held_for_backward: int | None = None
+        self._salts = [_module_salts(template, i, residency.device) for i, template in enumerate(templates)]
+        self._no_key = torch.empty(0, dtype=torch.int32, device=residency.device)
+        self._functions = _shared_functions(self.templates) if compiled else [_call_of(t) for t in self.templates]
+        self._eager = [_call_of(t) for t in self.templates]
+
+    def begin(self, token_keys_BT: Tensor | None) -> None:
+        """A new micro-batch; keys switch dropout on for it."""
+        self.token_keys = token_keys_BT
+        self._let_go()
+        self.inputs.forget()
+
+    def run(self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The layer's output; differentiable in `hidden` and the adapter."""
+        trained = self.adapter.layers[layer]
+        call = LayerCall(layer, tuple(trained), self._dropout_keys(layer), args, kwargs)
+        if not torch.is_grad_enabled():
+            weights = self.residency.acquire(layer)
+            out = self._compute(call, weights, trained, hidden)
+            self.residency.release(layer)
+            return out
+        if self.policies[layer] != "keep":
+            return _RecomputedLayer.apply(self, call, hidden, *trained.values())
+        if not self.residency.streamed[layer]:
+            return self._compute(call, self.residency.acquire(layer), trained, hidden)
+        return self._run_streamed_and_kept(call, trained, hidden)
+
+    def _run_streamed_and_kept(self, call: LayerCall, trained: Tensors, hidden: Tensor) -> Tensor:
+        layer = call.layer
+        weights = self.residency.acquire(layer, training=True)
+        buffer = self.residency.held_buffer(layer)
+        start, end = buffer.data_ptr(), buffer.data_ptr() + buffer.numel()
+
+        def pack(tensor: Tensor) -> Tensor | tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
+            if not start <= tensor.data_ptr() < end or tensor.numel() == 0:
+                return tensor
+            return (tensor.data_ptr() - start, tensor.shape, tensor.stride(), tensor.dtype)
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            offset, shape, stride, dtype = packed
+            flat = self.residency.held_buffer(layer)[offset:]
+            flat = flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+            return flat.as_strided(shape, stride)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            out = self._compute(call, weights, trained, hidden)
+        self.residency.release(layer)
+        return _AcquireInBackward.apply(out, self, layer)
+
+    def _compute(self, call: LayerCall, weights: Tensors, trained: Tensors, hidden: Tensor) -> Tensor:
+        cached = call.kwargs.get("past_key_values") is not None
+        function = (self._eager if cached else self._functions)[call.layer]
+        out = function({**weights, **trained, **call.keys}, hidden, call.args, call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _dropout_keys(self, layer: int) -> Tensors:
+        names, salts = self._salts[layer]
+        if self.token_keys is None or not names:
+            return dict.fromkeys(names, self._no_key)
+        return dict(zip(names, module_keys(self.token_keys, salts).unbind(0), strict=True))
+
+    def hold_for_backward(self, layer: int) -> None:
+        """Backward reaches a streamed layer whose activations were kept."""
+        self._let_go()
+        self.residency.acquire(layer, backward=True)
+        self._held_for_backward = layer
+
+    def _let_go(self) -> None:
+        if self._held_for_backward is not None:
+            self.residency.release(self._held_for_backward)
+            self._held_for_backward = None
+
+
+class _AcquireInBackward(torch.autograd.Function):
+    """Identity on a layer's output whose backward, the first to run of that layer's, brings the layer back."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, runner: LayerRunner, layer: int) -> Tensor:
+        ctx.runner, ctx.layer = runner, layer
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        ctx.runner.hold_for_backward(ctx.layer)
+        return grad, None, None
+
+
+class _RecomputedLayer(torch.autograd.Function):
+    """Saves the layer's input; backward computes the layer again and differentiates it on the spot."""
+
+    @staticmethod
+    def forward(ctx: Any, runner: LayerRunner, call: LayerCall, hidden: Tensor, *trained: Tensor) -> Tensor:
+        layer = call.layer
+        ctx.runner, ctx.call, ctx.trained = runner, call, trained
+        ctx.saved_input = runner.inputs.put(hidden, offload=runner.policies[layer] == "offload")
+        weights = runner.residency.acquire(layer, training=True)
+        out = runner._compute(call, weights, dict(zip(call.adapter_names, trained, strict=True)), hidden)
+        runner.residency.release(layer)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:  # type: ignore[override]
+        runner, call = ctx.runner, ctx.call
+        runner._let_go()
+        weights = runner.residency.acquire(call.layer, backward=True)
+        with torch.enable_grad():
+            hidden = runner.inputs.take(ctx.saved_input).detach().requires_grad_(ctx.needs_input_grad[2])
+            trained = [t.detach().requires_grad_() for t in ctx.trained]
+            out = runner._compute(call, weights, dict(zip(call.adapter_names, trained, strict=True)), hidden)
+            wanted = ([hidden] if ctx.needs_input_grad[2] else []) + trained
+            gradients = list(torch.autograd.grad(out, wanted, grad_out)) if wanted else []
+        runner.residency.release(call.layer)
+        ctx.saved_input = None
+        grad_hidden = gradients.pop(0) if ctx.needs_input_grad[2] else None
+        return None, None, grad_hidden, *gradients
+
+
+class ExecutedLayer(nn.Module):
+    """Takes a decoder layer's place in transformers' module list and hands the call to the runner."""
+
+    def __init__(self, runner: LayerRunner, layer: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "_runner", runner)
+        object.__setattr__(self, "_layer", layer)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states (B, T, H) -> (B, T, H)."""
+        return self._runner.run(self._layer, hidden_states, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Bodies ask their layers for facts such as `attention_type`.
+        return getattr(self._runner.templates[self._layer], name)
+
+
+def _call_of(template: nn.Module) -> Callable[..., Any]:
+    def call(tensors: Tensors, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return functional_call(template, tensors, (hidden, *args), kwargs)
+
+    return call
+
+
+def _shared_functions(templates: Sequence[nn.Module]) -> list[Callable[..., Any]]:
+    """One compiled function for each kind of layer; layers alike but for their index are one kind."""
+    by_kind: dict[str, Callable[..., Any]] = {}
+    return [
+        by_kind.setdefault(kind, torch.compile(_call_of(template), dynamic=False))
+        for template in templates
+        for kind in [kind_of(template)]
+    ]
+
+
+def kind_of(template: nn.Module) -> str:
+    """A string equal for layers that compute the same function of their tensors."""
+    parts = []
+    for path, module in template.named_modules():
+        facts = {
+            k: v
+            for k, v in vars(module).items()
+            if k != "layer_idx" and not k.startswith("_") and isinstance(v, (int, float, str, bool, tuple, type(None)))
+        }
+        storage = module.storage if isinstance(module, FrozenLinear) else None
+        tensors = [(n, tuple(t.shape), t.dtype) for n, t in [*module.named_parameters(), *module.named_buffers()]]
+        parts.append(f"{path}:{type(module).__name__}:{sorted(facts.items(), key=str)}:{storage}:{tensors}")
+    return "\n".join(parts)
+
+
+def _module_salts(template: nn.Module, layer: int, device: torch.device) -> tuple[tuple[str, ...], Tensor]:
+    names = [f"{path}.dropout_key" for path, m in template.named_modules() if isinstance(m, FrozenLinear) and m.rank]
+    salts = [(layer + 1) * 1_000_003 + 7919 * position for position in range(len(names))]
+    return tuple(names), torch.tensor(salts, dtype=torch.int32, device=device)

@@ -1,0 +1,276 @@
+"""A recipe, a machine and a corpus -> a Plan: every `auto` decided, each with its reason, nothing the user set changed.
+
+Rules of thumb with their sources in the reasons; a search over measured costs can replace them behind the same call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from drawplate.plan.ledger import Choice, ModelShape, kept_bytes_per_token_and_layer, ledger, stored_bits
+from drawplate.recipe import Recipe
+from drawplate.records import Machine, Plan
+from drawplate.units import MIB, format_bytes, format_count
+
+DEFAULT_BATCH_SEQUENCES = 16
+FEWEST_USEFUL_STEPS = 50
+LONGEST_DEFAULT_WINDOW = 2048
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+SMALL_MODEL_PARAMETERS = 10**9
+USABLE_SHARE = 0.85
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusShape:
+    """Lengths of the training windows in tokens."""
+
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """All that a choice rests on."""
+
+    recipe: Recipe
+    machine: Machine
+    model: ModelShape
+    base_bytes: int = 0
+    stored_precision: str | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that the run may use where it computes."""
+        if self.machine.device == "cuda":
+            return self.recipe.memory.vram or int(self.machine.device_bytes * 0.95)
+        return int((self.recipe.memory.ram or self.machine.ram_bytes) * USABLE_SHARE) - self.base_bytes
+
+
+def choose_max_length(recipe: Recipe, max_positions: int) -> int:
+    """Tokens in a window."""
+    if recipe.data.max_length != "auto":
+        return recipe.data.max_length
+    return min(LONGEST_DEFAULT_WINDOW, max_positions)
+
+
+def choose_compute_dtype(recipe: Recipe, machine: Machine) -> tuple[str, str]:
+    """(float16, bfloat16 or float32, reason)."""
+    asked = recipe.quantization.bnb_4bit_compute_dtype
+    if recipe.train.fp16:
+        return "float16", "train.fp16"
+    if recipe.train.bf16:
+        return "bfloat16", "train.bf16"
+    if asked != "auto":
+        return asked, "quantization.bnb_4bit_compute_dtype"
+    if machine.bf16_native:
+        return "bfloat16", "this device multiplies bf16 natively"
+    if machine.device == "cuda":
+        return "float16", "this GPU has no bf16"
+    return "float32", "this CPU has no native bf16; fp32 is faster than emulation"
+
+
+def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
+    """Decide everything the recipe left open.
+
+    Args:
+        situation: recipe, machine and model.
+        corpus: lengths of the training windows.
+        max_length: of a window, from `choose_max_length`.
+    """
+    recipe, machine, model = situation.recipe, situation.machine, situation.model
+    reasons: dict[str, str] = {}
+    compute_dtype, reasons["compute_dtype"] = choose_compute_dtype(recipe, machine)
+    precision = _precision(situation, compute_dtype, reasons)
+    batch = _batch(recipe, corpus, reasons)
+    packing = recipe.data.packing if recipe.data.packing != "auto" else batch.packing_fits
+    if recipe.data.packing == "auto":
+        reasons["packing"] = (
+            "several documents share a row, so almost nothing is padding"
+            if packing
+            else "train.per_device_train_batch_size counts sequences, so each has a row of its own"
+        )
+    longest = max(corpus.lengths)
+    tokens = _micro_batch_tokens(recipe, machine.device, batch, packing, longest)
+    weights = _weights(situation, precision, compute_dtype, reasons)
+    activations = _activations(situation, precision, compute_dtype, weights, tokens, reasons)
+    steps_an_epoch = math.ceil(len(corpus.lengths) / batch.effective)
+    steps = max(1, math.ceil(steps_an_epoch * recipe.train.num_train_epochs))
+    steps = min(steps, recipe.train.max_steps or steps)
+    lines = ledger(
+        model,
+        Choice(
+            precision=precision,
+            double_quant=recipe.quantization.bnb_4bit_use_double_quant,
+            compute_dtype=compute_dtype,
+            weights=weights,
+            activations=activations,
+            micro_batch_tokens=tokens,
+            device=machine.device,  # type: ignore[arg-type]
+        ),
+        base_bytes=situation.base_bytes,
+        loss_workspace_bytes=(256 if machine.device == "cuda" else 32) * MIB + tokens * model.hidden * 8,
+    )
+    return Plan(
+        device=machine.device,
+        precision=precision,
+        double_quant=recipe.quantization.bnb_4bit_use_double_quant,
+        compute_dtype=compute_dtype,
+        weights=weights,
+        activations=activations,
+        compiled=machine.device == "cuda" if recipe.model.compile == "auto" else recipe.model.compile,
+        packing=packing,
+        max_length=max_length,
+        micro_batch_sequences=batch.micro,
+        micro_batch_tokens=tokens,
+        effective_batch_size=batch.effective,
+        gradient_accumulation_steps=_accumulation(batch, corpus, tokens, packing),
+        optimizer_steps=steps,
+        epochs=recipe.train.num_train_epochs,
+        learning_rate=_learning_rate(recipe, model, reasons),
+        eval_batch_sequences=_given(recipe.evaluation.per_device_eval_batch_size) or batch.micro,
+        reasons=reasons,
+        warnings=_warnings(recipe, corpus, batch, steps),
+        ledger=lines,
+    )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    effective: int
+    micro: int
+    micro_given: bool
+
+    @property
+    def packing_fits(self) -> bool:
+        return not self.micro_given
+
+
+def _given(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+def _batch(recipe: Recipe, corpus: CorpusShape, reasons: dict[str, str]) -> _Batch:
+    micro, accumulation = (
+        _given(recipe.train.per_device_train_batch_size),
+        _given(recipe.train.gradient_accumulation_steps),
+    )
+    effective = _given(recipe.train.effective_batch_size)
+    if micro and accumulation:
+        effective = micro * accumulation
+    if effective is None:
+        useful = max(1, int(len(corpus.lengths) * recipe.train.num_train_epochs) // FEWEST_USEFUL_STEPS)
+        effective = max(micro or 1, min(DEFAULT_BATCH_SEQUENCES, useful)) * (accumulation or 1)
+        reasons["effective_batch_size"] = (
+            f"{DEFAULT_BATCH_SEQUENCES} sequences a step learn well on small corpora, and a corpus of "
+            f"{format_count(len(corpus.lengths))} still gets {FEWEST_USEFUL_STEPS} steps or more where it can"
+        )
+    if micro is None:
+        micro = max(1, effective // accumulation) if accumulation else effective
+        reasons["micro_batch"] = "a step's sequences, cut to the micro-batch tokens"
+    return _Batch(effective, micro, _given(recipe.train.per_device_train_batch_size) is not None)
+
+
+def _micro_batch_tokens(recipe: Recipe, device: str, batch: _Batch, packing: bool, longest: int) -> int:
+    multiple = recipe.data.pad_to_multiple_of
+    rounded = -(-longest // multiple) * multiple
+    if packing:
+        return max(rounded, MICRO_BATCH_TOKENS[device])
+    return batch.micro * rounded
+
+
+def _accumulation(batch: _Batch, corpus: CorpusShape, tokens: int, packing: bool) -> int:
+    """Micro-batches in an optimizer step; packed, the expected number."""
+    if not packing:
+        return math.ceil(batch.effective / batch.micro)
+    expected = min(batch.effective, len(corpus.lengths)) * corpus.tokens / len(corpus.lengths)
+    return max(1, math.ceil(expected / tokens))
+
+
+def _precision(situation: Situation, compute_dtype: str, reasons: dict[str, str]) -> str:
+    asked = situation.recipe.quantization.chosen
+    if asked != "auto":
+        return asked
+    if situation.stored_precision:
+        reasons["precision"] = "the checkpoint is already quantized so"
+        return situation.stored_precision
+    plain = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[compute_dtype]
+    need = situation.model.parameters * stored_bits(plain, False) / 8
+    if need < 0.5 * situation.room_bytes:
+        reasons["precision"] = f"{format_bytes(need)} of unquantized weights fit, and quantizing costs perplexity"
+        return plain
+    reasons["precision"] = f"{format_bytes(need)} of {plain} weights would take over half of the memory"
+    return "nf4"
+
+
+def _weights(situation: Situation, precision: str, compute_dtype: str, reasons: dict[str, str]) -> Any:
+    asked = situation.recipe.memory.weights
+    if asked != "auto":
+        return asked
+    quantized = precision in ("nf4", "fp4", "int8")
+    plain_bytes = situation.model.linear_parameters * (4 if compute_dtype == "float32" else 2)
+    if quantized and plain_bytes < 0.15 * situation.room_bytes:
+        reasons["weights"] = (
+            f"quantized, then kept dequantized: {format_bytes(plain_bytes)} fit, and no step has to dequantize again"
+        )
+        return "dequantized"
+    frozen = situation.model.linear_parameters * stored_bits(precision, True) / 8
+    if situation.machine.device == "cuda" and frozen > 0.6 * situation.room_bytes:
+        reasons["weights"] = f"{format_bytes(frozen)} of frozen weights leave too little room: streamed from the host"
+        return "host"
+    reasons["weights"] = f"{format_bytes(frozen)} of frozen weights fit"
+    return "device"
+
+
+def _activations(
+    situation: Situation, precision: str, compute_dtype: str, weights: str, tokens: int, reasons: dict[str, str]
+) -> Any:
+    recipe, model = situation.recipe, situation.model
+    if recipe.memory.activations != "auto":
+        return recipe.memory.activations
+    if recipe.train.gradient_checkpointing is not None and recipe.train.gradient_checkpointing != "auto":
+        return "recompute" if recipe.train.gradient_checkpointing else "keep"
+    size = 4 if compute_dtype == "float32" else 2
+    bits = stored_bits(precision, True) if weights == "device" else 8.0 * size
+    frozen = 0 if weights == "host" else model.linear_parameters * bits / 8
+    kept = kept_bytes_per_token_and_layer(model, size) * tokens * model.layers
+    room = situation.room_bytes - frozen - model.outside_parameters * size - model.trained_parameters * 16
+    if kept < 0.8 * room:
+        reasons["activations"] = f"{format_bytes(kept)} of activations fit, so nothing is computed twice"
+        return "keep"
+    reasons["activations"] = f"{format_bytes(kept)} of activations do not fit: only each layer's input is kept"
+    return "recompute"
+
+
+def _learning_rate(recipe: Recipe, model: ModelShape, reasons: dict[str, str]) -> float:
+    if recipe.train.learning_rate != "auto":
+        return recipe.train.learning_rate
+    small = model.parameters < SMALL_MODEL_PARAMETERS
+    reasons["learning_rate"] = "5e-4 for models under a billion parameters, 2e-4 above"
+    return 5e-4 if small else 2e-4
+
+
+def _warnings(recipe: Recipe, corpus: CorpusShape, batch: _Batch, steps: int) -> tuple[str, ...]:
+    sequences: Sequence[int] = corpus.lengths
+    if steps >= FEWEST_USEFUL_STEPS or batch.effective <= 1 or recipe.train.max_steps:
+        return ()
+    epochs = recipe.train.num_train_epochs
+    better = max(1, min(DEFAULT_BATCH_SEQUENCES, int(len(sequences) * epochs) // FEWEST_USEFUL_STEPS))
+    if better >= batch.effective:
+        return ()
+    better_steps = math.ceil(math.ceil(len(sequences) / better) * epochs)
+    share = batch.effective / len(sequences)
+    size = f"{share:.0f} times the training corpus" if share >= 2 else f"{100 * share:.0f} % of the training corpus"
+    return (
+        f"An effective batch of {format_count(batch.effective)} sequences is {size} "
+        f"({format_count(len(sequences))} sequences): it leaves {steps} optimizer step{'s' if steps > 1 else ''}, which "
+        f"teach next to nothing. Set train.effective_batch_size={better} (with per_device_train_batch_size and "
+        f"gradient_accumulation_steps on auto) for {format_count(better_steps)} steps.",
+    )

@@ -1,0 +1,168 @@
+"""Everything that is known before the model is loaded: documents, split, tokens, anatomy and plan.
+
+`prepare` is the first half of every run and all of `drawplate plan`: it reads config.json and the tokenizer but no
+weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from drawplate.data.chat import chat_renderer
+from drawplate.data.documents import Corpus, read_documents
+from drawplate.data.split import Split, hold_out_given, split
+from drawplate.data.tokens import Tokenized, Tokenizer, load_tokenizer, tokenize
+from drawplate.device import machine, memory_sample, pick_device
+from drawplate.errors import DataError
+from drawplate.model.adapter import lora_config, target_names
+from drawplate.model.anatomy import Anatomy, build_anatomy
+from drawplate.model.causal_lm import Placement
+from drawplate.model.frozen import Storage
+from drawplate.model.weights import Checkpoint, open_checkpoint
+from drawplate.plan.choose import CorpusShape, Situation, choose, choose_max_length
+from drawplate.plan.ledger import ModelShape
+from drawplate.recipe import Recipe
+from drawplate.records import Plan
+from drawplate.train import Cutting
+
+STREAMED_HEAD_ROWS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything known before the model is loaded."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    tokenizer: Tokenizer
+    corpus: Corpus
+    split: Split
+    train: Tokenized
+    heldout: Tokenized
+    plan: Plan
+    device: torch.device
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Read and split the documents, read the model's configuration, and plan. Loads no weights."""
+    device = pick_device(recipe.model.device_map)
+    checkpoint = open_checkpoint(recipe.model)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    render = chat_renderer(tokenizer)
+    corpus = read_documents(recipe.data, recipe.data.files, render)
+    if recipe.data.heldout_files:
+        given = read_documents(recipe.data, recipe.data.heldout_files, render)
+        sides = hold_out_given(corpus.documents, given.documents)
+        corpus = replace(corpus, intake=corpus.intake + given.intake)
+    else:
+        sides = split(corpus.documents, recipe.data.heldout_fraction)
+    max_length = choose_max_length(recipe, max_positions(checkpoint))
+    training = tokenize(sides.train, tokenizer, max_length, append_eos=True)
+    heldout = tokenize(sides.heldout, tokenizer, max_length)
+    for name, part in (("training", training), ("held-out", heldout)):
+        if not part.sequences:
+            raise DataError(
+                f"The {name} documents are too short: no token in them can be predicted.",
+                safe="Nothing was written.",
+                next_step="Add longer documents to data.files.",
+            )
+    anatomy = build_anatomy(checkpoint.config)
+    chosen = choose_plan(recipe, checkpoint, anatomy, training, max_length)
+    return Prepared(
+        recipe=recipe,
+        checkpoint=checkpoint,
+        anatomy=anatomy,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        split=sides,
+        train=training,
+        heldout=heldout,
+        plan=chosen,
+        device=device,
+    )
+
+
+def placement_of(chosen: Plan, device: torch.device) -> Placement:
+    """The model's part of a plan."""
+    return Placement(
+        device=device,
+        storage=Storage(chosen.precision, chosen.double_quant),
+        compute_dtype=getattr(torch, chosen.compute_dtype),
+        weights=chosen.weights,
+        activations=chosen.activations,
+        head_rows=STREAMED_HEAD_ROWS if chosen.weights == "host" else 0,
+        compiled=chosen.compiled,
+    )
+
+
+def train_cutting(prepared: Prepared) -> Cutting:
+    """How the training windows are cut into micro-batches."""
+    chosen = prepared.plan
+    return Cutting(
+        packing=chosen.packing,
+        tokens=chosen.micro_batch_tokens,
+        sequences=chosen.micro_batch_sequences,
+        pad_to_multiple_of=prepared.recipe.data.pad_to_multiple_of,
+        pad_id=pad_id(prepared.tokenizer),
+    )
+
+
+def evaluation_cutting(prepared: Prepared) -> Cutting:
+    """How the held-out windows are cut: packed as in training, unless a number of sequences was asked for."""
+    chosen = prepared.plan
+    asked = prepared.recipe.evaluation.per_device_eval_batch_size != "auto"
+    return replace(train_cutting(prepared), packing=chosen.packing and not asked, sequences=chosen.eval_batch_sequences)
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """Any valid id: padding is neither attended to nor counted."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def max_positions(checkpoint: Checkpoint) -> int:
+    """Longest input the model was made for; a generous guess where its configuration does not say."""
+    return int(getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or 2**15)
+
+
+def model_shape(anatomy: Anatomy, recipe: Recipe) -> ModelShape:
+    """The numbers that memory and time depend on, read off the meta-device module."""
+    config = lora_config(recipe.lora, anatomy, recipe.model.name_or_path, None)
+    targets = target_names(config, anatomy)
+    linears = {
+        f"{anatomy.layers_path}.{i}.{path}": module
+        for i, layer in enumerate(anatomy.layers)
+        for path, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    linear_parameters = sum(module.weight.numel() for module in linears.values())
+    attention = [
+        m for name, m in linears.items() if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "qkv_proj")
+    ]
+    settings = anatomy.config
+    return ModelShape(
+        parameters=anatomy.parameters,
+        layers=len(anatomy.layers),
+        linear_parameters=linear_parameters,
+        outside_parameters=anatomy.parameters - linear_parameters,
+        hidden=settings.hidden_size,
+        intermediate=getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size,
+        vocab=settings.vocab_size,
+        attention_width=sum(m.out_features for m in attention) // len(anatomy.layers) or 3 * settings.hidden_size,
+        trained_parameters=sum(config.r * (linears[n].in_features + linears[n].out_features) for n in targets),
+        max_positions=getattr(settings, "max_position_embeddings", None) or 2**15,
+    )
+
+
+def choose_plan(recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy, tokens: Tokenized, max_length: int) -> Plan:
+    """The plan for tokens that have been counted."""
+    situation = Situation(
+        recipe=recipe,
+        machine=machine(pick_device(recipe.model.device_map)),
+        model=model_shape(anatomy, recipe),
+        base_bytes=memory_sample().process_bytes,
+        stored_precision=checkpoint.quantized_precision,
+    )
+    return choose(situation, CorpusShape(lengths=tuple(len(s) for s in tokens.sequences)), max_length)

@@ -1,0 +1,267 @@
+"""The page's tables as rows of text: scores, documents, data, plan, ledger, recipe, machine.
+
+Only formatting: a row is a figure of the record, or the difference of two. What the record does not hold gives no row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import yaml
+
+from drawplate.records import DocumentChange, Evaluation, LedgerLine, Plan, RunRecord
+from drawplate.report.wording import (
+    Fact,
+    change_percent,
+    format_figure,
+    format_percent,
+    has_adapter,
+    measured,
+    perplexity_change_percent,
+    plural,
+)
+from drawplate.units import format_bytes, format_count, format_seconds
+
+_DOCUMENTS_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """One measure of the held-out documents, before and after."""
+
+    name: str
+    before: str
+    after: str
+    change: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentRow:
+    """One held-out document's perplexity, before and after."""
+
+    name: str
+    tokens: str
+    before: str
+    after: str
+    change: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    """One decision of the plan and why it was taken."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerGroup:
+    """The ledger's lines for one place, their sum, and the peak measured there."""
+
+    where: str
+    lines: list[LedgerLine]
+    total: str
+    peak: str
+
+
+def score_rows(record: RunRecord) -> list[ScoreRow]:
+    """Perplexity, loss and bits per byte, before and after; a side that was not measured is a dash."""
+    before, after = measured(record.evaluation.baseline), measured(record.evaluation.final)
+    if before is None and after is None:
+        return []
+    change = change_percent(record)
+    rows = [
+        ScoreRow(
+            name="Perplexity",
+            before=_score(before, "perplexity", 2),
+            after=_score(after, "perplexity", 2),
+            change=format_percent(change) if change is not None else "",
+        ),
+        _difference_row("Loss, nats per token", before, after, "loss"),
+    ]
+    if all(result is None or result.bytes for result in (before, after)):
+        rows.append(_difference_row("Bits per byte", before, after, "bits_per_byte"))
+    return rows
+
+
+def _score(result: Evaluation | None, name: str, decimals: int) -> str:
+    return format_figure(getattr(result, name), decimals) if result else "\u2013"
+
+
+def _difference_row(label: str, before: Evaluation | None, after: Evaluation | None, name: str) -> ScoreRow:
+    change = ""
+    if before and after:
+        change = f"{getattr(after, name) - getattr(before, name):+.3f}"
+    return ScoreRow(name=label, before=_score(before, name, 3), after=_score(after, name, 3), change=change)
+
+
+def document_rows(record: RunRecord) -> tuple[list[DocumentRow], list[DocumentRow]]:
+    """The held-out documents that gained most and least, at most five each and none twice."""
+    ranked = sorted((d for d in record.documents if d.tokens > 0), key=_nats_gained)
+    best = ranked[: min(_DOCUMENTS_SHOWN, math.ceil(len(ranked) / 2))]
+    worst = ranked[len(best) :][-_DOCUMENTS_SHOWN:]
+    return [_document_row(d) for d in best], [_document_row(d) for d in reversed(worst)]
+
+
+def _nats_gained(document: DocumentChange) -> float:
+    return (document.final_nats - document.baseline_nats) / document.tokens
+
+
+def _document_row(document: DocumentChange) -> DocumentRow:
+    before = Evaluation(nats=document.baseline_nats, tokens=document.tokens, bytes=0)
+    after = Evaluation(nats=document.final_nats, tokens=document.tokens, bytes=0)
+    return DocumentRow(
+        name=document.document,
+        tokens=format_count(document.tokens),
+        before=format_figure(before.perplexity),
+        after=format_figure(after.perplexity),
+        change=format_percent(perplexity_change_percent(before, after)),
+    )
+
+
+def improved(record: RunRecord) -> str:
+    """How many held-out documents gained, in one sentence; empty where none were scored."""
+    scored = [d for d in record.documents if d.tokens > 0]
+    if not scored:
+        return ""
+    better = sum(d.final_nats < d.baseline_nats for d in scored)
+    return f"{format_count(better)} of {plural(len(scored), 'held-out document')} became easier to predict."
+
+
+def data_account(record: RunRecord) -> list[Fact]:
+    """Where files, documents and tokens went, those not used included; empty where nothing was read."""
+    data = record.data
+    if not (data.files or data.refused_files or data.skipped_files):
+        return []
+    lines = (
+        ("Files", data.files, ""),
+        ("Files skipped", data.skipped_files, "reasons in intake.jsonl"),
+        ("Files refused", data.refused_files, "reasons in intake.jsonl"),
+        ("Documents", data.documents, ""),
+        ("Exact duplicates left out", data.duplicate_documents, ""),
+        ("Documents cut into windows", data.cut_documents, "cut, not truncated: every window is used"),
+        ("Windows", data.windows, ""),
+        ("Tokens trained on", data.train_tokens, ""),
+        ("Tokens held out", data.heldout_tokens, ""),
+        ("Tokens dropped", data.dropped_tokens, ""),
+    )
+    return [Fact(label=name, value=format_count(n), note=note if n else "") for name, n, note in lines]
+
+
+def plan_rows(plan: Plan) -> list[PlanRow]:
+    """Every decision of the plan with its reason; a reason about anything else gets a row of its own."""
+    names = [f.name for f in fields(plan) if f.name not in ("reasons", "warnings", "ledger")]
+    rows = [PlanRow(name=n, value=_plain(getattr(plan, n)), reason=plan.reasons.get(n, "")) for n in names]
+    others = [PlanRow(name=n, value="", reason=reason) for n, reason in plan.reasons.items() if n not in names]
+    return rows + others
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return format_count(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def ledger_groups(record: RunRecord) -> list[LedgerGroup]:
+    """The plan's bytes by place, each with its sum and the measured peak where there is one."""
+    if record.plan is None:
+        return []
+    peaks = {"device": record.memory.device_peak_bytes, "host": record.memory.host_peak_bytes}
+    groups = []
+    for where in ("device", "host", "disk"):
+        lines = [line for line in record.plan.ledger if line.where == where]
+        if lines:
+            peak = format_bytes(peaks[where]) if peaks.get(where) else ""
+            total = format_bytes(record.plan.predicted_bytes(where))
+            groups.append(LedgerGroup(where=where, lines=lines, total=total, peak=peak))
+    return groups
+
+
+def all_warnings(record: RunRecord) -> list[str]:
+    """The plan's warnings and the run's, each once."""
+    return list(dict.fromkeys((*(record.plan.warnings if record.plan else ()), *record.warnings)))
+
+
+def recipe_text(record: RunRecord) -> str:
+    """The recipe as resolved, as YAML."""
+    if not record.recipe:
+        return ""
+    return yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True, width=100).rstrip()
+
+
+def machine_rows(record: RunRecord) -> list[Fact]:
+    """What the run ran on."""
+    machine = record.machine
+    cores = f"{machine.cores} cores, bf16 {'native' if machine.bf16_native else 'emulated'}"
+    facts = [Fact(label="Processor", value=machine.cpu, note=cores)]
+    if machine.ram_bytes:
+        facts.append(Fact(label="Memory", value=format_bytes(machine.ram_bytes)))
+    if machine.device_name or machine.device != "cpu":
+        note = ", ".join(p for p in (format_bytes(machine.device_bytes), machine.driver) if p)
+        facts.append(Fact(label="Device", value=machine.device_name or machine.device, note=note))
+    elif machine.cpu:
+        facts.append(Fact(label="Device", value="none; ran on the processor"))
+    facts.append(Fact(label="System", value=machine.platform))
+    return [fact for fact in facts if fact.value]
+
+
+def model_rows(record: RunRecord) -> list[Fact]:
+    """Which base model, in which precision, and the hashes that pin it and the documents."""
+    model = record.model
+    size = f"{format_count(model.parameters)} parameters" if model.parameters else ""
+    layers = f"{model.layers} layers" if model.layers else ""
+    facts = [
+        Fact(label="Base model", value=model.name, note=model.revision or ""),
+        Fact(label="Architecture", value=model.architecture, note=", ".join(p for p in (layers, size) if p)),
+        Fact(label="Precision", value=model.precision, note=_frozen_bytes(model.frozen_bytes)),
+        Fact(label="Weights, sha256", value=model.sha256[:16], note="the whole hash is in record.json"),
+        Fact(label="Documents, sha256", value=record.data.sha256[:16]),
+    ]
+    return [fact for fact in facts if fact.value]
+
+
+def _frozen_bytes(count: int) -> str:
+    return f"{format_bytes(count)} of frozen weights" if count else ""
+
+
+def version_rows(record: RunRecord) -> list[Fact]:
+    """Drawplate's own version first, then everything it stood on."""
+    others = [Fact(label=name, value=v) for name, v in record.versions.items() if name != "drawplate"]
+    return [Fact(label="drawplate", value=record.drawplate), *others]
+
+
+def phase_rows(record: RunRecord) -> list[Fact]:
+    """Where the time went."""
+    return [Fact(label=phase, value=format_seconds(seconds)) for phase, seconds in record.phase_seconds.items()]
+
+
+def quantization_note(record: RunRecord) -> str:
+    """What quantization cost the base model before training, where both were measured."""
+    full, quantized = measured(record.evaluation.unquantized_baseline), measured(record.evaluation.baseline)
+    if full is None or quantized is None:
+        return ""
+    cost = perplexity_change_percent(full, quantized)
+    return (
+        f"The base model before quantization: perplexity {format_figure(full.perplexity)}. "
+        f"Quantized to {record.model.precision}, before training: {format_percent(cost)}."
+    )
+
+
+def file_rows(record: RunRecord) -> list[Fact]:
+    """What lies beside the page; the adapter only where the run finished and so has one."""
+    has_checkpoints = record.status != "finished" and record.training.optimizer_steps > 0
+    rows = [
+        ("adapter/", "The trained adapter, in PEFT's format, with a model card", has_adapter(record)),
+        ("checkpoints/", "Where the run can be resumed from", has_checkpoints),
+        ("record.json", "Everything that was measured; this page is made from it alone", True),
+        ("metrics.jsonl", "A line for every step, memory sample and evaluation", bool(record.steps)),
+        ("plan.json", "The plan and its ledger", record.plan is not None),
+        ("recipe.yaml", "The recipe as resolved", bool(record.recipe)),
+        ("intake.jsonl", "A line for every file that was offered", bool(record.data.files)),
+    ]
+    return [Fact(label=name, value=what) for name, what, there in rows if there]

@@ -1,0 +1,138 @@
+"""What a run, a plan and an evaluation look like in a terminal; plain lines where the output is not one.
+
+Left out: everything the page shows better (curves, single documents, the ledger's formulas).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from drawplate.records import Evaluation, Plan, RunRecord
+from drawplate.report.sections import all_warnings, plan_rows
+from drawplate.report.visible import visible
+from drawplate.report.wording import (
+    Fact,
+    Verdict,
+    data_facts,
+    eval_command,
+    format_figure,
+    format_percent,
+    has_adapter,
+    measured,
+    memory_facts,
+    perplexity_change_percent,
+    score_facts,
+    training_facts,
+    verdict,
+)
+from drawplate.units import format_bytes, format_count
+
+_TONES = {"better": "bold green", "worse": "bold red", "failed": "bold red", "stopped": "bold yellow"}
+
+
+@dataclass(frozen=True)
+class FactsTable:
+    """Labelled figures: aligned columns in a terminal, one line each where the output is not one."""
+
+    facts: tuple[Fact, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = [tuple(visible(t, encoding=options.encoding) for t in (f.label, f.value, f.note)) for f in self.facts]
+        if not options.is_terminal:
+            width = max((len(label) for label, _, _ in shown), default=0)
+            for label, value, note in shown:
+                both = f"{value}  ({note})" if value and note else value or note
+                yield Text(f"{label:<{width}}  {both}")
+            return
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, value, note in shown:
+            cell = Text(value, style="bold")
+            table.add_row(Text(label), cell.append(f"  {note}" if value else note, style="not bold dim"))
+        yield table
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of text from anywhere, shown as it is: no markup, no control character obeyed."""
+
+    text: str
+    style: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(visible(self.text, keep="\n", encoding=options.encoding), style=self.style)
+
+
+def show(renderable: RenderableType, console: Console) -> None:
+    """Prints one of this file's tables; in a file or a pipe no line is broken, however long its path is."""
+    console.print(renderable, soft_wrap=not console.is_terminal)
+
+
+def summary_table(record: RunRecord, folder: Path | str) -> RenderableType:
+    """The end of a run: the verdict, its figures, where everything is, and the next command."""
+    ruling = verdict(record)
+    facts = [*data_facts(record), *score_facts(record), *training_facts(record), *memory_facts(record)]
+    if has_adapter(record):
+        facts.append(Fact(label="Adapter", value=f"{folder}/adapter"))
+    facts.append(Fact(label="Report", value=f"{folder}/report.html"))
+    parts: list[RenderableType] = [*_verdict_lines(ruling), Text(), FactsTable(tuple(facts))]
+    parts += _warning_lines(all_warnings(record))
+    if command := eval_command(record, str(folder)):
+        parts += [Text(), Line("Next, measure it on documents of your own:"), *_command_lines(command)]
+    return Group(*parts)
+
+
+def _verdict_lines(ruling: Verdict) -> list[RenderableType]:
+    headline = f"{ruling.headline} [{ruling.interval}]" if ruling.interval else ruling.headline
+    lines: list[RenderableType] = [Line(headline, _TONES.get(ruling.tone, "bold"))]
+    return lines + ([Line(ruling.detail)] if ruling.detail else [])
+
+
+def _warning_lines(warnings: Iterable[str]) -> list[RenderableType]:
+    lines: list[RenderableType] = [Line(f"Warning: {warning}", "yellow") for warning in warnings]
+    return [Text(), *lines] if lines else []
+
+
+def _command_lines(parts: list[str]) -> list[RenderableType]:
+    """The command over several lines that a shell takes as one, so that none is broken by a narrow terminal."""
+    return [Line("  " + line, "bold") for line in " \\\n  ".join(parts).split("\n")]
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Each decision with its reason, the predicted peaks and the warnings."""
+    facts = [Fact(label=row.name, value=row.value, note=row.reason) for row in plan_rows(plan)]
+    for where in ("device", "host", "disk"):
+        if predicted := plan.predicted_bytes(where):
+            facts.append(Fact(label=f"predicted on {where}", value=format_bytes(predicted)))
+    return Group(FactsTable(tuple(facts)), *_warning_lines(plan.warnings))
+
+
+def evaluation_table(results: Mapping[str, Evaluation], documents: int | None = None) -> RenderableType:
+    """Named measurements of the same documents side by side; each after the first with its change from the first.
+
+    Args:
+        results: what was measured (such as "base model", "with adapter") -> its sums, in the order shown.
+        documents: how many documents they were taken on.
+    """
+    shown = {name: result for name, result in results.items() if measured(result)}
+    if not shown:
+        return Line("Nothing was measured: no token was counted.")
+    first = next(iter(shown.values()))
+    facts = [Fact(label="Documents", value=format_count(documents))] if documents is not None else []
+    facts.append(Fact(label="Tokens counted", value=format_count(first.tokens)))
+    for name, result in shown.items():
+        notes = [f"loss {format_figure(result.loss, 4)}"]
+        if result.bytes:
+            notes.append(f"{format_figure(result.bits_per_byte, 3)} bits per byte")
+        facts.append(Fact(label=name, value=f"perplexity {format_figure(result.perplexity)}", note=", ".join(notes)))
+    last = list(shown.values())[-1]
+    if len(shown) > 1:
+        facts.append(Fact(label="Change", value=format_percent(perplexity_change_percent(first, last))))
+    return FactsTable(tuple(facts))

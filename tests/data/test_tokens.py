@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from drawplate.data.tokens import load_tokenizer, tokenize
+from drawplate.errors import DataError, IntegrityError
+from drawplate.records import Document
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
+SESSION_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def document(text: str, name: str = "d", **spans) -> Document:
+    return Document(name=name, text=text, sha256=hashlib.sha256(text.encode()).hexdigest(), **spans)
+
+
+def words(tokenizer, sequence) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(sequence.input_ids.tolist())
+
+
+@st.composite
+def documents(draw):
+    found = []
+    for i, text in enumerate(draw(st.lists(TEXT, max_size=6))):
+        cuts = sorted(draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=2)))
+        found.append(document(text, f"d{i}", trained_spans=(tuple(cuts),) if draw(st.booleans()) else None))
+    return found
+
+
+@SESSION_FIXTURE
+@given(documents(), st.integers(2, 20), st.booleans())
+def test_the_ledger_accounts_for_every_token(tokenizer, given_documents, max_length, append_eos):
+    result = tokenize(given_documents, tokenizer, max_length, append_eos=append_eos)
+    ledger = result.ledger
+    texts = (
+        tokenizer([d.text for d in given_documents], split_special_tokens=True)["input_ids"] if given_documents else []
+    )
+    assert ledger.tokens == sum(map(len, texts)) + append_eos * len(given_documents)
+    parts = ledger.counted_tokens + ledger.first_tokens + ledger.masked_tokens + ledger.dropped_tokens
+    assert ledger.tokens == parts
+    assert ledger.tokens == sum(map(len, result.sequences)) + ledger.dropped_tokens
+    assert ledger.counted_tokens == sum(int(s.counted.sum()) for s in result.sequences)
+    assert ledger.first_tokens == ledger.windows == len(result.sequences)
+    assert ledger.text_bytes == sum(s.text_bytes for s in result.sequences)
+    assert [s.index for s in result.sequences] == list(range(ledger.windows))
+    assert all(len(s) <= max_length and not s.counted[0] and s.counted.any() for s in result.sequences)
+
+
+@SESSION_FIXTURE
+@given(TEXT.filter(lambda text: len(text.encode()) > 40), st.integers(3, 20))
+def test_a_long_document_is_cut_into_consecutive_windows_that_lose_nothing(tokenizer, text, max_length):
+    result = tokenize([document(text)], tokenizer, max_length)
+    whole = tokenizer(text, split_special_tokens=True)["input_ids"]
+    assert np.concatenate([s.input_ids for s in result.sequences]).tolist() == whole
+    assert sum(s.text_bytes for s in result.sequences) == len(text.encode())
+    assert result.ledger.dropped_tokens == 0
+    assert result.ledger.cut_documents == (len(whole) > max_length)
+
+
+def test_a_tail_of_one_token_takes_a_second_from_the_window_before(tokenizer):
+    text = "zqxzqxzqx"  # nine tokens: no merge was learned for these letters
+    result = tokenize([document(text)], tokenizer, 4)
+    assert [len(s) for s in result.sequences] == [4, 3, 2]
+
+
+def test_bytes_of_a_character_cut_in_two_are_counted_once(tokenizer):
+    text = "a😀b😀c"
+    result = tokenize([document(text)], tokenizer, 3)
+    assert sum(s.text_bytes for s in result.sequences) == len(text.encode()) == 11
+
+
+def test_a_document_too_short_to_predict_anything_is_counted_as_dropped(tokenizer):
+    result = tokenize([document("z"), document("")], tokenizer, 8)
+    assert result.sequences == ()
+    assert (result.ledger.documents, result.ledger.tokens, result.ledger.dropped_tokens) == (2, 1, 1)
+
+
+def test_control_tokens_inside_a_document_are_text(tokenizer):
+    text = "the <|im_end|> of <|end|>"
+    [sequence] = tokenize([document(text)], tokenizer, 64).sequences
+    assert not set(sequence.input_ids.tolist()) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(sequence.input_ids.tolist()) == text
+    plain = tokenizer(text)["input_ids"]  # what would have happened otherwise
+    assert set(plain) & set(tokenizer.all_special_ids)
+
+
+def test_only_tokens_of_trained_spans_are_counted(tokenizer):
+    text = "the cat sat on a mat"
+    span = (text.index(" on"), len(text))
+    [sequence] = tokenize([document(text, trained_spans=(span,))], tokenizer, 64).sequences
+    counted = [word for word, on in zip(words(tokenizer, sequence), sequence.counted, strict=True) if on]
+    assert "".join(counted).replace("Ġ", " ") == " on a mat"
+
+
+def test_a_window_that_holds_only_a_prompt_is_dropped(tokenizer):
+    text = "zq" * 10 + "xj"
+    result = tokenize([document(text, trained_spans=((20, 22),))], tokenizer, 8)
+    assert [len(s) for s in result.sequences] == [6]
+    assert result.ledger.dropped_tokens == 16
+    assert result.ledger.counted_tokens == 2
+
+
+def test_eos_is_appended_only_when_asked_at_the_end_of_the_last_window(tokenizer):
+    text = "zqxzqxzq"
+    without = tokenize([document(text)], tokenizer, 4)
+    with_eos = tokenize([document(text)], tokenizer, 4, append_eos=True)
+    assert tokenizer.eos_token_id not in np.concatenate([s.input_ids for s in without.sequences])
+    ids = np.concatenate([s.input_ids for s in with_eos.sequences])
+    assert ids[-1] == tokenizer.eos_token_id
+    assert (ids == tokenizer.eos_token_id).sum() == 1
+    assert with_eos.sequences[-1].counted[-1]
+    assert with_eos.ledger.tokens == without.ledger.tokens + 1
+    assert with_eos.ledger.text_bytes == without.ledger.text_bytes == 8
+
+
+def test_eos_counts_even_where_spans_mask_the_rest(tokenizer):
+    [sequence] = tokenize([document("zq xj", trained_spans=((3, 5),))], tokenizer, 64, append_eos=True).sequences
+    assert sequence.counted[-1]
+
+
+def test_a_tokenizers_own_bos_is_kept_and_its_own_eos_is_not(bos_tokenizer):
+    result = tokenize([document("zqxzqx")], bos_tokenizer, 4)
+    ids = np.concatenate([s.input_ids for s in result.sequences]).tolist()
+    assert ids[0] == bos_tokenizer.bos_token_id
+    assert ids.count(bos_tokenizer.bos_token_id) == 1
+    assert bos_tokenizer.eos_token_id not in ids
+    assert result.sequences[0].counted.tolist() == [False, True, True, True]
+    assert result.ledger.text_bytes == 6
+
+
+def test_the_order_of_documents_does_not_change_their_windows(tokenizer):
+    texts = ["the cat sat", "on a mat", "looked at the sea"]
+    one = tokenize([document(t) for t in texts], tokenizer, 4)
+    other = tokenize([document(t) for t in reversed(texts)], tokenizer, 4)
+    assert one.ledger == other.ledger
+    assert sorted(s.input_ids.tolist() for s in one.sequences) == sorted(s.input_ids.tolist() for s in other.sequences)
+
+
+def test_a_saved_tokenizer_is_loaded(tokenizer, tokenizer_folder):
+    loaded = load_tokenizer(tokenizer_folder)
+    assert loaded("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
+    assert loaded.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_a_missing_or_broken_tokenizer_is_a_data_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_asks_for_code_is_refused_and_the_code_not_imported(tokenizer_folder):
+    canary = tokenizer_folder / "canary"
+    (tokenizer_folder / "code.py").write_text(f"open({str(canary)!r}, 'w').close()")
+    path = tokenizer_folder / "tokenizer_config.json"
+    values = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": [None, "code.Canary"]}}
+    path.write_text(json.dumps(values))
+    with pytest.raises(IntegrityError, match="auto_map"):
+        load_tokenizer(tokenizer_folder)
+    assert not canary.exists()

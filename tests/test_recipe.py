@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from drawplate.errors import UsageError
+from drawplate.recipe import Recipe, cache_folder, expand, known_keys, load_recipe
+
+SMALLEST = {"model": {"name_or_path": "m"}, "data": {"files": ["a.txt"]}}
+
+
+def with_values(**sections):
+    return {name: {**SMALLEST.get(name, {}), **values} for name, values in {**SMALLEST, **sections}.items()}
+
+
+def test_the_smallest_recipe_is_a_model_and_a_file():
+    recipe = load_recipe(SMALLEST)
+    assert recipe.data.files == ["a.txt"]
+    assert recipe.quantization.chosen == "auto"
+
+
+def test_a_recipe_survives_its_own_yaml(tmp_path):
+    recipe = load_recipe(with_values(train={"learning_rate": 2e-4}, memory={"vram": "6GiB"}))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("sections", "hint"),
+    [
+        ({"train": {"learning_rat": 1}}, "train.learning_rate"),
+        ({"lora": {"alpha": 1}}, "lora.lora_alpha"),
+        ({"data": {"lerning_rate": 1}}, "train.learning_rate"),
+        ({"quantisation": {}}, "quantization"),
+        ({"zzzz": {}}, "known sections"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(sections, hint):
+    with pytest.raises(UsageError) as error:
+        load_recipe(with_values(**sections))
+    assert "unknown key" in error.value.what
+    assert hint in error.value.what
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "part"),
+    [
+        ({"data": {"dataset": "d"}}, "either data.files or data.dataset"),
+        ({"data": {"files": []}}, "either data.files or data.dataset"),
+        ({"quantization": {"load_in_4bit": True, "load_in_8bit": True}}, "exclude each other"),
+        ({"quantization": {"load_in_4bit": True, "precision": "bf16"}}, "disagree"),
+        ({"train": {"fp16": True, "bf16": True}}, "exclude each other"),
+        (
+            {
+                "train": {
+                    "per_device_train_batch_size": 2,
+                    "gradient_accumulation_steps": 3,
+                    "effective_batch_size": 7,
+                }
+            },
+            "effective_batch_size is not",
+        ),
+        (
+            {"train": {"gradient_checkpointing": False}, "memory": {"activations": "recompute"}},
+            "gradient_checkpointing is off",
+        ),
+        (
+            {"train": {"gradient_checkpointing": True}, "memory": {"activations": "keep"}},
+            "gradient_checkpointing is on",
+        ),
+        ({"memory": {"vram": "much"}}, "'much' is not a size"),
+        ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout"),
+        ({"model": {"name_or_path": None}}, "model.name_or_path"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused_and_named(sections, part):
+    with pytest.raises(UsageError) as error:
+        load_recipe(with_values(**sections))
+    assert part in error.value.what
+
+
+def test_the_missing_model_is_named():
+    with pytest.raises(UsageError, match="model is missing"):
+        load_recipe({"data": {"files": ["a"]}})
+
+
+def test_one_file_need_not_be_a_list():
+    assert load_recipe(with_values(data={"files": "a.txt"})).data.files == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        ({"load_in_4bit": True}, "nf4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
+        ({"load_in_8bit": True}, "int8"),
+        ({"precision": "bf16"}, "bf16"),
+        ({"load_in_4bit": True, "precision": "nf4"}, "nf4"),
+    ],
+)
+def test_precision_may_be_said_in_either_vocabulary(flags, chosen):
+    assert load_recipe(with_values(quantization=flags)).quantization.chosen == chosen
+
+
+def test_yaml_1_1_surprises_are_undone(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "model: {name_or_path: m}\ndata: {files: [a], packing: no}\ntrain: {learning_rate: 2e-4, adam_epsilon: 1e-08}\n"
+    )
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.train.learning_rate == 2e-4
+    assert recipe.train.adam_epsilon == 1e-8
+    assert recipe.data.packing is False
+
+
+def test_overrides_win_over_the_file_and_are_typed():
+    recipe = load_recipe(SMALLEST, ["train.num_train_epochs=1", "output_dir=runs/x", "memory.vram=6GB"])
+    assert (recipe.train.num_train_epochs, recipe.output_dir, recipe.memory.vram) == (1.0, "runs/x", 6 * 10**9)
+
+
+def test_overrides_leave_the_callers_dict_alone():
+    values = {"model": {"name_or_path": "m"}, "data": {"files": ["a"]}}
+    load_recipe(values, ["model.name_or_path=other"])
+    assert values["model"]["name_or_path"] == "m"
+
+
+@pytest.mark.parametrize("override", ["train.num_train_epochs", "=3", "train.nope=3", "output_dir.x=1"])
+def test_an_override_that_cannot_be_meant_is_refused(override):
+    with pytest.raises(UsageError):
+        load_recipe({**SMALLEST, "output_dir": "runs/x"}, [override])
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [\n", "\tx: 1\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"r\.yaml"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UsageError):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_every_key_has_a_meaning():
+    assert [key for key, meaning in known_keys().items() if not meaning] == []
+
+
+def test_known_keys_are_exactly_the_models_fields():
+    written = yaml.safe_load(load_recipe(SMALLEST).to_yaml())
+    flat = {
+        f"{name}.{key}" if isinstance(value, dict) else name
+        for name, value in written.items()
+        for key in (value if isinstance(value, dict) else [""])
+    }
+    assert flat == set(known_keys())
+
+
+def test_a_recipe_is_frozen():
+    recipe: Recipe = load_recipe(SMALLEST)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train.seed = 1
+
+
+def test_the_cache_can_be_moved_and_named_in_a_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("DRAWPLATE_CACHE", str(tmp_path))
+    monkeypatch.setenv("SECRET", "s")
+    assert cache_folder() == tmp_path
+    assert expand("${DRAWPLATE_CACHE}/m") == tmp_path / "m"
+    assert expand("${SECRET}/m") == Path("${SECRET}/m")
+    monkeypatch.delenv("DRAWPLATE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert cache_folder() == tmp_path / "x" / "drawplate"
