@@ -1,9 +1,9 @@
 """Drawplate fine-tunes open language models on a person's own documents, on the GPU they have.
 
-`tune`, `plan`, `evaluate` and `prepare_model` are the public door. What is behind them is imported on first use,
-because it imports torch and this module must not: `drawplate --help` reads it too.
+`tune`, `plan` and `evaluate` are the public door. What is behind them is imported on first use, because it imports
+torch and this module must not: `drawplate --help` reads it too.
 
-Two of the four share their name with a submodule. `drawplate.plan` and `drawplate.evaluate` are always the functions;
+Two of the three share their name with a submodule. `drawplate.plan` and `drawplate.evaluate` are always the functions;
 the modules are reached with `from drawplate.plan import ...`, as everywhere in this tree.
 """
 
@@ -21,10 +21,10 @@ from drawplate.quiet import forbid_hub_code, hush_libraries
 if TYPE_CHECKING:
     from drawplate.recipe import Recipe
     from drawplate.records import Plan, Progress, RunRecord
-    from drawplate.run import evaluate, prepare_model
+    from drawplate.run import evaluate
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "plan", "prepare_model", "tune"]
+__all__ = ["__version__", "evaluate", "plan", "tune"]
 
 # Here and nowhere later: telemetry and hub kernels are decided when the libraries are imported.
 forbid_hub_code()
@@ -40,21 +40,8 @@ def tune(recipe: str | Path | dict[str, Any] | Recipe, observer: Callable[[Progr
     Raises:
         UserError: bad input, no room, no device and the like; its three parts say what to do.
     """
-    from drawplate.recipe import expand
-    from drawplate.records import Progress
-
-    loaded = _as_recipe(recipe)
-    run_tune: Callable[..., RunRecord] = _behind_the_door("tune")
-    if not loaded.tracking.report_to:
-        return run_tune(loaded, observer)
-    from drawplate.integrations.trackers import open_trackers
-
-    def warn(line: str) -> None:
-        if observer is not None:
-            observer(Progress(phase="train", message=line))
-
-    with open_trackers(loaded, expand(loaded.output_dir), warn) as events:
-        return run_tune(loaded, observer, events=events)
+    record: RunRecord = _behind_the_door("tune")(_as_recipe(recipe), observer)
+    return record
 
 
 def plan(recipe: str | Path | dict[str, Any] | Recipe) -> Plan:
@@ -75,7 +62,7 @@ def _behind_the_door(name: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("evaluate", "prepare_model"):
+    if name == "evaluate":
         return _behind_the_door(name)
     raise AttributeError(f"module 'drawplate' has no attribute {name!r}")
 

@@ -74,14 +74,10 @@ def tune(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006 - type
         from drawplate.report.live import LiveDisplay
         from drawplate.report.summary import summary_table
 
-        run.folder = expand(loaded.output_dir)
+        run.begins_in(expand(loaded.output_dir))
         with LiveDisplay() as display:
             record = drawplate.tune(loaded, display)
-        _console().print(summary_table(record, run.folder))
-        if record.status == "stopped":
-            raise typer.Exit(StoppedSafely.exit_code)
-        if record.status == "failed":
-            raise typer.Exit(UserError.exit_code)
+        _print_table(summary_table(record, loaded.output_dir))
 
 
 @app.command()
@@ -106,10 +102,12 @@ def evaluate(
     """Measure a model's perplexity, with or without an adapter, on any documents."""
     with _ending():
         import drawplate
+        from drawplate.report.live import LiveDisplay
         from drawplate.report.summary import evaluation_table
 
-        report = drawplate.evaluate(model, adapter, data)
-        _show(report, as_json, evaluation_table)
+        with LiveDisplay() as display:
+            results = drawplate.evaluate(model, adapter, data, observer=display)
+        _show(results, as_json, evaluation_table)
 
 
 @app.command()
@@ -172,7 +170,13 @@ def _show(result: Any, as_json: bool, table: Any) -> None:
     if as_json:
         _print_json(result)
     else:
-        _console().print(table(result))
+        _print_table(table(result))
+
+
+def _print_table(table: Any) -> None:
+    from drawplate.report.summary import show
+
+    show(table, _console())
 
 
 def _print_json(result: Any) -> None:
@@ -196,7 +200,7 @@ def _print_checks(checks: list[Check]) -> None:
         if check.mend:
             found.append(f"\n{visible(check.mend)}", style="bold")
         table.add_row(Text(check.status, style=colours[check.status]), Text(check.name), found)
-    _console().print(table)
+    _print_table(table)
 
 
 def _console(stderr: bool = False) -> Console:
@@ -206,9 +210,18 @@ def _console(stderr: bool = False) -> Console:
 
 
 class _Run:
-    """What is known of the run when it ends badly: the folder that a traceback may be written to."""
+    """What the end needs to know of the run: its folder, and whether this very run has written there."""
 
-    folder: Path | None = None
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self._there_before: frozenset[str] = frozenset()
+
+    def begins_in(self, folder: Path) -> None:
+        self.folder = folder
+        self._there_before = frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
+
+    def wrote(self, name: str) -> bool:
+        return self.folder is not None and name not in self._there_before and (self.folder / name).is_file()
 
 
 @contextmanager
@@ -223,14 +236,12 @@ def _ending() -> Iterator[_Run]:
         _print_parts(error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        begun = run.folder is not None and run.folder.is_dir()
-        safe = f"What was saved in {run.folder} stays." if begun else "Nothing was written."
-        next_step = "Start over with --set output_dir=ANOTHER_FOLDER." if begun else "Give the same command again."
-        _print_parts(UserError("Interrupted.", safe=safe, next_step=next_step))
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        stopped = _stopped(run)
+        _print_parts(stopped)
+        raise typer.Exit(stopped.exit_code) from None
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        where = _write_traceback(error, run.folder)
+        where = _write_traceback(error, run)
         said = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
         _print_line(f"Drawplate failed unexpectedly ({said}); the traceback is in {where}, please report it.", "red")
         raise typer.Exit(UserError.exit_code) from None
@@ -254,11 +265,26 @@ def _print_line(text: str, colour: str, label: str = "") -> None:
     _console(stderr=True).print(line, soft_wrap=True)
 
 
-def _write_traceback(error: BaseException, folder: Path | None) -> str:
+def _stopped(run: _Run) -> UserError:
+    if run.wrote("record.json"):
+        return StoppedSafely(
+            "The run was interrupted.",
+            safe=f"The adapter, the record and the report so far are in {run.folder}.",
+            next_step=f"Look at {run.folder}/report.html, or start over with --set output_dir=ANOTHER_FOLDER.",
+        )
+    stopped = UserError(
+        "Interrupted before there was anything to keep.",
+        safe="Documents, models and earlier runs are untouched.",
+        next_step="Give the same command again.",
+    )
+    stopped.exit_code = EXIT_INTERRUPTED
+    return stopped
+
+
+def _write_traceback(error: BaseException, run: _Run) -> str:
     """Into the run's folder where it has begun, else into a temporary file; the path, or why there is none."""
     text = "".join(traceback.format_exception(error))
-    begun = folder is not None and (folder / "recipe.yaml").is_file()
-    for place in (folder, None) if begun else (None,):
+    for place in (run.folder, None) if run.wrote("recipe.yaml") else (None,):
         with (
             suppress(OSError),
             tempfile.NamedTemporaryFile(

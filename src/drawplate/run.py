@@ -66,7 +66,7 @@ def tune(recipe: Recipe, observer: Observer | None = None) -> RunRecord:
     with ExitStack() as stack:
         peak = stack.enter_context(PeakMeter())
         journal = Journal(observer, log_frequency=recipe.memory.log_frequency)
-        journal.trackers = stack.enter_context(open_trackers(recipe, folder.path, journal.on_warning))
+        journal.trackers = stack.enter_context(open_trackers(recipe, journal.on_warning))
         with journal.in_phase("read"):
             prepared = prepare(recipe)
         folder.claim()

@@ -95,6 +95,29 @@ def test_time_left_counts_only_the_phases_own_time(clock: Clock) -> None:
     assert "520/1,000 steps  52 %  8 min 00 s left" in raw.getvalue().decode().splitlines()[-1]
 
 
+def test_a_message_in_passing_does_not_start_the_phase_over(clock: Clock) -> None:
+    console, raw = plain_console()
+    with LiveDisplay(console, clock) as display:
+        display(step(0))
+        clock.now += 10
+        display(step(100))
+        display(Progress(phase="train", message="Held-out perplexity 15.31 after step 100"))
+        clock.now += 10
+        display(step(200))
+    lines = raw.getvalue().decode().splitlines()
+    assert lines[-2:] == [
+        "Held-out perplexity 15.31 after step 100",
+        "Training: 200/1,000 steps  20 %  1 min 20 s left",
+    ]
+
+
+def test_a_share_is_not_said_twice(clock: Clock) -> None:
+    console, raw = plain_console()
+    with LiveDisplay(console, clock) as display:
+        display(step(34.2, total=100, unit="%", figures={"step": "58"}))
+    assert raw.getvalue().decode() == "Training: 34 %  step 58\n"
+
+
 def test_an_output_that_cannot_write_a_letter_gets_its_escape(clock: Clock) -> None:
     console, raw = plain_console("ascii")
     with LiveDisplay(console, clock) as display:

@@ -60,20 +60,20 @@ def test_an_evaluation_of_no_tokens_is_no_evaluation(record: RunRecord) -> None:
     assert verdict(empty).tone == "unmeasured"
 
 
-def test_a_stopped_run_says_how_far_it_came_why_and_how_to_go_on(record: RunRecord) -> None:
+def test_a_stopped_run_says_how_far_it_came_why_and_what_is_safe(record: RunRecord) -> None:
     training = dataclasses.replace(record.training, optimizer_steps=34, stopped_because="Ctrl-C")
     stopped = dataclasses.replace(record, status="stopped", training=training, evaluation=EvaluationFacts())
     ruling = verdict(stopped)
     assert ruling.headline == "The run was stopped after 34 of 171 optimizer steps"
     assert "Reason: Ctrl-C." in ruling.detail
-    assert "drawplate resume runs/climate-demo" in ruling.detail
+    assert "runs/climate-demo/adapter" in ruling.detail
 
 
-def test_a_failure_before_the_first_step_promises_no_checkpoint(failure: RunRecord) -> None:
+def test_a_failure_before_the_first_step_promises_no_adapter(failure: RunRecord) -> None:
     ruling = verdict(failure)
     assert ruling.tone == "failed"
     assert "before the first optimizer step" in ruling.headline
-    assert "resume" not in ruling.detail
+    assert "there is no adapter" in ruling.detail
 
 
 def test_predicted_memory_stands_beside_measured(gpu_record: RunRecord, record: RunRecord) -> None:

@@ -136,6 +136,7 @@ class _Reader:
                 removed += taken
         except FileRefused:
             del self.documents[before:]
+            self._known = {words_sha256(document.text) for document in self.documents}
             raise
         remarks = [f"{format_count(refused)} rows refused, the first at {first_refused}"] if refused else []
         if removed:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from drawplate.errors import UsageError
-from drawplate.recipe import Recipe
+from drawplate.recipe import Recipe, expand
 from drawplate.records import EvaluationPoint, MemoryPoint, StepRecord
 
 EVENTS_WAITING = 1000
@@ -51,7 +51,8 @@ class Trackers:
 
     Args:
         trackers: name -> a function that makes the tracker; it is called in the tracker's own thread at the first
-            record, when the run's folder is there: before, the run would refuse a folder that is not empty.
+            step or evaluation (memory waits in the queue till then): before, the run may not have claimed its folder,
+            and would refuse one that is not empty.
         configuration: what each tracker stores first, flat, with plain values.
         warn: called in the observing thread with one line for each tracker that failed.
     """
@@ -69,7 +70,7 @@ class Trackers:
         """Hand one record to every tracker that still works; never blocks, never raises."""
         values = figures(event)
         for worker in self._workers:
-            worker.offer(values, event.step)
+            worker.offer(values, event.step, may_begin=not isinstance(event, MemoryPoint))
         self._report_failures()
 
     def __exit__(
@@ -85,12 +86,13 @@ class Trackers:
                 self._warn(line)
 
 
-def open_trackers(recipe: Recipe, folder: Path, warn: Callable[[str], None]) -> Trackers:
-    """The trackers that `tracking.report_to` names; those that write files write them in `folder`, the run's.
+def open_trackers(recipe: Recipe, warn: Callable[[str], None]) -> Trackers:
+    """The trackers that `tracking.report_to` names; those that write files write them in the run's folder.
 
     Raises:
         UsageError: a tracker is named whose package is not installed.
     """
+    folder = expand(recipe.output_dir)
     return Trackers(
         {name: _maker(name, recipe.tracking.project_name, folder) for name in recipe.tracking.report_to},
         _flat(recipe.model_dump(mode="json")),
@@ -188,11 +190,11 @@ class _Worker:
         self._thread = threading.Thread(target=self._work, name=f"drawplate-{name}", daemon=True)
         self._started = False
 
-    def offer(self, values: dict[str, float], step: int) -> None:
-        if not self._started:
+    def offer(self, values: dict[str, float], step: int, *, may_begin: bool) -> None:
+        if may_begin and not self._started:
             self._started = True
             self._thread.start()
-        if not self._thread.is_alive():
+        if self._started and not self._thread.is_alive():
             return
         try:
             self._events.put_nowait((values, step))

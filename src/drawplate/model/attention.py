@@ -50,7 +50,7 @@ _UNSUPPORTED_ARGUMENTS = {
     "position_bias": "a position bias",
     "s_aux": "attention sinks",
     "cache": "a paged cache",
-    "block_table": "a paged cache",
+    "block_table": "a paged cache's block table",
 }
 
 
@@ -304,10 +304,8 @@ def _varlen(query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, rule: _Rul
         "scale": rule.scaling,
         "window_size": (-1 if rule.window is None else rule.window - 1, 0),
     }
-    if "enable_gqa" in _varlen_arguments():
+    if "enable_gqa" in _varlen_arguments():  # torch 2.11 groups queries without being asked
         options["enable_gqa"] = key_BKSD.shape[1] != heads
-    else:
-        key_BKSD, value_BKSD = _repeat(key_BKSD, heads), _repeat(value_BKSD, heads)
     if packing.get("cu_seq_lens_q") is not None:
         borders, longest = packing["cu_seq_lens_q"], packing.get("max_length_q") or tokens
     elif packing:
@@ -321,7 +319,7 @@ def _varlen(query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, rule: _Rul
     # (B, T, H, D) as the projections left it: for a packed row this is a view.
     query_NHD, key_NKD, value_NKD = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHTD, key_BKSD, value_BKSD))
     out_NHD: Tensor = varlen_attn(query_NHD, key_NKD, value_NKD, borders, borders, longest, longest, **options)
-    return out_NHD.unflatten(0, (rows, tokens))
+    return out_NHD.view(rows, tokens, heads, -1)
 
 
 def _repeat(x_BKSD: Tensor, heads: int) -> Tensor:

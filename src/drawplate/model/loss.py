@@ -219,7 +219,8 @@ def head_cross_entropy(
         return _reference(hidden_NH, head, targets_N, scale)
     with torch.autocast(hidden_NH.device.type, enabled=False):
         if torch.is_grad_enabled() and hidden_NH.requires_grad:
-            return _HeadCrossEntropy.apply(hidden_NH, head, targets_N, scale, counted)  # type: ignore[no-untyped-call, no-any-return]
+            result: tuple[Tensor, Tensor] = _HeadCrossEntropy.apply(hidden_NH, head, targets_N, scale, counted)
+            return result
         _, nats_C, counted_N = _compact_pass(hidden_NH, head, targets_N, counted, training=False)
         nats_N = nats_C.new_zeros(len(targets_N)).index_copy_(0, counted_N, nats_C)
         return nats_C.sum() * scale, nats_N

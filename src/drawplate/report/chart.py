@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from drawplate.report.visible import visible
+from drawplate.report.visible import shorten, visible
 
 SPAN = 1000
 Point = tuple[float, float]
@@ -184,7 +184,7 @@ def _bands(chart: Chart, x: Axis) -> Markup:
         parts.append(_fill(box, " shaded" if band.shaded else "", _percent(start), _percent(width), band.name))
         if width >= 0.16:  # narrower, the name would run into its neighbour's on a phone
             name = '<text class="band-name" x="{}" y="100%" dx="6" dy="-8">{}</text>'
-            parts.append(_fill(name, _percent(start), band.name))
+            parts.append(_fill(name, _percent(start), shorten(visible(band.name), 16)))
     return Markup("").join(parts)
 
 
@@ -224,10 +224,13 @@ def _marks(series: Series, x: Axis, y: Axis) -> Markup:
         _dot(series.style, x.share(px), 1 - y.share(py), 2 if crowded else 4, f"{series.name}: {py:.4f} at {px:g}")
         for px, py in finite
     ]
-    ends = [(finite[0], "start", 8), (finite[-1], "end", -8)] if len(finite) > 1 else [(p, "start", 8) for p in finite]
+    ends = (
+        [(finite[0], "start", 10), (finite[-1], "end", -10)] if len(finite) > 1 else [(p, "start", 10) for p in finite]
+    )
     text = '<text class="value {}" x="{}" y="{}" dx="{}" dy="{}" text-anchor="{}">{}</text>'
-    names = [
-        _fill(text, series.style, _percent(x.share(px)), _percent(1 - y.share(py)), dx, -9, anchor, f"{py:.2f}")
-        for (px, py), anchor, dx in ends
-    ]
+    names = []
+    for (px, py), anchor, dx in ends:
+        dy = -9 if y.share(py) < 0.9 else 4  # level with the mark where above would reach the axis title
+        place = _percent(x.share(px)), _percent(1 - y.share(py))
+        names.append(_fill(text, series.style, *place, dx, dy, anchor, f"{py:.2f}"))
     return Markup("").join([*dots, *names])

@@ -165,14 +165,13 @@ def _predictions(record: RunRecord, on_device: bool) -> list[tuple[str, str, int
 
 
 def _phases(samples: Sequence[MemoryPoint], seconds_each: float) -> tuple[Band, ...]:
+    """Each phase ends with the last sample taken in it; the next begins there."""
     bands: list[Band] = []
     start = 0.0
     for here, following in zip(samples, [*samples[1:], None], strict=True):
         if following is None or following.phase != here.phase:
-            end = here.seconds if following is None else (here.seconds + following.seconds) / 2
-            bands.append(
-                Band(name=here.phase, shaded=here.phase != "train", start=start / seconds_each, end=end / seconds_each)
-            )
+            end = here.seconds / seconds_each
+            bands.append(Band(name=here.phase, shaded=here.phase != "train", start=start, end=end))
             start = end
     return tuple(bands) if len(bands) > 1 else ()
 

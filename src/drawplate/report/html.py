@@ -100,7 +100,9 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(lines=_lines, typeset=typeset, bytes=format_bytes, count=format_count)
+    environment.filters.update(
+        lines=_lines, breakable=_breakable, typeset=typeset, bytes=format_bytes, count=format_count
+    )
     environment.globals.update(draw=_draw, legend=_legend)
     return environment
 
@@ -111,6 +113,10 @@ def _finalize(value: Any) -> Any:
 
 def _lines(text: str) -> Markup:
     return escape(visible(text, keep="\n\t"))
+
+
+def _breakable(name: str) -> Markup:
+    return escape(visible(name)).replace("_", Markup("_<wbr>"))
 
 
 def typeset(text: str) -> Markup:

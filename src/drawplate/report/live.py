@@ -89,6 +89,8 @@ class LiveDisplay:
         now = self._clock()
         if progress.message:
             self._show(lambda: self._view.keep(progress.message))
+            if not (progress.done or progress.total or progress.figures):
+                return  # said in passing: the phase has not started over
         pace = self._advance(progress, now)
         self._show(lambda: self._view.update(progress, pace, now))
 
@@ -225,7 +227,7 @@ def phase_name(phase: str) -> str:
 def describe(progress: Progress, pace: Pace, encoding: str = "utf-8") -> str:
     """`34/171 steps  20 %  3 min 10 s left  loss 2.31  tokens/s 812`, of whatever is known."""
     words = [_amount(progress)]
-    if progress.total > 0:
+    if progress.total > 0 and progress.unit != "%":
         words.append(f"{100 * min(1.0, progress.done / progress.total):.0f} %")
     if left := pace.seconds_left():
         words.append(f"{format_seconds(left)} left")
@@ -234,6 +236,8 @@ def describe(progress: Progress, pace: Pace, encoding: str = "utf-8") -> str:
 
 
 def _amount(progress: Progress) -> str:
+    if progress.unit == "%":
+        return f"{progress.done:.0f} %"
     if progress.total > 0:
         amount = f"{format_count(progress.done)}/{format_count(progress.total)}"
     elif progress.done:

@@ -137,11 +137,11 @@ def data_account(record: RunRecord) -> list[Fact]:
     if not (data.files or data.refused_files or data.skipped_files):
         return []
     lines = (
-        ("Files", data.files, ""),
+        ("Files read", data.files, ""),
         ("Files skipped", data.skipped_files, "reasons in intake.jsonl"),
         ("Files refused", data.refused_files, "reasons in intake.jsonl"),
         ("Documents", data.documents, ""),
-        ("Exact duplicates left out", data.duplicate_documents, ""),
+        ("Duplicates left out", data.duplicate_documents, ""),
         ("Documents cut into windows", data.cut_documents, "cut, not truncated: every window is used"),
         ("Windows", data.windows, ""),
         ("Tokens trained on", data.train_tokens, ""),
@@ -253,11 +253,9 @@ def quantization_note(record: RunRecord) -> str:
 
 
 def file_rows(record: RunRecord) -> list[Fact]:
-    """What lies beside the page; the adapter only where the run finished and so has one."""
-    has_checkpoints = record.status != "finished" and record.training.optimizer_steps > 0
+    """What lies beside the page."""
     rows = [
         ("adapter/", "The trained adapter, in PEFT's format, with a model card", has_adapter(record)),
-        ("checkpoints/", "Where the run can be resumed from", has_checkpoints),
         ("record.json", "Everything that was measured; this page is made from it alone", True),
         ("metrics.jsonl", "A line for every step, memory sample and evaluation", bool(record.steps)),
         ("plan.json", "The plan and its ledger", record.plan is not None),

@@ -150,18 +150,17 @@ def _unfinished(record: RunRecord) -> Verdict:
     headline = f"The run {verb} " + (f"after {_steps(record, True)}" if done else "before the first optimizer step")
     change = change_percent(record)
     sentences = []
-    if record.status == "stopped" and record.training.stopped_because:
-        sentences.append(f"Reason: {record.training.stopped_because.rstrip('.')}.")
+    reasons = dict.fromkeys((record.training.stopped_because, record.error)) if record.status == "stopped" else {}
+    if reason := "; ".join(text.rstrip(".") for text in reasons if text):
+        sentences.append(f"Reason: {reason}.")
     if change is not None:
         sentences.append(f"{_outcome(record, change, _tone(change, record.evaluation.change_ci95_percent))}.")
-    if done:
-        sentences.append("Safe: your documents, and every checkpoint that was completed in checkpoints/.")
-        sentences.append(f"To go on: drawplate resume {folder_name(record)}")
+    if has_adapter(record):
+        sentences.append(f"Safe: your documents, and the adapter trained so far, in {folder_name(record)}/adapter.")
     else:
         sentences.append("Your documents are untouched; nothing was trained, so there is no adapter.")
-    return Verdict(
-        tone="failed" if record.status == "failed" else "stopped", headline=headline, detail=" ".join(sentences)
-    )
+    tone: Tone = "failed" if record.status == "failed" else "stopped"
+    return Verdict(tone=tone, headline=headline, detail=" ".join(sentences))
 
 
 def folder_name(record: RunRecord) -> str:
@@ -200,7 +199,8 @@ def training_facts(record: RunRecord) -> list[Fact]:
     training = record.training
     if not training.optimizer_steps and not record.total_seconds:
         return []
-    notes = [f"{training.epochs:g} epochs"] if training.epochs else []
+    epochs = f"{round(training.epochs, 2):g}"
+    notes = [f"{epochs} epoch{'' if epochs == '1' else 's'}"] if training.epochs else []
     if training.tokens_per_optimizer_step:
         notes.append(f"{format_count(training.tokens_per_optimizer_step)} tokens each")
     if training.skipped_steps:
@@ -261,8 +261,8 @@ def adapter_facts(record: RunRecord) -> list[Fact]:
 
 
 def has_adapter(record: RunRecord) -> bool:
-    """Whether the run came to writing its adapter."""
-    return record.status == "finished" and record.training.optimizer_steps > 0
+    """Whether there was anything to save: a run that ends early keeps the adapter it has come to."""
+    return record.training.optimizer_steps > 0
 
 
 def eval_command(record: RunRecord, folder: str) -> list[str]:
