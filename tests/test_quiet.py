@@ -66,6 +66,12 @@ def test_noise_is_off_unless_the_user_asked_for_it():
     assert run_python(code, TRANSFORMERS_VERBOSITY="info", TQDM_DISABLE="0").stdout.split() == ["info", "0"]
 
 
+def test_future_warnings_are_for_developers_unless_asked_for():
+    code = HUSHED + "import warnings; warnings.warn('soon', FutureWarning)"
+    assert run_python(code).stderr == ""
+    assert "soon" in run_python(code, PYTHONWARNINGS="default").stderr
+
+
 def test_importing_drawplate_alone_leaves_other_peoples_progress_bars_on():
     code = "import drawplate, os; print(sorted(n for n in os.environ if 'PROGRESS' in n or 'TQDM' in n))"
     assert run_python(code).stdout.strip() == "[]"

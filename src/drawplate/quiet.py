@@ -1,8 +1,8 @@
 """What third-party libraries must not do in a Drawplate process: fetch code, call home, talk over the screen.
 
 Both functions only set environment variables (a value the user set already wins, where it is about noise), block one
-import and raise one logger's level, so they cost microseconds; they work when they run before the libraries are
-imported. A library imported earlier keeps the settings it has: the process was its owner's before it was ours.
+import, raise one logger's level and add one warning filter, so they cost microseconds; they work when they run before
+the libraries are imported. A library imported earlier keeps the settings it has: the process was its owner's before it was ours.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 _NO_CALLING_HOME = {
     "USE_HUB_KERNELS": "NO",
@@ -48,3 +49,5 @@ def hush_libraries() -> None:
     for name, value in _QUIET_SCREEN.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+    # Libraries warning each other of what a later version will change; a filter that the user set comes first.
+    warnings.filterwarnings("ignore", category=FutureWarning, append=True)

@@ -380,7 +380,8 @@ def test_the_hubs_offline_switch_is_thrown_only_while_a_dataset_is_looked_for(mo
         monkeypatch.setattr(hub, "_reachable", lambda endpoint, answer=reachable: answer)
         with hub._offline_if_unreachable():
             assert constants.HF_HUB_OFFLINE == datasets.config.HF_HUB_OFFLINE == (not reachable)
-        assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+        assert not constants.HF_HUB_OFFLINE
+        assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_a_datasets_rows_become_documents(monkeypatch):

@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from drawplate.data.batches import cut_packed
 from drawplate.errors import IntegrityError, UsageError
 from drawplate.model.adapter import WEIGHTS_NAME, Adapter, lora_config, read_adapter
 from drawplate.model.anatomy import build_anatomy
 from drawplate.recipe import LoraSection
 from tests.model.conftest import write_model
 from tests.model.test_causal_lm import build, nats, transformers_nats
-
-from drawplate.data.batches import cut_packed  # isort: skip
 
 SECTIONS = {
     "q and v": LoraSection(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
@@ -90,8 +89,6 @@ def test_a_save_that_loses_tensors_is_refused(llama, tmp_path: Path) -> None:
 def test_an_adapter_of_another_shape_is_refused(llama, tmp_path: Path) -> None:
     build(llama).adapter.save(tmp_path / "a")
     _, state = read_adapter(tmp_path / "a")
-    from drawplate.recipe import LoraSection
-
     with pytest.raises(IntegrityError, match="does not fit"):
         build(llama, LoraSection(r=8)).adapter.load_state(state, "a")
 
@@ -115,10 +112,9 @@ def test_saved_tensors_are_those_of_peft_by_name(llama, tmp_path: Path) -> None:
     model = build(llama)
     model.adapter.save(tmp_path / "a")
     base = AutoModelForCausalLM.from_pretrained(llama.folder)
-    config = lora_config(LoraSection(r=4), build_anatomy(llama.config), "x", None)
+    config = lora_config(LoraSection(r=4), build_anatomy(llama.config), str(llama.folder), None)
     config.inference_mode = False
     theirs = get_peft_model_state_dict(get_peft_model(base, config))
     ours = load_file(tmp_path / "a" / WEIGHTS_NAME)
     assert ours.keys() == theirs.keys()
     assert all(ours[name].shape == theirs[name].shape for name in ours)
-    save_file(ours, tmp_path / "again.safetensors")

@@ -349,9 +349,20 @@ def _fill_outside(model: CausalLM, names: _CheckpointNames) -> None:
     model.head = Head(weights=rows, bias=bias, softcap=anatomy.softcap, logit_scale=anatomy.logit_scale)
 
 
-def _materialise(
+def _materialise(  # noqa: PLR0913 - one module's whole situation
     skeleton: nn.Module, module: nn.Module, path: str, device: torch.device, dtype: torch.dtype, names: _CheckpointNames
 ) -> None:
+    """Give a module outside the decoder layers its tensors. Tables that no checkpoint holds are computed by transformers'
+    own initialiser, which also fills parameters with noise: so it runs first, while those are still placeholders."""
+    buffers = list(module.named_buffers(recurse=False))
+    lost = {name for name, _ in buffers if name in module._non_persistent_buffers_set}
+    for name, buffer in buffers:
+        module._buffers[name] = torch.empty_like(buffer, device=device)
+    if lost:
+        skeleton._init_weights(module)  # type: ignore[operator]
+    for name, _ in buffers:
+        if name not in lost and names.name_of(f"{path}.{name}"):
+            module._buffers[name].copy_(names.read(f"{path}.{name}"))  # type: ignore[union-attr]
     for name, parameter in list(module.named_parameters(recurse=False)):
         tensor = names.read(f"{path}.{name}".lstrip(".")).to(device, dtype)
         if tensor.shape != parameter.shape:
@@ -360,14 +371,3 @@ def _materialise(
                 next_step="Fetch the model again.",
             )
         setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-    buffers = list(module.named_buffers(recurse=False))
-    if not buffers:
-        return
-    for name, buffer in buffers:
-        module._buffers[name] = torch.empty_like(buffer, device=device)
-    lost = [name for name, _ in buffers if name in module._non_persistent_buffers_set]
-    if lost:
-        skeleton._init_weights(module)  # transformers' own way of computing tables that no checkpoint holds
-    for name, _ in buffers:
-        if name not in lost and names.name_of(f"{path}.{name}"):
-            module._buffers[name].copy_(names.read(f"{path}.{name}"))  # type: ignore[union-attr]

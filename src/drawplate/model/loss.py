@@ -12,9 +12,10 @@ The target's own row t is left out of those sums, because then nothing cancels w
 where f is the soft cap and f' its slope. The gradient is made in the forward, while the logits are at hand, and kept in
 the hidden state's dtype; backward only multiplies it by the incoming scalar.
 
-Left out: a head that trains (its gradient would need tokens x vocabulary twice over), label smoothing, z-loss. In the
-sums, products run in the hidden state's dtype and everything else in float32. Two products of 2*N*H*V FLOPs, the least
-possible; the passes over the logits between them are plain torch, about a tenth of the time on a CPU.
+Left out: a head that trains (its gradient would need tokens x vocabulary twice over), label smoothing, z-loss. Products
+run in the hidden state's dtype and everything else in float32. There are two products of 2*N*H*V FLOPs, the least
+possible. The passes over the logits between them are plain torch: cheap on a CPU, whose cache holds a tile; on a
+GPU they cost about as much as the products, which a fused kernel in place of `_add_tile` would mend.
 
 Shapes: N tokens, C tokens that count, B tokens of a tile, H hidden size, V vocabulary (or rows of it).
 """
@@ -397,7 +398,7 @@ class _Tile:
 
     Three ways to multiply, by what the device offers. Same dtype for products and sums: straight into the buffers. A
     GPU: low-precision products that leave and accumulate float32, no extra pass. A CPU with bfloat16: its products only
-    leave bfloat16, so each is followed by a pass that converts (logits) or adds (gradient), about 3 % of the time.
+    leave bfloat16, so each is followed by a pass that converts (logits) or adds (gradient).
     """
 
     tokens: int
