@@ -2,7 +2,8 @@
 
 Both functions only set environment variables (a value the user set already wins, where it is about noise), block one
 import, raise one logger's level and add one warning filter, so they cost microseconds; they work when they run before
-the libraries are imported. A library imported earlier keeps the settings it has: the process was its owner's before it was ours.
+the libraries are imported. A library imported earlier keeps the settings it has: the process was its owner's before it
+was ours.
 """
 
 from __future__ import annotations

@@ -145,17 +145,24 @@ class CausalLM:
 
 
 def attention_arguments(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """What attention needs to know of a packed row; nothing for a padded batch, whose padding is on the right."""
+    """What attention needs to know of a packed row; nothing for a padded batch, whose padding is on the right.
+
+    On a GPU the number of borders and the longest segment are rounded up to powers of two (segments added at the end are
+    empty), because the compiled layer is specialised on both.
+    """
     if batch.cu_seqlens is None:
         return {}
-    borders = batch.cu_seqlens.to(device, non_blocking=True)
-    return {
-        "cu_seq_lens_q": borders,
-        "cu_seq_lens_k": borders,
-        "max_length_q": batch.max_seqlen,
-        "max_length_k": batch.max_seqlen,
-        "segments": tuple(batch.cu_seqlens.tolist()),
-    }
+    borders, longest = batch.cu_seqlens, batch.max_seqlen
+    if device.type == "cuda":
+        spare = _power_of_two(len(borders), least=64) - len(borders)
+        borders = torch.cat([borders, borders[-1:].expand(spare)]).pin_memory().to(device, non_blocking=True)
+        longest = _power_of_two(longest, least=128)
+    arguments = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+    return arguments if device.type == "cuda" else {**arguments, "segments": tuple(batch.cu_seqlens.tolist())}
+
+
+def _power_of_two(count: int, *, least: int) -> int:
+    return max(least, 1 << (count - 1).bit_length())
 
 
 def assemble(
