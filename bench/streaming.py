@@ -162,7 +162,11 @@ def record(results: list[dict[str, object]]) -> dict[str, object]:
         "command": " ".join(["python", "bench/streaming.py", *sys.argv[1:]]),
         "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
         "machine": {"gpu": torch.cuda.get_device_name(), "cpu": platform.processor(), "platform": platform.platform()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "results": results,
     }
 

@@ -1,9 +1,10 @@
 """The user's whole vocabulary: one YAML file, one frozen model, every key validated before anything is loaded.
 
 Key names are the ones people know from `transformers.TrainingArguments`, `peft.LoraConfig` and
-`transformers.BitsAndBytesConfig`, grouped into sections. A key left out is `auto` (or its stated default); what `auto`
-became is written to the run folder's `recipe.yaml` and explained by the plan. Unknown keys are refused with the nearest
-known one. YAML 1.1's surprises (`2e-4` is a string, `no` is False) are undone by pydantic's coercion to each field's type.
+`transformers.BitsAndBytesConfig`, grouped into sections. A key left out is `auto` (or its stated default); what
+`auto` became is written to the run folder's `recipe.yaml` and explained by the plan. Unknown keys are refused with
+the nearest known one. YAML 1.1's surprises (`2e-4` is a string, `no` is False) are undone by pydantic's coercion to
+each field's type.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What crosses floors: small frozen dataclasses, each with a JSON round trip through `to_json` / `from_json`.
 
-Nothing here computes more than a ratio, and nothing imports torch, so that the report, the plan and other tools can read
-a run without loading a framework. Field names of `RunRecord` are a contract (schema 1): add, never rename.
+Nothing here computes more than a ratio, and nothing imports torch, so that the report, the plan and other tools can
+read a run without loading a framework. Field names of `RunRecord` are a contract (schema 1): add, never rename.
 """
 
 from __future__ import annotations

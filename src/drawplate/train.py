@@ -1,8 +1,9 @@
 """The loop: optimizer steps over micro-batches, an adapter and step records out.
 
 What a step sees is a function of (seed, step); how it is cut is the plan's business and changes no sum: each
-micro-batch's nats are scaled by 1 / (tokens of the whole step) before they are added up. The learning rate is a function
-of progress, which is steps done over steps planned, or minutes over minutes allowed where a time limit comes first.
+micro-batch's nats are scaled by 1 / (tokens of the whole step) before they are added up. The learning rate is a
+function of progress, which is steps done over steps planned, or minutes over minutes allowed where a time limit comes
+first.
 
 A step whose loss or gradient is not finite is never applied. In fp16 an overflowing gradient only halves the loss scale
 and is reported as skipped; anything else ends the run with the documents' names. A step that runs out of memory is done
@@ -260,7 +261,7 @@ def _apply(task: TrainTask, optimizer: torch.optim.Optimizer, outcome: _StepOutc
     if not parameters:
         return 0.0
     if state.loss_scale != 1.0:
-        torch._foreach_mul_([p.grad for p in parameters], 1 / state.loss_scale)
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / state.loss_scale)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, task.section.max_grad_norm))
     if not math.isfinite(norm):
         if task.fp16 and state.loss_scale > SMALLEST_LOSS_SCALE:

@@ -1,1 +1,1 @@
-"""A causal LM in parts: its anatomy, frozen weights and where they are, the adapter, the layers' execution, the loss."""
+"""A causal LM in parts: anatomy, frozen weights and where they are, adapter, layer execution, loss."""

@@ -11,11 +11,11 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ def lora_config(section: LoraSection, anatomy: Anatomy, base_model: str, revisio
     targets = section.target_modules
     config = LoraConfig(
         r=section.r,
-        lora_alpha=section.lora_alpha if section.lora_alpha % 1 else int(section.lora_alpha),
+        lora_alpha=cast(int, section.lora_alpha if section.lora_alpha % 1 else int(section.lora_alpha)),
         target_modules=targets,
         lora_dropout=section.lora_dropout,
         bias=section.bias,
@@ -47,9 +47,8 @@ def lora_config(section: LoraSection, anatomy: Anatomy, base_model: str, revisio
         revision=revision,
         inference_mode=True,
     )
-    config = _maybe_include_all_linear_layers(config, anatomy.skeleton)
     if targets == "all-linear":
-        config.target_modules = {name.rpartition(".")[2] for name in linear_names(anatomy)}
+        config.target_modules = sorted({name.rpartition(".")[2] for name in linear_names(anatomy)})
     found = {name.rpartition(".")[2] for name in target_names(config, anatomy)}
     wanted = set() if isinstance(targets, str) else {t.rpartition(".")[2] for t in targets}
     if not found or wanted - found:

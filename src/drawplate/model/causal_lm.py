@@ -3,9 +3,9 @@
     ids -> embedding -> transformers' own body, whose decoder layers are ExecutedLayers -> last hidden state
                                                                     -> frozen head and cross-entropy -> nats
 
-`assemble` is the one way in: it replaces each linear layer of the decoder by a FrozenLinear, lays out the stored weights,
-fills them from the checkpoint tensor by tensor (quantizing on the device), makes the adapter, and gives the few modules
-outside the decoder layers real tensors. Training, evaluation and `prepare_model` all use what it returns.
+`assemble` is the one way in: it replaces each linear layer of the decoder by a FrozenLinear, lays out the stored
+weights, fills them from the checkpoint tensor by tensor (quantizing on the device), makes the adapter, and gives the
+few modules outside the decoder layers real tensors. Training, evaluation and `prepare_model` all use what it returns.
 
 Left out: dropout that a configuration asks for inside the layers (residual, attention). The modules stay in evaluation
 mode, so that the only noise is the adapter's own dropout, which is a function of the token (model/dropout.py).
@@ -147,8 +147,8 @@ class CausalLM:
 def attention_arguments(batch: Batch, device: torch.device) -> dict[str, Any]:
     """What attention needs to know of a packed row; nothing for a padded batch, whose padding is on the right.
 
-    On a GPU the number of borders and the longest segment are rounded up to powers of two (segments added at the end are
-    empty), because the compiled layer is specialised on both.
+    On a GPU the number of borders and the longest segment are rounded up to powers of two (segments added at the end
+    are empty), because the compiled layer is specialised on both.
     """
     if batch.cu_seqlens is None:
         return {}
@@ -213,7 +213,7 @@ def assemble(
     _fill_outside(model, names)
     body_layers = anatomy.skeleton.get_submodule(anatomy.layers_path)
     for i in range(len(anatomy.layers)):
-        body_layers[i] = ExecutedLayer(model.runner, i)  # type: ignore[index,operator]
+        body_layers[i] = ExecutedLayer(model.runner, i)  # type: ignore[operator]
     anatomy.skeleton.eval()
     return model
 
@@ -269,7 +269,7 @@ class _CheckpointNames:
 
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy) -> None:
         self.checkpoint = checkpoint
-        self.prefix = anatomy.skeleton.base_model_prefix + "."
+        self.prefix = f"{anatomy.skeleton.base_model_prefix}."
 
     def name_of(self, name: str) -> str | None:
         """The checkpoint's name of a tensor, None where it has none."""
@@ -342,12 +342,12 @@ def _fill_outside(model: CausalLM, names: _CheckpointNames) -> None:
         _materialise(skeleton, module, path, own_device, dtype, names)
     model.embedding = embedding
     weight = embedding.weight if anatomy.tied else names.read(f"{anatomy.head_path}.weight")
-    weight = weight.detach().to(table_device, dtype)  # type: ignore[operator,union-attr]
+    weight = weight.detach().to(table_device, dtype)
     if streamed and placement.device.type == "cuda":
         weight = weight.pin_memory()
         if anatomy.tied:
             embedding.weight = nn.Parameter(weight, requires_grad=False)
-    bias = names.read(f"{anatomy.head_path}.bias").to(placement.device, dtype) if head.bias is not None else None  # type: ignore[union-attr]
+    bias = names.read(f"{anatomy.head_path}.bias").to(placement.device, dtype) if head.bias is not None else None
     rows = (
         StreamedRows(weight, placement.device, slot_rows=placement.head_rows, poison=placement.poison)
         if streamed
@@ -356,11 +356,14 @@ def _fill_outside(model: CausalLM, names: _CheckpointNames) -> None:
     model.head = Head(weights=rows, bias=bias, softcap=anatomy.softcap, logit_scale=anatomy.logit_scale)
 
 
-def _materialise(  # noqa: PLR0913 - one module's whole situation
+def _materialise(
     skeleton: nn.Module, module: nn.Module, path: str, device: torch.device, dtype: torch.dtype, names: _CheckpointNames
 ) -> None:
-    """Give a module outside the decoder layers its tensors. Tables that no checkpoint holds are computed by transformers'
-    own initialiser, which also fills parameters with noise: so it runs first, while those are still placeholders."""
+    """Give a module outside the decoder layers its tensors.
+
+    Tables that no checkpoint holds are computed by transformers' own initialiser, which also fills parameters with
+    noise: so it runs first, while those are still placeholders.
+    """
     buffers = list(module.named_buffers(recurse=False))
     lost = {name for name, _ in buffers if name in module._non_persistent_buffers_set}
     for name, buffer in buffers:
@@ -369,7 +372,7 @@ def _materialise(  # noqa: PLR0913 - one module's whole situation
         skeleton._init_weights(module)  # type: ignore[operator]
     for name, _ in buffers:
         if name not in lost and names.name_of(f"{path}.{name}"):
-            module._buffers[name].copy_(names.read(f"{path}.{name}"))  # type: ignore[union-attr]
+            module.get_buffer(name).copy_(names.read(f"{path}.{name}"))
     for name, parameter in list(module.named_parameters(recurse=False)):
         tensor = names.read(f"{path}.{name}".lstrip(".")).to(device, dtype)
         if tensor.shape != parameter.shape:

@@ -1,10 +1,11 @@
 """Dropout as a pure function of (seed, epoch, sequence, position, layer, module, feature), never of an RNG's state.
 
-Recomputing a layer, resuming a run or cutting a micro-batch in two must see the same mask, on any device. So a mask is
-a hash: every token has a 32-bit key made from the seed, the epoch, the sequence it belongs to and its position; each
-adapted module of each layer mixes in its own salt; each feature is one more round. The mix is a 32-bit multiply and
-xor-shift finaliser of the murmur family: no cryptography, but no visible correlation between neighbours either (tested).
-It is int32 arithmetic that wraps, which torch does alike on CPU and CUDA and which a compiler fuses into its neighbour.
+Recomputing a layer, resuming a run or cutting a micro-batch in two must see the same mask, on any device. So a mask
+is a hash: every token has a 32-bit key made from the seed, the epoch, the sequence it belongs to and its position;
+each adapted module of each layer mixes in its own salt; each feature is one more round. The mix is a 32-bit multiply
+and xor-shift finaliser of the murmur family: no cryptography, but no visible correlation between neighbours either
+(tested). It is int32 arithmetic that wraps, which torch does alike on CPU and CUDA and which a compiler fuses into
+its neighbour.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class _FrozenLinear(torch.autograd.Function):
         return frozen_product(x, list(stored), storage, shape, transposed=False)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
         grad_x = frozen_product(grad_y, list(ctx.saved_tensors), ctx.storage, ctx.shape, transposed=True)
         return grad_x, None, None, *(None for _ in ctx.saved_tensors)
 
@@ -182,7 +182,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
         scaling, dropout, storage, shape = ctx.settings
         x, lora_A_RI, lora_B_OR, dropout_key, t_NR, *stored = ctx.saved_tensors
         grad_NO = grad_y.reshape(-1, shape[0])

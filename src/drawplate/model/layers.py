@@ -15,7 +15,7 @@ Recomputation sees the same numbers because nothing in a layer draws from an RNG
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ class LayerRunner:
     def begin(self, token_keys_BT: Tensor | None) -> None:
         """A new micro-batch; keys switch dropout on for it."""
         self.token_keys = token_keys_BT
-        self._let_go()
+        self.let_go()
         self.inputs.forget()
 
     def run(self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -89,16 +89,16 @@ class LayerRunner:
         call = LayerCall(layer, tuple(trained), self._dropout_keys(layer), args, kwargs)
         if not torch.is_grad_enabled():
             weights = self.residency.acquire(layer)
-            out = self._compute(call, weights, trained, hidden)
+            out = self.compute(call, weights, trained, hidden)
             self.residency.release(layer)
             return out
         if self.policies[layer] != "keep":
             return _RecomputedLayer.apply(self, call, hidden, *trained.values())
         if not self.residency.streamed[layer]:
-            return self._compute(call, self.residency.acquire(layer), trained, hidden)
+            return self.compute(call, self.residency.acquire(layer), trained, hidden)
         return self._run_streamed_and_kept(call, trained, hidden)
 
-    def _run_streamed_and_kept(self, call: LayerCall, trained: Tensors, hidden: Tensor) -> Tensor:
+    def _run_streamed_and_kept(self, call: LayerCall, trained: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         layer = call.layer
         weights = self.residency.acquire(layer, training=True)
         buffer = self.residency.held_buffer(layer)
@@ -118,11 +118,12 @@ class LayerRunner:
             return flat.as_strided(shape, stride)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            out = self._compute(call, weights, trained, hidden)
+            out = self.compute(call, weights, trained, hidden)
         self.residency.release(layer)
         return _AcquireInBackward.apply(out, self, layer)
 
-    def _compute(self, call: LayerCall, weights: Tensors, trained: Tensors, hidden: Tensor) -> Tensor:
+    def compute(self, call: LayerCall, weights: Tensors, trained: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """The layer's function, compiled unless a key-value cache is passed along."""
         cached = call.kwargs.get("past_key_values") is not None
         function = (self._eager if cached else self._functions)[call.layer]
         out = function({**weights, **trained, **call.keys}, hidden, call.args, call.kwargs)
@@ -136,11 +137,12 @@ class LayerRunner:
 
     def hold_for_backward(self, layer: int) -> None:
         """Backward reaches a streamed layer whose activations were kept."""
-        self._let_go()
+        self.let_go()
         self.residency.acquire(layer, backward=True)
         self._held_for_backward = layer
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """The streamed layer that backward had brought back is done with."""
         if self._held_for_backward is not None:
             self.residency.release(self._held_for_backward)
             self._held_for_backward = None
@@ -155,7 +157,7 @@ class _AcquireInBackward(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         ctx.runner.hold_for_backward(ctx.layer)
         return grad, None, None
 
@@ -169,25 +171,25 @@ class _RecomputedLayer(torch.autograd.Function):
         ctx.runner, ctx.call, ctx.trained = runner, call, trained
         ctx.saved_input = runner.inputs.put(hidden, offload=runner.policies[layer] == "offload")
         weights = runner.residency.acquire(layer, training=True)
-        out = runner._compute(call, weights, dict(zip(call.adapter_names, trained, strict=True)), hidden)
+        adapter = {name: t.detach() for name, t in zip(call.adapter_names, trained, strict=True)}
+        out = runner.compute(call, weights, adapter, hidden.detach())
         runner.residency.release(layer)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
         runner, call = ctx.runner, ctx.call
-        runner._let_go()
+        runner.let_go()
         weights = runner.residency.acquire(call.layer, backward=True)
         with torch.enable_grad():
-            hidden = runner.inputs.take(ctx.saved_input).detach().requires_grad_(ctx.needs_input_grad[2])
+            # The first layer's input needs no gradient; asking all the same keeps it the same compiled function.
+            hidden = runner.inputs.take(ctx.saved_input).detach().requires_grad_()
             trained = [t.detach().requires_grad_() for t in ctx.trained]
-            out = runner._compute(call, weights, dict(zip(call.adapter_names, trained, strict=True)), hidden)
-            wanted = ([hidden] if ctx.needs_input_grad[2] else []) + trained
-            gradients = list(torch.autograd.grad(out, wanted, grad_out)) if wanted else []
+            out = runner.compute(call, weights, dict(zip(call.adapter_names, trained, strict=True)), hidden)
+            grad_hidden, *gradients = torch.autograd.grad(out, [hidden, *trained], grad_out)
         runner.residency.release(call.layer)
         ctx.saved_input = None
-        grad_hidden = gradients.pop(0) if ctx.needs_input_grad[2] else None
-        return None, None, grad_hidden, *gradients
+        return None, None, grad_hidden if ctx.needs_input_grad[2] else None, *gradients
 
 
 class ExecutedLayer(nn.Module):

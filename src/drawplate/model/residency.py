@@ -15,11 +15,11 @@ either lives on the device or lives on the host and visits the device in a ring 
       +------+                         +------+ --------> +--------+
                                               acquire (no copy: it is still here)
 
-Which slot is evicted, and which layer is fetched ahead, follow from one question: how many layer calls until layer j is
-needed again? Training walks 0..L-1 and back, so at each turn the last layers are still in their slots and are not copied
-again; inference walks round. Frozen weights are never copied back. On a CPU the same ring runs with plain copies, which
-is how it is tested: with `poison=True` a slot is filled with 0xFF bytes (NaN in every float format) before each load and
-after the last release, so that a stale read cannot pass.
+Which slot is evicted, and which layer is fetched ahead, follow from one question: how many layer calls until layer j
+is needed again? Training walks 0..L-1 and back, so at each turn the last layers are still in their slots and are not
+copied again; inference walks round. Frozen weights are never copied back. On a CPU the same ring runs with plain
+copies, which is how it is tested: with `poison=True` a slot is filled with 0xFF bytes (NaN in every float format)
+before each load and after the last release, so that a stale read cannot pass.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """What recomputation keeps of a layer: its input, on the device or offloaded to page-locked host memory.
 
-Offloading is hidden behind compute: the copy out runs on its own stream while the layer computes, and when backward takes
-the input of layer i, the copy back of the one saved before it begins. Host buffers are reused by size. On a CPU the same
-code copies plainly, so the path is tested without a GPU.
+Offloading is hidden behind compute. The copy out of a layer's input runs on its own stream while the layer computes;
+the next `put` makes the compute stream wait for it before the memory can be used again, so no block is held back from
+the allocator (`record_stream` would hold back one per layer, because the host runs far ahead of the device). The way
+back uses two fixed buffers in turn: while backward works on one, the input of the layer before it arrives in the
+other. On a CPU the same code copies plainly, so the path is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+RETURN_BUFFERS = 2
+
 
 @dataclass
 class SavedInput:
@@ -19,8 +23,7 @@ class SavedInput:
 
     kept: Tensor | None = None
     host: Tensor | None = None
-    out_event: torch.cuda.Event | None = None
-    returning: Tensor | None = None
+    returning: int | None = None
     back_event: torch.cuda.Event | None = None
     previous: SavedInput | None = field(default=None, repr=False)
 
@@ -33,63 +36,90 @@ class InputStore:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self._last: SavedInput | None = None
+        self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
+        self._return_buffers: list[Tensor] = []
+        self._next_buffer = 0
         self.host_bytes = 0
 
     def put(self, hidden: Tensor, *, offload: bool) -> SavedInput:
         """Save a detached tensor; with `offload`, in host memory."""
         if not offload:
             return SavedInput(kept=hidden.detach())
-        saved = SavedInput(host=self._buffer(hidden), previous=self._last)
-        self._last = saved
-        assert saved.host is not None
+        host = self._host_buffer(hidden)
+        self._last = saved = SavedInput(host=host, previous=self._last)
         if self._stream is None:
-            saved.host.copy_(hidden)
+            host.copy_(hidden)
             return saved
+        self.let_leave()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            saved.host.copy_(hidden.detach(), non_blocking=True)
-            saved.out_event = torch.cuda.Event()
-            saved.out_event.record(self._stream)
-        hidden.record_stream(self._stream)
+            host.copy_(hidden.detach(), non_blocking=True)
+            gone = torch.cuda.Event()
+            gone.record(self._stream)
+        self._leaving = (hidden.detach(), gone)
         return saved
 
+    def let_leave(self) -> None:
+        """Work queued from now on waits for the copy that is on its way out; its tensor is let go."""
+        if self._leaving is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._leaving[1])
+            self._leaving = None
+
     def take(self, saved: SavedInput) -> Tensor:
-        """The tensor that was put; the one put before it begins its way back."""
+        """The tensor that was put, good until the second `take` after this one; the one put before it begins its way
+        back."""
         if saved.kept is not None:
             return saved.kept
+        self.let_leave()
         self._begin_return(saved)
+        if self._stream is not None:
+            assert saved.back_event is not None
+            torch.cuda.current_stream(self.device).wait_event(saved.back_event)
         if saved.previous is not None:
             self._begin_return(saved.previous)
         if self._last is saved:
             self._last = saved.previous
         assert saved.returning is not None
         assert saved.host is not None
-        if saved.back_event is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(saved.back_event)
-            saved.returning.record_stream(stream)
-        hidden, saved.returning = saved.returning, None
+        hidden = self._return_buffers[saved.returning]
         self._spare[(saved.host.shape, saved.host.dtype)].append(saved.host)
         saved.host, saved.previous = None, None
         return hidden
 
     def forget(self) -> None:
         """Drop what was put and never taken (a forward without a backward)."""
-        self._last = None
+        while self._last is not None:
+            if self._last.host is not None:
+                self._spare[(self._last.host.shape, self._last.host.dtype)].append(self._last.host)
+            self._last = self._last.previous
+        if self._leaving is not None:
+            self.let_leave()
 
     def _begin_return(self, saved: SavedInput) -> None:
         if saved.returning is not None or saved.host is None:
             return
+        saved.returning = self._next_buffer
+        self._next_buffer = (self._next_buffer + 1) % RETURN_BUFFERS
+        buffer = self._return_buffer(saved.returning, saved.host)
         if self._stream is None:
-            saved.returning = saved.host.clone()
+            buffer.copy_(saved.host)
             return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))  # whoever used the buffer before is queued
         with torch.cuda.stream(self._stream):
-            saved.returning = torch.empty_like(saved.host, device=self.device)
-            saved.returning.copy_(saved.host, non_blocking=True)
+            buffer.copy_(saved.host, non_blocking=True)
             saved.back_event = torch.cuda.Event()
             saved.back_event.record(self._stream)
 
-    def _buffer(self, like: Tensor) -> Tensor:
+    def _return_buffer(self, index: int, like: Tensor) -> Tensor:
+        """One of the two device buffers, made anew when micro-batches change their shape."""
+        buffers = self._return_buffers
+        if not buffers or buffers[index].shape != like.shape or buffers[index].dtype != like.dtype:
+            if self._stream is not None and buffers:
+                torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            self._return_buffers = [torch.empty_like(like, device=self.device) for _ in range(RETURN_BUFFERS)]
+        return self._return_buffers[index]
+
+    def _host_buffer(self, like: Tensor) -> Tensor:
         spare = self._spare.setdefault((like.shape, like.dtype), [])
         if spare:
             return spare.pop()

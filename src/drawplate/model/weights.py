@@ -1,8 +1,8 @@
 """A folder, a hub repository or a GGUF file -> tensors by name, one at a time, and nothing executed.
 
-Only safetensors are opened, lazily, so that the full-precision model is never in memory whole. A GGUF file is converted
-to safetensors once, by transformers, in the cache. Pickles and configurations that ask for code (`auto_map`) are refused
-by name. Checkpoints already quantized by bitsandbytes give their stored tensors as they are.
+Only safetensors are opened, lazily, so that the full-precision model is never in memory whole. A GGUF file is
+converted to safetensors once, by transformers, in the cache. Pickles and configurations that ask for code
+(`auto_map`) are refused by name. Checkpoints already quantized by bitsandbytes give their stored tensors as they are.
 """
 
 from __future__ import annotations
@@ -295,9 +295,9 @@ def _write_converted(folder: Path, gguf_file: str, target: Path) -> None:
         raise EnvironmentProblem(
             f"Reading GGUF needs a package: {error}", next_step="Run `pip install gguf`."
         ) from None
-    model.config.quantization_config = None
-    del model.config.quantization_config
-    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    setattr(model, "hf_quantizer", None)  # noqa: B010 - it would refuse to save what is no longer quantized
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     for path in target.iterdir():

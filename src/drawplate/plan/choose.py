@@ -270,7 +270,7 @@ def _warnings(recipe: Recipe, corpus: CorpusShape, batch: _Batch, steps: int) ->
     size = f"{share:.0f} times the training corpus" if share >= 2 else f"{100 * share:.0f} % of the training corpus"
     return (
         f"An effective batch of {format_count(batch.effective)} sequences is {size} "
-        f"({format_count(len(sequences))} sequences): it leaves {steps} optimizer step{'s' if steps > 1 else ''}, which "
-        f"teach next to nothing. Set train.effective_batch_size={better} (with per_device_train_batch_size and "
+        f"({format_count(len(sequences))} sequences): it leaves {steps} optimizer step{'s' if steps > 1 else ''}, "
+        f"which teach next to nothing. Set train.effective_batch_size={better} (with per_device_train_batch_size and "
         f"gradient_accumulation_steps on auto) for {format_count(better_steps)} steps.",
     )

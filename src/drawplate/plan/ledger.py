@@ -46,7 +46,7 @@ class ModelShape:
 
 
 def stored_bits(precision: str, double_quant: bool) -> float:
-    """Bits per frozen weight. 4-bit: 4 + 32/64 for a float32 scale a block; doubly quantized, 4 + 8/64 + 32/(64*256)."""
+    """Bits per frozen weight: 4 + 32/64 for a float32 scale a block, or 4 + 8/64 + 32/(64*256) doubly quantized."""
     if precision in STORED_BITS:
         return STORED_BITS[precision]
     return 4 + (8 / BLOCK + 32 / (BLOCK * SCALE_BLOCK) if double_quant else 32 / BLOCK)
