@@ -142,7 +142,9 @@ def main() -> None:
         results.append(result)
         peak = result.get("peak_reserved_bytes", 0) / 2**30
         if "profile" in result:
-            print(result.pop("profile"))
+            table = str(result.pop("profile"))
+            out.with_name(f"profile-{len(results)}.txt").write_text(case + "\n" + table)
+            print("\n".join(table.splitlines()[-3:]))
         print(
             f"{case:48s} {result.get('tokens_per_second', 0):>9} tok/s  peak {peak:6.2f} GiB"
             f"  alloc {result.get('peak_allocated_bytes', 0) / 2**30:6.2f}  load {result.get('load_seconds', 0)} s"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -332,8 +332,8 @@ def _fill_outside(model: CausalLM, names: _CheckpointNames) -> None:
     skeleton, dtype = anatomy.skeleton, placement.compute_dtype
     streamed = placement.head_rows > 0
     table_device = torch.device("cpu") if streamed else placement.device
-    embedding = skeleton.get_submodule(anatomy.embedding_path)
-    head = skeleton.get_submodule(anatomy.head_path)
+    embedding = cast(nn.Embedding, skeleton.get_submodule(anatomy.embedding_path))
+    head = cast(nn.Linear, skeleton.get_submodule(anatomy.head_path))
     inside = {id(module) for layer in anatomy.layers for module in layer.modules()}
     for path, module in skeleton.named_modules():
         if id(module) in inside or module is head:
