@@ -1,9 +1,9 @@
 """Tokens per second and peak memory of training steps, streamed against resident, on random weights of real shapes.
 
-    python bench/streaming.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[:head] ...
+    python bench/streaming.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:head=ROWS][:layers=N] ...
 
 Each case runs in a process of its own, so that its peak is its own. A case's peak is the most the allocator ever
-reserved, loading included; `context_bytes` is what the CUDA context takes beside it. Every case is a whole optimizer
+reserved, loading included (the CUDA context, some 0.3 to 0.5 GiB, lies outside of it). Every case is a whole optimizer
 step: forward, loss over the full vocabulary, backward, AdamW.
 """
 
@@ -16,31 +16,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def measure(case: str, steps: int = 4) -> dict[str, object]:
-    """One case in this process."""
-    import numpy as np
+def measure(case: str, steps: int = 4) -> list[dict[str, object]]:
+    """One case in this process; a size like 1x512,1x1024 measures several micro-batches of one loaded model in turn."""
     import torch
 
     from bench.shapes import random_checkpoint
-    from drawplate.data.batches import cut_padded
+    from drawplate.device import memory_sample
     from drawplate.model.adapter import lora_config
     from drawplate.model.causal_lm import Placement, assemble
     from drawplate.model.frozen import Storage
-    from drawplate.recipe import LoraSection, TrainSection
-    from drawplate.records import Sequence
-    from drawplate.train import make_optimizer
+    from drawplate.recipe import LoraSection
 
-    shape, precision, weights, activations, size, *options = case.split(":")
-    rows, length = (int(n) for n in size.split("x"))
+    shape, precision, weights, activations, sizes, *options = case.split(":")
     flags = dict(o.partition("=")[::2] for o in options)
     torch.manual_seed(0)
-    free_before = torch.cuda.mem_get_info()[0]
     began = time.monotonic()
     checkpoint = random_checkpoint(shape, layers=int(flags["layers"]) if "layers" in flags else None)
     placement = Placement(
@@ -51,18 +47,43 @@ def measure(case: str, steps: int = 4) -> dict[str, object]:
         activations=activations,
         head_rows=int(flags.get("head", 0)),
         slots=int(flags.get("slots", 2)),
-        compiled=flags.get("eager") is None,
+        compiled="eager" not in flags,
+        dequantize=flags.get("dequantize", "layer"),
     )
-    section = LoraSection(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    targets = "all-linear" if "all" in flags else ["q_proj", "v_proj"]
+    section = LoraSection(r=int(flags.get("r", 8)), lora_alpha=32, target_modules=targets, lora_dropout=0.1)
     model = assemble(checkpoint, placement, lambda a: lora_config(section, a, "random", None), seed=0)  # type: ignore[arg-type]
     torch.cuda.synchronize()
-    load_seconds = time.monotonic() - began
-    load_peak = torch.cuda.max_memory_reserved()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    optimizer = make_optimizer(model.adapter.parameters(), TrainSection())
-    vocab = checkpoint.config.vocab_size
+    loading = {
+        "load_seconds": round(time.monotonic() - began, 2),
+        "load_peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "arena_bytes": model.residency.host_bytes,
+    }
+    results = []
+    for size in sizes.split(","):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        timed = _train_steps(model, size, steps, profiled="profile" in flags)
+        timed["peak_reserved_bytes"] = max(torch.cuda.max_memory_reserved(), loading["load_peak_reserved_bytes"])
+        case_of_size = ":".join([shape, precision, weights, activations, size, *options])
+        host = {"host_process_bytes": memory_sample().process_bytes}
+        results.append({"case": case_of_size, **timed, **loading, **host})
+    return results
+
+
+def _train_steps(model: Any, size: str, steps: int, *, profiled: bool) -> dict[str, Any]:
+    import numpy as np
+    import torch
+    import torch._dynamo.utils as dynamo
+
+    from drawplate.data.batches import cut_padded
+    from drawplate.recipe import TrainSection
+    from drawplate.records import Sequence
+    from drawplate.train import make_optimizer
+
+    rows, length = (int(n) for n in size.split("x"))
     rng = np.random.default_rng(0)
+    vocab = model.anatomy.config.vocab_size
     sequences = [
         Sequence(
             index=i,
@@ -74,6 +95,9 @@ def measure(case: str, steps: int = 4) -> dict[str, object]:
         for i in range(rows)
     ]
     batch = cut_padded(sequences, rows, 16, 0)[0]
+    optimizer = make_optimizer(model.adapter.parameters(), TrainSection())
+    torch._dynamo.reset()
+    dynamo.counters.clear()
 
     def step(number: int) -> float:
         loss, _ = model.sum_nats(batch, scale=1 / batch.counted_tokens, dropout_seed=(0, number))
@@ -83,7 +107,7 @@ def measure(case: str, steps: int = 4) -> dict[str, object]:
         return float(loss.detach())
 
     began = time.monotonic()
-    first = step(0)
+    first = last = step(0)
     first_seconds = time.monotonic() - began
     step(1)
     seconds = []
@@ -93,30 +117,15 @@ def measure(case: str, steps: int = 4) -> dict[str, object]:
         last = step(2 + i)
         torch.cuda.synchronize()
         seconds.append(time.monotonic() - began)
-    import torch._dynamo.utils as dynamo
-
-    from drawplate.device import memory_sample
-
-    median = sorted(seconds)[len(seconds) // 2]
-    free, total = torch.cuda.mem_get_info()
-    profile = _profile(step) if "profile" in flags else None
     return {
-        "case": case,
-        "tokens_per_second": round(batch.tokens / median, 1),
+        "tokens_per_second": round(batch.tokens / sorted(seconds)[len(seconds) // 2], 1),
         "step_seconds": [round(s, 4) for s in seconds],
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
-        "load_peak_reserved_bytes": load_peak,
-        "outside_allocator_bytes": total - free - torch.cuda.memory_reserved() - (total - free_before),
-        "host_process_bytes": memory_sample().process_bytes,
-        "arena_bytes": model.residency.host_bytes,
-        "load_seconds": round(load_seconds, 2),
         "first_step_seconds": round(first_seconds, 2),
         "compilations": int(dynamo.counters["stats"]["unique_graphs"]),
         "first_loss": first,
         "last_loss": last,
-        "gradient_norm": 0.0,
-        **({"profile": profile} if profile else {}),
+        **({"profile": _profile(step)} if profiled else {}),
     }
 
 
@@ -134,28 +143,30 @@ def main() -> None:
         print("RESULT " + json.dumps(measure(sys.argv[2])))
         return
     out, cases = Path(sys.argv[1]), sys.argv[2:]
-    results = []
+    results: list[dict[str, Any]] = []
     for case in cases:
         ran = subprocess.run([sys.executable, __file__, "--one", case], capture_output=True, text=True, check=False)
         line = next((x for x in ran.stdout.splitlines() if x.startswith("RESULT ")), None)
-        result = json.loads(line[7:]) if line else {"case": case, "error": (ran.stderr or ran.stdout)[-3000:]}
-        results.append(result)
-        peak = result.get("peak_reserved_bytes", 0) / 2**30
-        if "profile" in result:
-            table = str(result.pop("profile"))
-            out.with_name(f"profile-{len(results)}.txt").write_text(case + "\n" + table)
-            print("\n".join(table.splitlines()[-3:]))
-        print(
-            f"{case:48s} {result.get('tokens_per_second', 0):>9} tok/s  peak {peak:6.2f} GiB"
-            f"  alloc {result.get('peak_allocated_bytes', 0) / 2**30:6.2f}  load {result.get('load_seconds', 0)} s"
-            f"  first {result.get('first_step_seconds', 0)} s  graphs {result.get('compilations')}"
-            f"  loss {result.get('first_loss')} {result.get('error', '')[-1500:]}",
-            flush=True,
-        )
+        measured = json.loads(line[7:]) if line else [{"case": case, "error": (ran.stderr or ran.stdout)[-3000:]}]
+        for result in measured:
+            results.append(result)
+            table = str(result.pop("profile", ""))
+            if table:
+                out.with_name(f"profile-{len(results)}.txt").write_text(f"{case}\n{table}")
+            print(_line(result) + "".join(f"  {line}" for line in table.splitlines()[-2:]), flush=True)
         out.write_text(json.dumps(record(results), indent=1))
 
 
-def record(results: list[dict[str, object]]) -> dict[str, object]:
+def _line(result: dict[str, Any]) -> str:
+    peak, allocated = (result.get(f"peak_{what}_bytes", 0) / 2**30 for what in ("reserved", "allocated"))
+    return (
+        f"{result['case']:46s} {result.get('tokens_per_second', 0):>9} tok/s  {peak:6.2f} GiB  ({allocated:.2f})"
+        f"  load {result.get('load_seconds', 0)} s  first {result.get('first_step_seconds', 0)} s"
+        f"  graphs {result.get('compilations')}  loss {result.get('first_loss', 0):.4f} {result.get('error', '')[-1500:]}"
+    )
+
+
+def record(results: list[dict[str, Any]]) -> dict[str, object]:
     """Results with what they were measured on."""
     import torch
     import transformers

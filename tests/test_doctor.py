@@ -9,6 +9,7 @@ import torch
 
 from drawplate import device, doctor
 from drawplate.device import CudaProblem
+from drawplate.recipe import cache_folder
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -26,6 +27,15 @@ def test_a_healthy_machine_misses_nothing():
 
 def test_every_row_that_is_not_ok_says_what_mends_it():
     assert [check.name for check in rows().values() if (check.status == "ok") == bool(check.mend)] == []
+
+
+def test_the_prepared_weights_in_the_cache_are_counted():
+    assert rows()["prepared weights"].found == "none kept yet"
+    folder = cache_folder() / "arenas"
+    folder.mkdir()
+    for name in ("nf4-a.arena", "int8-b.arena", "nf4-a.lock"):
+        (folder / name).write_bytes(bytes(1024))
+    assert rows()["prepared weights"].found == f"2 kept for quicker starts, 2 KiB in {folder}"
 
 
 @pytest.mark.parametrize(("present", "status"), [(True, "missing"), (False, "absent")])

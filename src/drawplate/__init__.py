@@ -1,9 +1,9 @@
 """Drawplate fine-tunes open language models on a person's own documents, on the GPU they have.
 
-`tune`, `plan` and `evaluate` are the public door. What is behind them is imported on first use, because it imports
-torch and this module must not: `drawplate --help` reads it too.
+`tune`, `plan`, `evaluate` and `prepare_model` are the public door. What is behind them is imported on first use,
+because it imports torch and this module must not: `drawplate --help` reads it too.
 
-Two of the three share their name with a submodule. `drawplate.plan` and `drawplate.evaluate` are always the functions;
+Two of the four share their name with a submodule. `drawplate.plan` and `drawplate.evaluate` are always the functions;
 the modules are reached with `from drawplate.plan import ...`, as everywhere in this tree.
 """
 
@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from drawplate.quiet import forbid_hub_code, hush_libraries
 
 if TYPE_CHECKING:
+    from drawplate.integrations.prepare_model import prepare_model
     from drawplate.recipe import Recipe
     from drawplate.records import Plan, Progress, RunRecord
     from drawplate.run import evaluate
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "plan", "tune"]
+__all__ = ["__version__", "evaluate", "plan", "prepare_model", "tune"]
 
 # Here and nowhere later: telemetry and hub kernels are decided when the libraries are imported.
 forbid_hub_code()
@@ -56,14 +57,16 @@ def _as_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
     return source if isinstance(source, Recipe) else load_recipe(source)
 
 
-def _behind_the_door(name: str) -> Any:
+def _behind_the_door(name: str, module: str = "drawplate.run") -> Any:
     hush_libraries()
-    return getattr(importlib.import_module("drawplate.run"), name)
+    return getattr(importlib.import_module(module), name)
 
 
 def __getattr__(name: str) -> Any:
     if name == "evaluate":
         return _behind_the_door(name)
+    if name == "prepare_model":
+        return _behind_the_door(name, "drawplate.integrations.prepare_model")
     raise AttributeError(f"module 'drawplate' has no attribute {name!r}")
 
 

@@ -304,8 +304,39 @@ def _usable_ram_bytes() -> int:
     return min(limits)
 
 
+def available_ram_bytes() -> int:
+    """Bytes that this process may still take: the system's, and what is left in every control group above it.
+
+    Files in the page cache count as free, since the kernel drops them at need; page-locked ones among them cannot be
+    told apart, so the answer may be too large by what other processes have locked.
+    """
+    left = [psutil.virtual_memory().available]
+    for folder in _cgroup_folders("memory"):
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with suppress(OSError, ValueError):
+                taken = int((folder / used).read_text()) - _file_cache_bytes(folder)
+                left.append(int((folder / limit).read_text()) - max(0, taken))
+    return max(0, min(left))
+
+
+def _file_cache_bytes(group: Path) -> int:
+    """Page cache of files in a control group and those below it."""
+    with suppress(OSError, ValueError):
+        counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        prefix = "total_" if "total_inactive_file" in counted else ""  # version 1 counts the groups below apart
+        return sum(int(counted.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    return 0
+
+
 def _cgroup_files(controller: str, name: str) -> Iterator[str]:
-    """Contents of `name` in this process's control group and every group above it, in versions 1 and 2.
+    """Contents of `name` in this process's control group and every group above it, in versions 1 and 2."""
+    for folder in _cgroup_folders(controller):
+        with suppress(OSError):
+            yield (folder / name).read_text().strip()
+
+
+def _cgroup_folders(controller: str) -> Iterator[Path]:
+    """This process's control group and every group above it, in versions 1 and 2.
 
     Inside a container the path that /proc names may not be mounted; the mount's root is read then.
     """
@@ -316,7 +347,4 @@ def _cgroup_files(controller: str, name: str) -> Iterator[str]:
                 continue
             mount = _CGROUP_ROOT / controller if controllers else _CGROUP_ROOT
             group = mount / path.lstrip("/")
-            for folder in (group, *group.parents):
-                if folder.is_relative_to(mount):
-                    with suppress(OSError):
-                        yield (folder / name).read_text().strip()
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount))

@@ -47,7 +47,7 @@ def examine(network: bool = False) -> list[Check]:
     """Every row, in the order in which trouble is best mended. Never raises: a check that fails is a row."""
     checks: list[Callable[[], Check]] = [_python, _torch, _driver, _gpu, _bitsandbytes]
     checks += [_library("transformers"), _library("peft"), _other_libraries, _trackers]
-    checks += [_memory, _folder("this folder", Path.cwd()), _folder("cache", cache_folder()), _hub_cache]
+    checks += [_memory, _folder("this folder", Path.cwd()), _folder("cache", cache_folder()), _kept_weights, _hub_cache]
     if network:
         checks.append(_network)
     return [_tried(check) for check in checks]
@@ -202,6 +202,15 @@ def _folder(name: str, folder: Path) -> Callable[[], Check]:
 
     check.__name__ = name
     return check
+
+
+def _kept_weights() -> Check:
+    folder = cache_folder() / "arenas"
+    sizes = [path.stat().st_size for path in folder.glob("*.arena")]
+    found = (
+        f"{len(sizes)} kept for quicker starts, {format_bytes(sum(sizes))} in {folder}" if sizes else "none kept yet"
+    )
+    return Check(name="prepared weights", status="ok", found=found)
 
 
 def _hub_cache() -> Check:

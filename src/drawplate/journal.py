@@ -1,7 +1,7 @@
 """What a run leaves behind while it goes: metrics.jsonl, the curves of the record, and words for whoever watches.
 
-Times are monotonic seconds since the run began. Curves are thinned by halving when they reach their bound, so a run of
-any length keeps an even picture of itself.
+Times are monotonic seconds since the run began. A curve that reaches its bound keeps every second point, and from then
+on takes every second one, so a run of any length keeps an even picture of itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from drawplate.data.batches import Batch
 from drawplate.device import memory_sample
@@ -22,6 +22,35 @@ CURVE_POINTS = 2000
 METRICS_NAME = "metrics.jsonl"
 Observer = Callable[[Progress], None]
 Event = StepRecord | EvaluationPoint | MemoryPoint
+
+
+Point = TypeVar("Point")
+
+
+class Curve(Generic[Point]):
+    """At most `CURVE_POINTS` evenly spaced points of a series of any length, its first and its newest among them."""
+
+    def __init__(self) -> None:
+        self.newest: Point | None = None
+        self._points: list[Point] = []
+        self._stride = 1
+        self._added = 0
+
+    def add(self, point: Point) -> None:
+        """The next point of the series."""
+        self.newest = point
+        if self._added % self._stride == 0:
+            self._points.append(point)
+        self._added += 1
+        if len(self._points) == CURVE_POINTS:
+            del self._points[1::2]
+            self._stride *= 2
+
+    def __iter__(self) -> Iterator[Point]:
+        """The points that are kept, in order."""
+        yield from self._points
+        if self._points and self._points[-1] is not self.newest:
+            yield self.newest  # type: ignore[misc]
 
 
 class Journal:
@@ -43,9 +72,9 @@ class Journal:
         self._file: Any = None
         self.phase = ""
         self.phase_seconds: dict[str, float] = {}
-        self.steps: list[StepRecord] = []
+        self.steps: Curve[StepRecord] = Curve()
         self.evaluations: list[EvaluationPoint] = []
-        self.memory: list[MemoryPoint] = []
+        self.memory: Curve[MemoryPoint] = Curve()
         self.warnings: list[str] = []
         self._tokens = 0
         self._training_seconds = 0.0
@@ -92,9 +121,9 @@ class Journal:
 
     def sample_memory(self, step: int | None = None) -> None:
         """Note memory in use now."""
-        step = step if step is not None else (self.steps[-1].step if self.steps else 0)
+        step = step if step is not None else (self.steps.newest.step if self.steps.newest else 0)
         point = MemoryPoint(step=step, phase=self.phase, seconds=round(self.seconds, 3), sample=memory_sample())
-        _append(self.memory, point)
+        self.memory.add(point)
         self.write("memory", {"step": step, "phase": self.phase, **to_json(point.sample)})
         self.trackers(point)
 
@@ -105,7 +134,7 @@ class Journal:
 
     def on_step(self, record: StepRecord, progress: float) -> None:
         """An optimizer step is done."""
-        _append(self.steps, record)
+        self.steps.add(record)
         self.write("step", record)
         self.trackers(record)
         self._tokens += record.tokens
@@ -113,15 +142,19 @@ class Journal:
         self._share = progress
         if record.step % self._log_frequency == 0 or record.step == 1:
             self.sample_memory(record.step)
-        sample = self.memory[-1].sample
-        in_use = sample.device_reserved_bytes or sample.process_bytes
         self._figures = {
             "step": str(record.step),
             "loss": f"{record.loss:.3f}",
             "tokens/s": f"{self._tokens / max(self._training_seconds, 1e-9):,.0f}",
-            "memory": format_bytes(in_use),
+            "memory": format_bytes(self._bytes_in_use()),
         }
         self.show(progress * 100, 100, "%", self._figures)
+
+    def _bytes_in_use(self) -> int:
+        if self.memory.newest is None:
+            return 0
+        sample = self.memory.newest.sample
+        return sample.device_reserved_bytes or sample.process_bytes
 
     def on_evaluation(self, step: int, result: Evaluation) -> None:
         """The held-out documents were measured."""
@@ -142,9 +175,3 @@ class Journal:
     def message(self, text: str) -> None:
         """A line that stays on the screen."""
         self._observer(Progress(phase=self.phase, message=text))
-
-
-def _append(curve: list[Any], point: Any) -> None:
-    if len(curve) >= CURVE_POINTS:
-        del curve[1::2]
-    curve.append(point)

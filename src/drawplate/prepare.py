@@ -6,11 +6,12 @@ weights.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 
-from drawplate.data.chat import chat_renderer
+from drawplate.data.chat import ChatRenderer, chat_renderer
 from drawplate.data.documents import Corpus, read_documents
 from drawplate.data.split import Split, hold_out_given, split
 from drawplate.data.tokens import Tokenized, Tokenizer, load_tokenizer, tokenize
@@ -51,7 +52,7 @@ def prepare(recipe: Recipe) -> Prepared:
     device = pick_device(recipe.model.device_map)
     checkpoint = open_checkpoint(recipe.model)
     tokenizer = load_tokenizer(checkpoint.folder)
-    render = chat_renderer(tokenizer)
+    render = renderer_of(tokenizer)
     corpus = read_documents(recipe.data, recipe.data.files, render)
     if recipe.data.heldout_files:
         given = read_documents(recipe.data, recipe.data.heldout_files, render)
@@ -62,13 +63,8 @@ def prepare(recipe: Recipe) -> Prepared:
     max_length = choose_max_length(recipe, max_positions(checkpoint))
     training = tokenize(sides.train, tokenizer, max_length, append_eos=True)
     heldout = tokenize(sides.heldout, tokenizer, max_length)
-    for name, part in (("training", training), ("held-out", heldout)):
-        if not part.sequences:
-            raise DataError(
-                f"The {name} documents are too short: no token in them can be predicted.",
-                safe="Nothing was written.",
-                next_step="Add longer documents to data.files.",
-            )
+    require_predictable(training, "training")
+    require_predictable(heldout, "held-out")
     anatomy = build_anatomy(checkpoint.config)
     chosen = choose_plan(recipe, checkpoint, anatomy, training, max_length)
     return Prepared(
@@ -85,6 +81,26 @@ def prepare(recipe: Recipe) -> Prepared:
     )
 
 
+def require_predictable(tokens: Tokenized, name: str) -> None:
+    """Refuse documents in which the loss would count nothing.
+
+    Raises:
+        DataError: there is not one token that another precedes.
+    """
+    if not tokens.sequences:
+        raise DataError(
+            f"The {name} documents are too short: no token in them can be predicted.",
+            safe="Nothing was written.",
+            next_step="Add longer documents.",
+        )
+
+
+def renderer_of(tokenizer: Tokenizer) -> ChatRenderer:
+    """The tokenizer's chat template, looked for at the first conversation: a base model has none and needs none."""
+    make = functools.cache(lambda: chat_renderer(tokenizer))
+    return lambda messages: make()(messages)
+
+
 def placement_of(chosen: Plan, device: torch.device) -> Placement:
     """The model's part of a plan."""
     return Placement(
@@ -95,6 +111,7 @@ def placement_of(chosen: Plan, device: torch.device) -> Placement:
         activations=chosen.activations,
         head_rows=STREAMED_HEAD_ROWS if chosen.weights == "host" else 0,
         compiled=chosen.compiled,
+        dequantize="layer" if chosen.device == "cuda" else "product",
     )
 
 
@@ -158,11 +175,20 @@ def model_shape(anatomy: Anatomy, recipe: Recipe) -> ModelShape:
 
 def choose_plan(recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy, tokens: Tokenized, max_length: int) -> Plan:
     """The plan for tokens that have been counted."""
+    lengths = tuple(len(s) for s in tokens.sequences)
+    return plan_for_lengths(recipe, checkpoint, anatomy, lengths, max_length)
+
+
+def plan_for_lengths(
+    recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy, lengths: tuple[int, ...], max_length: int
+) -> Plan:
+    """The plan for windows of these lengths in tokens."""
     situation = Situation(
         recipe=recipe,
         machine=machine(pick_device(recipe.model.device_map)),
         model=model_shape(anatomy, recipe),
         base_bytes=memory_sample().process_bytes,
         stored_precision=checkpoint.quantized_precision,
+        stored_double_quant=checkpoint.quantized_doubly,
     )
-    return choose(situation, CorpusShape(lengths=tuple(len(s) for s in tokens.sequences)), max_length)
+    return choose(situation, CorpusShape(lengths=lengths), max_length)

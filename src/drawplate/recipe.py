@@ -24,6 +24,8 @@ Auto = Literal["auto"]
 Precision = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["float16", "bfloat16", "float32"]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -51,7 +53,9 @@ class QuantizationSection(Section):
     load_in_4bit: bool | None = Field(None, description="Same as precision nf4 or fp4.")
     load_in_8bit: bool | None = Field(None, description="Same as precision int8.")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="The 4-bit data type.")
-    bnb_4bit_use_double_quant: bool = Field(True, description="Quantize the 4-bit scales too (0.4 bit a weight less).")
+    bnb_4bit_use_double_quant: bool | Auto = Field(
+        "auto", description="Quantize the 4-bit scales too (0.4 bit a weight less); auto: on, or as the checkpoint is."
+    )
     bnb_4bit_compute_dtype: ComputeDtype | Auto = Field("auto", description="Arithmetic of the matrix products.")
 
     @model_validator(mode="after")
@@ -98,7 +102,9 @@ class DataSection(Section):
     min_characters: int = Field(1, ge=1, description="Documents with fewer characters are left out, and counted.")
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="Share of documents held out of training.")
     heldout_files: list[str] = Field(default=[], description="Held-out documents given by hand, instead of a share.")
-    max_length: int | Auto = Field("auto", description="Tokens in a window; longer documents become several windows.")
+    max_length: Annotated[int, Field(ge=2)] | Auto = Field(
+        "auto", description="Tokens in a window; longer documents become several windows."
+    )
     packing: bool | Auto = Field("auto", description="Put several documents in one row; auto: on. Off: pad.")
     pad_to_multiple_of: int = Field(16, ge=1, description="Rows are padded to a multiple of this many tokens.")
 
@@ -124,10 +130,10 @@ class TrainSection(Section):
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training documents.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps at most.")
     max_minutes: float | None = Field(None, gt=0, description="Minutes of training at most; the schedule adapts.")
-    per_device_train_batch_size: int | Auto = Field("auto", description="Sequences in a micro-batch.")
-    gradient_accumulation_steps: int | Auto = Field("auto", description="Micro-batches in an optimizer step.")
-    effective_batch_size: int | Auto = Field("auto", description="Sequences in an optimizer step.")
-    learning_rate: float | Auto = Field("auto", description="Peak learning rate.")
+    per_device_train_batch_size: Count | Auto = Field("auto", description="Sequences in a micro-batch.")
+    gradient_accumulation_steps: Count | Auto = Field("auto", description="Micro-batches in an optimizer step.")
+    effective_batch_size: Count | Auto = Field("auto", description="Sequences in an optimizer step.")
+    learning_rate: Rate | Auto = Field("auto", description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "cosine", description="How the learning rate falls after the warmup."
     )
@@ -143,7 +149,7 @@ class TrainSection(Section):
     fp16: bool | None = Field(None, description="Half precision with a loss scaler.")
     bf16: bool | None = Field(None, description="bfloat16 arithmetic.")
     gradient_checkpointing: bool | Auto = Field("auto", description="Recompute activations in backward.")
-    save_steps: int | Auto = Field("auto", description="Optimizer steps between checkpoints.")
+    save_steps: Count | Auto = Field("auto", description="Optimizer steps between checkpoints; auto: a tenth of all.")
     seed: int = Field(42, ge=0, description="Decides the split, the order, the dropout and the adapter's start.")
 
     @model_validator(mode="after")
@@ -153,13 +159,16 @@ class TrainSection(Section):
         parts = (self.per_device_train_batch_size, self.gradient_accumulation_steps, self.effective_batch_size)
         if "auto" not in parts and parts[0] * parts[1] != parts[2]:  # type: ignore[operator]
             raise ValueError("effective_batch_size is not per_device_train_batch_size x gradient_accumulation_steps")
+        _, accumulation, effective = parts
+        if "auto" not in (accumulation, effective) and effective % accumulation:  # type: ignore[operator]
+            raise ValueError("effective_batch_size is not a multiple of gradient_accumulation_steps")
         return self
 
 
 class EvaluationSection(Section):
     """How, and how often, the held-out documents are measured."""
 
-    per_device_eval_batch_size: int | Auto = Field("auto", description="Sequences in an evaluation micro-batch.")
+    per_device_eval_batch_size: Count | Auto = Field("auto", description="Sequences in an evaluation micro-batch.")
     eval_accumulation_steps: int | None = Field(
         None, ge=1, description="Accepted for compatibility: no logits are kept, so nothing accumulates."
     )

@@ -8,19 +8,21 @@ Each step is a call into a floor below; what is handed over is a record. `tune` 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from drawplate.checkpoint import save_checkpoint, write_folder
 from drawplate.data.batches import cut_padded
-from drawplate.data.chat import chat_renderer
 from drawplate.data.documents import read_documents
 from drawplate.data.tokens import Tokenized, load_tokenizer, tokenize
 from drawplate.device import PeakMeter, pick_device
-from drawplate.errors import UserError
+from drawplate.errors import StorageError, UserError
 from drawplate.evaluate import score_documents, total
 from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
@@ -32,12 +34,15 @@ from drawplate.model.weights import open_checkpoint
 from drawplate.outcome import Outcome
 from drawplate.plan.choose import choose_max_length
 from drawplate.prepare import (
+    Prepared,
     choose_plan,
     evaluation_cutting,
     max_positions,
     pad_id,
     placement_of,
     prepare,
+    renderer_of,
+    require_predictable,
     train_cutting,
 )
 from drawplate.recipe import DataSection, ModelSection, Recipe, expand
@@ -45,8 +50,9 @@ from drawplate.records import DocumentScore, Evaluation, Plan, RunRecord
 from drawplate.report.card import model_card
 from drawplate.report.html import write_report
 from drawplate.run_folder import RunFolder
-from drawplate.train import INITIAL_LOSS_SCALE, Cutting, TrainTask, schedule_of, train
+from drawplate.train import INITIAL_LOSS_SCALE, Cutting, TrainState, TrainTask, schedule_of, train
 
+CHECKPOINTS_IN_A_RUN = 10
 SELF_CHECK_TOKENS = 64
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -64,13 +70,13 @@ def tune(recipe: Recipe, observer: Observer | None = None) -> RunRecord:
     folder, started = RunFolder(expand(recipe.output_dir)), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     folder.check_free()
     with ExitStack() as stack:
+        stack.callback(folder.release)
         peak = stack.enter_context(PeakMeter())
         journal = Journal(observer, log_frequency=recipe.memory.log_frequency)
         journal.trackers = stack.enter_context(open_trackers(recipe, journal.on_warning))
         with journal.in_phase("read"):
             prepared = prepare(recipe)
         folder.claim()
-        stack.callback(folder.release)
         stack.callback(journal.close)
         outcome = Outcome(prepared, journal, peak, started)
         try:
@@ -105,9 +111,10 @@ def evaluate(
     with journal.in_phase("read"):
         checkpoint = open_checkpoint(recipe.model)
         tokenizer = load_tokenizer(checkpoint.folder)
-        corpus = read_documents(recipe.data, recipe.data.files, chat_renderer(tokenizer))
+        corpus = read_documents(recipe.data, recipe.data.files, renderer_of(tokenizer))
         max_length = choose_max_length(recipe, max_positions(checkpoint))
         tokens = tokenize(corpus.documents, tokenizer, max_length)
+        require_predictable(tokens, "given")
         chosen = choose_plan(recipe, checkpoint, build_anatomy(checkpoint.config), tokens, max_length)
     with journal.in_phase("load"):
         loaded = assemble(
@@ -116,6 +123,7 @@ def evaluate(
             config or (lambda anatomy: lora_config(recipe.lora, anatomy, model, None)),
             seed=0,
             progress=lambda done, count: journal.show(done, count, "layers"),
+            tell=journal.on_warning,
         )
     cutting = Cutting(packing=True, tokens=chosen.micro_batch_tokens, pad_id=pad_id(tokenizer))
     results = {}
@@ -137,13 +145,12 @@ def _tell(outcome: Outcome, folder: RunFolder) -> RunRecord:
     with journal.in_phase("baseline"):
         _measure(outcome, model, "baseline", step=0)
     with journal.in_phase("train"):
-        _train(outcome, model)
+        _train(outcome, model, folder)
     with journal.in_phase("final"):
         _measure(outcome, model, "final", step=outcome.state.step)
         _keep_the_best(outcome, model)
     with journal.in_phase("save"):
-        model.adapter.save(folder.path / "adapter")
-        outcome.prepared.tokenizer.save_pretrained(folder.path / "adapter")
+        _save_adapter(outcome, folder)
     record = outcome.record("finished")
     folder.write_text("adapter/README.md", model_card(record, model.adapter.config.to_dict()))
     return _write(record, folder)
@@ -153,16 +160,27 @@ def _break_off(outcome: Outcome, folder: RunFolder, error: BaseException) -> Non
     """Write what is known of a run that ends before its time; leave nothing, if it had not begun to train."""
     journal, state = outcome.journal, outcome.state
     if state.step == 0 or outcome.model is None:
-        journal.close()
         folder.abandon()
         return
     stopped = isinstance(error, KeyboardInterrupt)
     what = "interrupted" if stopped else error.what if isinstance(error, UserError) else type(error).__name__
     try:
-        outcome.model.adapter.save(folder.path / "adapter", state.best_adapter)
+        _save_adapter(outcome, folder, state.best_adapter)
         _write(outcome.record("stopped" if stopped else "failed", error=what), folder)
     except (OSError, UserError) as second:
         journal.message(f"The record of this run could not be written: {second}")
+
+
+def _save_adapter(outcome: Outcome, folder: RunFolder, state: dict[str, torch.Tensor] | None = None) -> None:
+    """The adapter, as it is or as `state` has it, with the tokenizer beside it."""
+    model = outcome.model
+    assert model is not None
+
+    def fill(partial: Path) -> None:
+        model.adapter.save(partial, state)
+        outcome.prepared.tokenizer.save_pretrained(partial)
+
+    write_folder(folder.path / "adapter", fill)
 
 
 def _write(record: RunRecord, folder: RunFolder) -> RunRecord:
@@ -190,12 +208,13 @@ def _load(outcome: Outcome) -> CausalLM:
         lambda anatomy: lora_config(recipe.lora, anatomy, str(checkpoint.folder), checkpoint.revision),
         seed=recipe.train.seed,
         progress=lambda done, count: journal.show(done, count, "layers"),
+        tell=journal.on_warning,
     )
     sample = max(prepared.heldout.sequences, key=len)
     start = slice(0, SELF_CHECK_TOKENS)
     short = replace(sample, input_ids=sample.input_ids[start], counted=sample.counted[start])
     difference = outcome.self_check_difference = self_check(model, cut_padded([short], 1, 1, 0)[0])
-    if difference is not None and difference > SELF_CHECK_TOLERANCE[model.placement.compute_dtype]:
+    if difference is not None and not difference <= SELF_CHECK_TOLERANCE[model.placement.compute_dtype]:  # NaN too
         journal.on_warning(
             f"Self-check: the loss on a short text differs from transformers' own by {100 * difference:.2f} %. "
             "Results may not carry over to other programs."
@@ -212,7 +231,7 @@ def _measure(outcome: Outcome, model: CausalLM, name: str, step: int) -> Evaluat
     return result
 
 
-def _train(outcome: Outcome, model: CausalLM) -> None:
+def _train(outcome: Outcome, model: CausalLM, folder: RunFolder) -> None:
     prepared, recipe = outcome.prepared, outcome.prepared.recipe
     fp16 = prepared.plan.compute_dtype == "float16"
     outcome.state.loss_scale = INITIAL_LOSS_SCALE if fp16 else 1.0
@@ -228,8 +247,26 @@ def _train(outcome: Outcome, model: CausalLM) -> None:
         eval_steps=recipe.evaluation.eval_steps,
         patience=recipe.evaluation.early_stopping_patience,
         keep_best=recipe.evaluation.load_best_model_at_end,
+        save=lambda state: _save_checkpoint(outcome, model, folder.path / "checkpoints", state),
+        save_steps=_save_steps(prepared),
     )
     train(task, outcome.journal, outcome.state)
+
+
+def _save_steps(prepared: Prepared) -> int:
+    """Optimizer steps between checkpoints: as asked, else a tenth of the run."""
+    asked = prepared.recipe.train.save_steps
+    return asked if asked != "auto" else math.ceil(prepared.plan.optimizer_steps / CHECKPOINTS_IN_A_RUN)
+
+
+def _save_checkpoint(outcome: Outcome, model: CausalLM, checkpoints: Path, state: TrainState) -> None:
+    """A checkpoint that cannot be written costs a warning and not the run: the one before is still there."""
+    facts = {"tokens": state.tokens, "seconds": state.seconds, "loss": state.last_loss}
+    facts |= {"best_step": state.best_step, "best_heldout_loss": state.best_loss}
+    try:
+        save_checkpoint(checkpoints, state.step, model.adapter, facts, best_step=state.best_step)
+    except StorageError as error:
+        outcome.journal.on_warning(f"{error.what} {error.safe}")
 
 
 def _keep_the_best(outcome: Outcome, model: CausalLM) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from drawplate.errors import StorageError
 from drawplate.records import to_json
 
 LOCK_NAME = "run.lock"
-OWN_FILES = {LOCK_NAME, "recipe.yaml", "plan.json", "intake.jsonl", "metrics.jsonl"}
 
 
 class RunFolder:
@@ -27,6 +27,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._claimed = False
+        self._abandoned = False
+        self._made: list[Path] = []
 
     def check_free(self) -> None:
         """Refuse a folder that another run uses, that holds anything, or that cannot be written.
@@ -53,6 +55,7 @@ class RunFolder:
             StorageError: it is not free, or cannot be written.
         """
         self.check_free()
+        self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / LOCK_NAME).unlink(missing_ok=True)
@@ -67,17 +70,31 @@ class RunFolder:
         self._claimed = True
 
     def release(self) -> None:
-        """The run is over; what it wrote stays."""
-        if self._claimed:
-            (self.path / LOCK_NAME).unlink(missing_ok=True)
-            self._claimed = False
+        """The run is over; what it wrote stays, unless it was abandoned."""
+        if not self._claimed:
+            return
+        self._claimed = False
+        if self._abandoned:
+            self._remove_contents()
+        (self.path / LOCK_NAME).unlink(missing_ok=True)
+        if self._abandoned:
+            with suppress(OSError):  # somebody has put something there meanwhile
+                for path in self._made:
+                    path.rmdir()
 
     def abandon(self) -> None:
-        """The run ended before anything of value was written: leave no trace, unless there is something else."""
-        if self._claimed and {child.name for child in self.path.iterdir()} <= OWN_FILES:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._claimed = False
-        self.release()
+        """The run ended before anything of value was written: `release` will leave the disk as `claim` found it."""
+        self._abandoned = True
+
+    def _remove_contents(self) -> None:
+        """All of it is this run's: `claim` found the folder empty."""
+        for child in self.path.iterdir():
+            if child.name == LOCK_NAME:
+                continue
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child, ignore_errors=True)
+            else:
+                child.unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a whole file.

@@ -103,11 +103,16 @@ class Listener(Protocol):
 
 @dataclass
 class TrainState:
-    """What the loop carries from step to step, beside adapter and optimizer."""
+    """What the loop carries from step to step, beside adapter and optimizer.
+
+    `seconds` is wall time since training began, which the schedule follows; `step_seconds` is the part of it spent in
+    optimizer steps, without the evaluations between them.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    step_seconds: float = 0.0
     skipped_steps: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
@@ -136,6 +141,8 @@ class TrainTask:
         eval_steps: steps between evaluations.
         patience: evaluations without gain before stopping; None for never.
         keep_best: remember the adapter of the lowest held-out loss.
+        save: writes a checkpoint; None for none.
+        save_steps: steps between checkpoints; the best evaluation so far is saved besides.
     """
 
     model: CausalLM
@@ -149,6 +156,8 @@ class TrainTask:
     eval_steps: int | None = None
     patience: int | None = None
     keep_best: bool = True
+    save: Callable[[TrainState], None] | None = None
+    save_steps: int | None = None
 
 
 def train(task: TrainTask, listener: Listener, state: TrainState) -> TrainState:
@@ -170,6 +179,7 @@ def train(task: TrainTask, listener: Listener, state: TrainState) -> TrainState:
         state.seconds = time.monotonic() - started
         _account(task, outcome, state, applied, rate, time.monotonic() - step_started, listener)
         _evaluate_if_due(task, state, listener)
+        _save_if_due(task, state)
         last_step_seconds = time.monotonic() - step_started
         limit = task.schedule.max_seconds
         if limit and state.seconds + last_step_seconds > limit:
@@ -295,6 +305,7 @@ def _account(  # noqa: PLR0913 - one line of the log has this many origins
 ) -> None:
     state.step += 1
     state.tokens += outcome.tokens
+    state.step_seconds += seconds
     state.skipped_steps += norm is None
     state.first_loss = outcome.loss if state.first_loss is None else state.first_loss
     state.last_loss = outcome.loss
@@ -324,6 +335,12 @@ def _evaluate_if_due(task: TrainTask, state: TrainState, listener: Listener) -> 
     note_evaluation(task, state, result)
     if task.patience and state.evaluations_without_gain >= task.patience:
         state.stopped_because = f"held-out loss did not improve in {task.patience} evaluations"
+
+
+def _save_if_due(task: TrainTask, state: TrainState) -> None:
+    by_count = task.save_steps is not None and state.step % task.save_steps == 0
+    if task.save is not None and (by_count or state.best_step == state.step):
+        task.save(state)
 
 
 def note_evaluation(task: TrainTask, state: TrainState, result: Evaluation) -> None:

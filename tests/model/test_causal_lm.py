@@ -123,6 +123,16 @@ def test_streamed_and_resident_agree_in_every_precision(precision, double_quant,
     assert all(torch.equal(a, b) for a, b in zip(mine[1], twin[1], strict=True))
 
 
+@pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
+def test_dequantizing_a_whole_layer_at_once_changes_no_bit(activations, llama, sequences) -> None:
+    stored = {"storage": Storage("nf4"), "compute_dtype": torch.float32}
+    twin = train_steps(build(llama, **stored), sequences, steps=2)
+    model = build(llama, weights="host", activations=activations, dequantize="layer", poison=True, **stored)
+    mine = train_steps(model, sequences, steps=2)
+    assert mine[0] == twin[0]
+    assert all(torch.equal(a, b) for a, b in zip(mine[1], twin[1], strict=True))
+
+
 def test_a_dequantized_layer_gives_the_numbers_of_the_quantized_one(llama, sequences) -> None:
     batches = cut_packed(sequences, 64, 8, 0)
     stored = {"storage": Storage("nf4"), "compute_dtype": torch.float32}

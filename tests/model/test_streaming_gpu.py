@@ -91,7 +91,7 @@ def test_any_mix_is_as_exact_as_the_resident_twin(small, tiers, policies, slots,
     batches = cut_packed(sequences, 1024, 16, 0) if packed else cut_padded(sequences, 3, 16, 0)
     truth, own_error = truth_and_twin(small, batches)
     mixed = build(small, weights=tuple(tiers), activations=tuple(policies), slots=slots, poison=True)
-    assert error(gradients(mixed, batches), truth) <= 1.1 * own_error + 1e-4
+    assert error(gradients(mixed, batches), truth) <= 1.5 * own_error + 1e-4
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
@@ -101,7 +101,7 @@ def test_every_precision_streams_compiled_and_eager(small, precision, compiled) 
     stored = {"storage": Storage(precision)}
     truth, own_error = truth_and_twin(small, batches, **stored)
     streamed = build(small, weights="host", activations="offload", compiled=compiled, poison=True, **stored)
-    assert error(gradients(streamed, batches), truth) <= 1.2 * own_error + 1e-4
+    assert error(gradients(streamed, batches), truth) <= 1.5 * own_error + 1e-4
 
 
 def test_layers_above_170_mib_have_the_twins_gradients() -> None:

@@ -57,7 +57,7 @@ class Anatomy:
         return sum(p.numel() for p in self.skeleton.parameters())
 
 
-def build_anatomy(config: PretrainedConfig, *, attention: str = "sdpa") -> Anatomy:
+def build_anatomy(config: PretrainedConfig, *, attention: str = "eager") -> Anatomy:
     """The anatomy of the causal LM that `config` describes.
 
     Raises:

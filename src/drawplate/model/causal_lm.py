@@ -4,8 +4,9 @@
                                                                     -> frozen head and cross-entropy -> nats
 
 `assemble` is the one way in: it replaces each linear layer of the decoder by a FrozenLinear, lays out the stored
-weights, fills them from the checkpoint tensor by tensor (quantizing on the device), makes the adapter, and gives the
-few modules outside the decoder layers real tensors. Training, evaluation and `prepare_model` all use what it returns.
+weights, takes them from the arena that an earlier run left in the cache or fills them from the checkpoint tensor by
+tensor (quantizing on the device), makes the adapter, and gives the few modules outside the decoder layers real tensors.
+Training, evaluation and `prepare_model` all use what it returns.
 
 Left out: dropout that a configuration asks for inside the layers (residual, attention). The modules stay in evaluation
 mode, so that the only noise is the adapter's own dropout, which is a function of the token (model/dropout.py).
@@ -13,6 +14,7 @@ mode, so that the only noise is the adapter's own dropout, which is a function o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -26,8 +28,16 @@ from drawplate.errors import IntegrityError
 from drawplate.model import attention
 from drawplate.model.adapter import Adapter, scaling_of, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy
+from drawplate.model.arena import (
+    Arena,
+    arena_key,
+    is_worth_keeping,
+    kept_arena,
+    private_memory,
+    require_host_memory,
+)
 from drawplate.model.dropout import token_keys
-from drawplate.model.frozen import PLAIN_DTYPES, FrozenLinear, Storage
+from drawplate.model.frozen import PLAIN_DTYPES, WHOLE, FrozenLinear, Storage
 from drawplate.model.layers import ExecutedLayer, LayerRunner
 from drawplate.model.loss import Head, ResidentRows, StreamedRows, head_cross_entropy
 from drawplate.model.residency import LayerLayout, Residency
@@ -49,6 +59,7 @@ class Placement:
         slots: of the ring for host layers.
         head_rows: rows of a slot of the streamed head; 0 keeps embedding and head on the device.
         compiled: compile the layer function.
+        dequantize: weight by weight inside its product, or a whole layer at once: faster to launch, more memory.
         poison: fill slots with NaN between uses (tests).
     """
 
@@ -60,6 +71,7 @@ class Placement:
     slots: int = 2
     head_rows: int = 0
     compiled: bool = False
+    dequantize: str = "product"
     poison: bool = False
 
     def tiers(self, layers: int) -> list[str]:
@@ -90,6 +102,7 @@ class CausalLM:
             adapter,
             placement.policies(len(anatomy.layers)),
             compiled=placement.compiled,
+            whole_dtype=placement.compute_dtype if placement.dequantize == "layer" else None,
         )
         self.embedding: nn.Module
         self.head: Head
@@ -172,6 +185,7 @@ def assemble(
     *,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] = warnings.warn,
 ) -> CausalLM:
     """Load a checkpoint into a placement, with a fresh adapter.
 
@@ -181,11 +195,13 @@ def assemble(
         lora: PEFT's configuration, or what makes it once the anatomy is known.
         seed: of the adapter's initial values.
         progress: called with (layers loaded, layers).
+        tell: takes a warning, such as that the cache of prepared weights was damaged.
 
     Raises:
         UsageError: an architecture or target that cannot be used.
         IntegrityError: tensors missing from the checkpoint.
         DoesNotFit: device or host memory is too small.
+        EnvironmentProblem: host memory cannot be page-locked.
     """
     attention.register()
     anatomy = build_anatomy(checkpoint.config, attention="drawplate")
@@ -196,15 +212,8 @@ def assemble(
     for i, (layer, tier) in enumerate(zip(anatomy.layers, tiers, strict=True)):
         storage = Storage(plain) if tier == "dequantized" else placement.storage
         _freeze_linears(layer, f"{anatomy.layers_path}.{i}", storage, config, targets)
-    layouts = [LayerLayout.of(_stored_specs(layer, placement.compute_dtype)) for layer in anatomy.layers]
-    residency = Residency(
-        layouts, [tier != "host" for tier in tiers], placement.device, slots=placement.slots, poison=placement.poison
-    )
     names = _CheckpointNames(checkpoint, anatomy)
-    for i, layer in enumerate(anatomy.layers):
-        _fill_layer(layer, f"{anatomy.layers_path}.{i}", residency.stored(i), names, placement)
-        if progress:
-            progress(i + 1, len(anatomy.layers))
+    residency = _loaded_layers(anatomy, placement, names, progress, tell)
     adapter = Adapter(
         config, anatomy.layers_path, [_trained_shapes(m, config) for m in anatomy.layers], seed, placement.device
     )
@@ -216,6 +225,69 @@ def assemble(
         body_layers[i] = ExecutedLayer(model.runner, i)  # type: ignore[operator]
     anatomy.skeleton.eval()
     return model
+
+
+def _loaded_layers(
+    anatomy: Anatomy,
+    placement: Placement,
+    names: _CheckpointNames,
+    progress: Callable[[int, int], None] | None,
+    tell: Callable[[str], None],
+) -> Residency:
+    """Every layer's frozen weights where they are to live: from the cache's arena, or from the checkpoint."""
+    layers, device, tiers = anatomy.layers, placement.device, placement.tiers(len(anatomy.layers))
+    layouts = [LayerLayout.of(_stored_specs(layer, placement.compute_dtype)) for layer in layers]
+    host_layers = [i for i, tier in enumerate(tiers) if tier == "host"]
+    held = range(len(layers)) if device.type == "cpu" else host_layers
+    require_host_memory(sum(layouts[i].bytes for i in held), _smaller_on_host(placement))
+    arena = _arena_of(anatomy, placement, names, progress, tell)
+    pinned = device.type == "cuda"
+    if arena is None:
+        buffers = private_memory({i: layouts[i] for i in host_layers}, pinned=pinned)
+    elif pinned:
+        buffers = arena.page_locked(host_layers)
+    else:
+        buffers = {i: arena.buffers[i] for i, layout in enumerate(layouts) if layout == arena.file.layouts[i]}
+    on_device = [tier != "host" for tier in tiers]
+    residency = Residency(layouts, on_device, device, buffers, slots=placement.slots, poison=placement.poison)
+    for i, layer in enumerate(layers):
+        if arena is None:
+            _fill_layer(layer, f"{anatomy.layers_path}.{i}", residency.stored(i), names, placement)
+            if progress:
+                progress(i + 1, len(layers))
+        elif i not in buffers:
+            _copy_layer(layer, residency.stored(i), arena.views(i), placement)
+    return residency
+
+
+def _arena_of(
+    anatomy: Anatomy,
+    placement: Placement,
+    names: _CheckpointNames,
+    progress: Callable[[int, int], None] | None,
+    tell: Callable[[str], None],
+) -> Arena | None:
+    """All layers in the placement's precision, whatever their tier, from the cache; None where that is not worth it."""
+    layouts = [LayerLayout.of(_kept_specs(layer, placement)) for layer in anatomy.layers]
+    streamed = "host" in placement.tiers(len(layouts))
+    if not is_worth_keeping(names.checkpoint, placement.storage, layouts, streamed=streamed):
+        return None
+
+    def fill(i: int, stored: dict[str, Tensor]) -> None:
+        path = f"{anatomy.layers_path}.{i}"
+        _fill_layer(anatomy.layers[i], path, stored, names, placement, in_tier=False)
+
+    key = arena_key(names.checkpoint, placement.storage, placement.compute_dtype, placement.device)
+    return kept_arena(key, layouts, fill, progress=progress, tell=tell)
+
+
+def _smaller_on_host(placement: Placement) -> str:
+    """The change that needs less host memory for the frozen layers."""
+    if placement.storage.precision not in ("nf4", "fp4"):
+        return "Set quantization.precision: nf4, which needs half a byte a weight."
+    if placement.device.type == "cuda":
+        return "Set memory.weights: device, or use a machine with more memory."
+    return "Free some memory, or use a smaller model or a machine with more memory."
 
 
 def _freeze_linears(layer: nn.Module, path: str, storage: Storage, config: LoraConfig, targets: set[str]) -> None:
@@ -235,11 +307,26 @@ def _stored_specs(layer: nn.Module, dtype: torch.dtype) -> dict[str, tuple[tuple
     """Everything of a layer that is frozen: name -> (shape, dtype)."""
     specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, tensor in layer.named_buffers():
-        if not name.endswith(DROPOUT_KEY):
+        if name.rpartition(".")[2] not in (DROPOUT_KEY, WHOLE):
             specs[name] = (tuple(tensor.shape), tensor.dtype)
     for name, tensor in layer.named_parameters():
         if name.rpartition(".")[2] not in ("lora_A", "lora_B"):
             specs[name] = (tuple(tensor.shape), dtype)
+    return specs
+
+
+def _kept_specs(layer: nn.Module, placement: Placement) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What `_stored_specs` gives for a layer that is not dequantized, in the same order."""
+    linears = {path: module for path, module in layer.named_modules() if isinstance(module, FrozenLinear)}
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, spec in _stored_specs(layer, placement.compute_dtype).items():
+        path, _, last = name.rpartition(".")
+        linear = linears.get(path)
+        if linear is None or last not in linear.stored_names:
+            specs[name] = spec
+            continue
+        encoded = placement.storage.specs(linear.out_features, linear.in_features)
+        specs |= {f"{path}.{key}": encoded_spec for key, encoded_spec in encoded.items()}
     return specs
 
 
@@ -296,29 +383,54 @@ class _CheckpointNames:
 
 @torch.no_grad()
 def _fill_layer(
-    layer: nn.Module, path: str, stored: dict[str, Tensor], names: _CheckpointNames, placement: Placement
+    layer: nn.Module,
+    path: str,
+    stored: dict[str, Tensor],
+    names: _CheckpointNames,
+    placement: Placement,
+    *,
+    in_tier: bool = True,
 ) -> None:
-    linears = {name: module for name, module in layer.named_modules() if isinstance(module, FrozenLinear)}
-    for local, module in linears.items():
-        encoded = _encoded_linear(f"{path}.{local}", module, names, placement)
-        for name, tensor in encoded.items():
-            stored[f"{local}.{name}"].copy_(tensor)
-    from_linears = {f"{local}.{name}" for local, module in linears.items() for name in module.stored_names}
-    for name, target in stored.items():
-        if name not in from_linears:
-            target.copy_(names.read(f"{path}.{name}"))
+    """From the checkpoint; with `in_tier` as the layer's tier keeps it, else as the arena does."""
+    others = dict(stored)
+    for local, module in layer.named_modules():
+        if not isinstance(module, FrozenLinear):
+            continue
+        encoded = _encoded_linear(f"{path}.{local}", names, placement)
+        for name, tensor in (_in_tier(module, encoded, placement) if in_tier else encoded).items():
+            others.pop(f"{local}.{name}").copy_(tensor)
+    for name, target in others.items():
+        target.copy_(names.read(f"{path}.{name}"))
 
 
-def _encoded_linear(
-    name: str, module: FrozenLinear, names: _CheckpointNames, placement: Placement
-) -> dict[str, Tensor]:
-    """The stored tensors of one linear layer; a dequantized layer has been through its quantization all the same."""
-    shape = (module.out_features, module.in_features)
+@torch.no_grad()
+def _copy_layer(layer: nn.Module, stored: dict[str, Tensor], kept: dict[str, Tensor], placement: Placement) -> None:
+    """From the arena, as the layer's tier keeps it."""
+    others = dict(stored)
+    for local, module in layer.named_modules():
+        if not isinstance(module, FrozenLinear):
+            continue
+        names = placement.storage.specs(module.out_features, module.in_features)
+        encoded = {name: kept[f"{local}.{name}"] for name in names}
+        for name, tensor in _in_tier(module, encoded, placement).items():
+            others.pop(f"{local}.{name}").copy_(tensor)
+    for name, target in others.items():
+        target.copy_(kept[name])
+
+
+def _encoded_linear(name: str, names: _CheckpointNames, placement: Placement) -> dict[str, Tensor]:
+    """The stored tensors of one linear layer in the placement's precision."""
     wanted = placement.storage
     encoded = names.checkpoint.stored_linear(name, wanted) if wanted.quantized else None
     if encoded is None:
         weight = names.read(f"{name}.weight").to(placement.device).to(placement.compute_dtype)
         encoded = wanted.encode(weight)
+    return encoded
+
+
+def _in_tier(module: FrozenLinear, encoded: dict[str, Tensor], placement: Placement) -> dict[str, Tensor]:
+    """As the layer's tier stores it: a dequantized layer has been through its quantization all the same."""
+    wanted, shape = placement.storage, (module.out_features, module.in_features)
     if module.storage == wanted:
         return encoded
     on_device = [encoded[key].to(placement.device) for key in wanted.specs(*shape)]

@@ -4,7 +4,8 @@ The weight lives in whatever bytes the layer is handed at the call (`torch.func.
 nothing of devices, slots or streams. Forward needs x and the stored bytes; backward gives gradients to x and to the
 adapter, never to the weight. The stored tensors go through `save_for_backward` like any other, so that whoever
 recycles their memory can intercept them (bitsandbytes#2034 is what happens otherwise), and a dequantized weight lives
-only inside one matrix product.
+only inside one matrix product, unless the caller hands over the whole layer dequantized (`whole`): then the compiler
+sees plain products, launched faster, at the price of one dequantized layer.
 
 4-bit weights are in bitsandbytes' layout (blocks of 64; with double quantization, 8-bit scales in blocks of 256), so
 that its kernels serve on CPU and CUDA and its pre-quantized checkpoints load as they are. int8 is LLM.int8()'s storage
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from drawplate.model.dropout import dropout_mask
 
 BLOCK = 64
+WHOLE = "whole"
 SCALE_BLOCK = 256
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -103,6 +105,10 @@ class Storage:
             absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, stored[2], code, SCALE_BLOCK, torch.float32)
             absmax = absmax + stored[3]
         return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, self.precision, shape, dtype)
+
+
+DENSE = Storage("bf16")
+"""A weight that is given in x's dtype already."""
 
 
 @lru_cache(maxsize=8)
@@ -228,6 +234,8 @@ class FrozenLinear(nn.Module):
         self.stored_names = tuple(storage.specs(self.out_features, self.in_features))
         for name, (shape, dtype) in storage.specs(self.out_features, self.in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+        if storage.quantized:
+            self.register_buffer(WHOLE, torch.empty(0, device="meta"))
         if linear.bias is not None:
             self.bias: nn.Parameter | None = nn.Parameter(linear.bias.detach(), requires_grad=False)
         else:
@@ -239,14 +247,22 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x_..I -> y_..O."""
-        stored = [getattr(self, name) for name in self.stored_names]
+        stored, storage = [getattr(self, name) for name in self.stored_names], self.storage
+        whole = getattr(self, WHOLE, None)
+        if whole is not None and whole.numel():
+            stored, storage = [whole], DENSE
         shape = (self.out_features, self.in_features)
         if self.rank:
-            settings = (self.scaling, self.dropout, self.storage, shape)
+            settings = (self.scaling, self.dropout, storage, shape)
             y = _LoraLinear.apply(x, self.lora_A, self.lora_B, self.dropout_key, settings, *stored)
         else:
-            y = _FrozenLinear.apply(x, self.storage, shape, *stored)
+            y = _FrozenLinear.apply(x, storage, shape, *stored)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dequantized(self, stored: dict[str, Tensor], path: str, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, from a layer's stored tensors in which this one's are found under `path`."""
+        parts = [stored[f"{path}.{name}"] for name in self.stored_names]
+        return self.storage.decode(parts, (self.out_features, self.in_features), dtype)
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with precision and rank."""

@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from drawplate.model.adapter import Adapter
 from drawplate.model.dropout import module_keys
-from drawplate.model.frozen import FrozenLinear
+from drawplate.model.frozen import WHOLE, FrozenLinear
 from drawplate.model.residency import Residency
 from drawplate.model.saved_inputs import InputStore
 
@@ -53,6 +53,9 @@ class LayerRunner:
         adapter: gives the trained tensors.
         policies: keep, recompute or offload for each layer.
         compiled: compile the layer function; layers of one kind share one compilation.
+        whole_dtype: dequantize a quantized layer into this dtype at once, before its function is called, instead of
+            weight by weight inside it; layers whose activations are kept are left as they are, because autograd would
+            keep the dequantized weights too.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class LayerRunner:
         policies: Sequence[str],
         *,
         compiled: bool = False,
+        whole_dtype: torch.dtype | None = None,
     ) -> None:
         unknown = set(policies) - set(POLICIES)
         if unknown or len(policies) != len(templates):
@@ -74,6 +78,9 @@ class LayerRunner:
         self._held_for_backward: int | None = None
         self._salts = [_module_salts(template, i, residency.device) for i, template in enumerate(templates)]
         self._no_key = torch.empty(0, dtype=torch.int32, device=residency.device)
+        self._no_whole = torch.empty(0, device=residency.device)
+        self._whole_dtype = whole_dtype
+        self._quantized = [_quantized_linears(template) for template in templates]
         self._functions = _shared_functions(self.templates) if compiled else [_call_of(t) for t in self.templates]
         self._eager = [_call_of(t) for t in self.templates]
 
@@ -81,6 +88,7 @@ class LayerRunner:
         """A new micro-batch; keys switch dropout on for it."""
         self.token_keys = token_keys_BT
         self.let_go()
+        self.residency.release_all()
         self.inputs.forget()
 
     def run(self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -126,8 +134,18 @@ class LayerRunner:
         """The layer's function, compiled unless a key-value cache is passed along."""
         cached = call.kwargs.get("past_key_values") is not None
         function = (self._eager if cached else self._functions)[call.layer]
-        out = function({**weights, **trained, **call.keys}, hidden, call.args, call.kwargs)
+        tensors = {**weights, **self._whole_weights(call.layer, weights), **trained, **call.keys}
+        out = function(tensors, hidden, call.args, call.kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def _whole_weights(self, layer: int, weights: Tensors) -> Tensors:
+        linears = self._quantized[layer]
+        kept = torch.is_grad_enabled() and self.policies[layer] == "keep"
+        if self._whole_dtype is None or kept:
+            return {f"{path}.{WHOLE}": self._no_whole for path in linears}
+        return {
+            f"{path}.{WHOLE}": linear.dequantized(weights, path, self._whole_dtype) for path, linear in linears.items()
+        }
 
     def _dropout_keys(self, layer: int) -> Tensors:
         names, salts = self._salts[layer]
@@ -239,6 +257,11 @@ def kind_of(template: nn.Module) -> str:
         tensors = [(n, tuple(t.shape), t.dtype) for n, t in [*module.named_parameters(), *module.named_buffers()]]
         parts.append(f"{path}:{type(module).__name__}:{sorted(facts.items(), key=str)}:{storage}:{tensors}")
     return "\n".join(parts)
+
+
+def _quantized_linears(template: nn.Module) -> dict[str, FrozenLinear]:
+    modules = template.named_modules()
+    return {path: m for path, m in modules if isinstance(m, FrozenLinear) and m.storage.quantized}
 
 
 def _module_salts(template: nn.Module, layer: int, device: torch.device) -> tuple[tuple[str, ...], Tensor]:

@@ -24,13 +24,13 @@ before each load and after the last release, so that a stale read cannot pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from drawplate.errors import DoesNotFit, EnvironmentProblem
+from drawplate.errors import DoesNotFit
 
 ALIGNMENT = 256
 POISON = 0xFF
@@ -78,6 +78,7 @@ class _Slot:
         self.layer: int | None = None
         self.users = 0
         self.views: dict[str, Tensor] = {}
+        self.views_of: dict[int, dict[str, Tensor]] = {}
         cuda = device.type == "cuda"
         self.ready = torch.cuda.Event() if cuda else None
         self.free = torch.cuda.Event() if cuda else None
@@ -90,12 +91,13 @@ class Residency:
         layouts: one per layer.
         on_device: for each layer, whether it lives on the device.
         device: where layers are computed.
+        buffers: the uint8 bytes of every host layer, page-locked if `device` is a GPU; and of those layers on the
+            device that are there already and need no memory of their own.
         slots: of the ring; at least 2 where any layer lives on the host.
         poison: fill slots with NaN between uses (tests).
 
     Raises:
-        DoesNotFit: the device or the host cannot give the bytes.
-        EnvironmentProblem: the host memory cannot be page-locked.
+        DoesNotFit: the device cannot give the bytes.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Residency:
         layouts: Sequence[LayerLayout],
         on_device: Sequence[bool],
         device: torch.device,
+        buffers: Mapping[int, Tensor],
         *,
         slots: int = 2,
         poison: bool = False,
@@ -111,18 +114,14 @@ class Residency:
         self.streamed = [not here for here in on_device]
         self.copies = 0
         self._resident: dict[int, dict[str, Tensor]] = {}
-        self._host: dict[int, Tensor] = {}
         host_layers = [i for i, away in enumerate(self.streamed) if away]
         if host_layers and slots < 2:
             raise ValueError(f"a ring needs at least 2 slots, got {slots}")
         for i, here in enumerate(on_device):
             if here:
-                self._resident[i] = layouts[i].views(_device_bytes(layouts[i].bytes, device))
-        arena = _host_arena(sum(layouts[i].bytes for i in host_layers), pinned=device.type == "cuda")
-        self._arena, offset = arena, 0
-        for i in host_layers:
-            self._host[i] = arena[offset : offset + layouts[i].bytes]
-            offset += layouts[i].bytes
+                ready = buffers[i] if i in buffers else _device_bytes(layouts[i].bytes, device)
+                self._resident[i] = layouts[i].views(ready)
+        self._host = {i: buffers[i] for i in host_layers}
         largest = max((layouts[i].bytes for i in host_layers), default=0)
         self._slots = [_Slot(largest, device) for _ in range(min(slots, len(host_layers)))]
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" and host_layers else None
@@ -135,11 +134,13 @@ class Residency:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the host arena."""
-        return self._arena.numel()
+        """Bytes of the layers that live on the host."""
+        return sum(buffer.numel() for buffer in self._host.values())
 
     def stored(self, layer: int) -> dict[str, Tensor]:
-        """The layer's tensors where it lives: to be filled once, at loading, or copied out."""
+        """The layer's tensors where it lives: to be filled once, at loading, or copied out.
+
+        Those that came as ready `buffers` may be read-only."""
         if layer in self._resident:
             return self._resident[layer]
         return self.layouts[layer].views(self._host[layer])
@@ -171,6 +172,13 @@ class Residency:
         slot.users -= 1
         if slot.free is not None:
             slot.free.record(torch.cuda.current_stream(self.device))
+
+    def release_all(self) -> None:
+        """Free the slots that a step which failed in the middle of a layer left in use."""
+        for slot in self._slots:
+            if slot.users and slot.free is not None:
+                slot.free.record(torch.cuda.current_stream(self.device))
+            slot.users = 0
 
     def held_buffer(self, layer: int) -> Tensor:
         """The slot that holds a layer which is acquired now."""
@@ -207,7 +215,9 @@ class Residency:
     def _copy_into(self, slot: _Slot, layer: int) -> None:
         source = self._host[layer]
         slot.layer = layer
-        slot.views = self.layouts[layer].views(slot.buffer)
+        if layer not in slot.views_of:
+            slot.views_of[layer] = self.layouts[layer].views(slot.buffer)
+        slot.views = slot.views_of[layer]
         self.copies += 1
         if self._copy_stream is None:
             if self.poison:
@@ -246,24 +256,3 @@ def _device_bytes(size: int, device: torch.device) -> Tensor:
             safe="Nothing was trained or written.",
             next_step="Set memory.weights: host to stream them, or memory.vram to plan for less.",
         ) from None
-
-
-def _host_arena(size: int, *, pinned: bool) -> Tensor:
-    """One uint8 tensor for all host layers, page-locked once and not rounded up as torch's pinned allocator would."""
-    try:
-        arena = torch.empty(size, dtype=torch.uint8)
-    except RuntimeError:
-        raise DoesNotFit(
-            f"The host cannot give {size} bytes for the streamed weights.",
-            safe="Nothing was trained or written.",
-            next_step="Choose a smaller precision (quantization.precision: nf4) or a machine with more memory.",
-        ) from None
-    if pinned and size:
-        status = torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size, 0)
-        if int(status) != 0:
-            raise EnvironmentProblem(
-                f"The system refused to page-lock {size} bytes of host memory (CUDA error {int(status)}).",
-                safe="Nothing was trained or written.",
-                next_step="Raise the limit (ulimit -l unlimited), or free memory, or set memory.weights: device.",
-            )
-    return arena

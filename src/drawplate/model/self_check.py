@@ -43,7 +43,7 @@ def _reference_module(model: CausalLM) -> torch.nn.Module:
     own, dtype, device = model.anatomy, model.placement.compute_dtype, model.placement.device
     fresh = build_anatomy(own.config)
     state: dict[str, torch.Tensor] = {}
-    for i, layer in enumerate(own.layers):
+    for i, layer in enumerate(model.runner.templates):
         stored = {name: tensor.to(device) for name, tensor in model.residency.stored(i).items()}
         for path, module in layer.named_modules():
             if isinstance(module, FrozenLinear):

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,20 +103,25 @@ class Checkpoint:
                 return "int8"
         return None
 
+    @property
+    def quantized_doubly(self) -> bool | None:
+        """Whether a 4-bit checkpoint's scales are quantized too; None where it is not in 4 bits."""
+        if self.quantized_precision not in ("nf4", "fp4"):
+            return None
+        return any(key.endswith(".nested_absmax") for key in self.files)
+
     def sha256(self) -> str:
         """Hash of all weight files' hashes; each file's is remembered by size and modification time."""
         known_path = cache_folder() / "hashes.json"
         known = _read_json(known_path)
-        digest, changed = hashlib.sha256(), False
-        for path in sorted(set(self.files.values())):
-            stat = path.stat()
-            key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-            if key not in known:
-                with path.open("rb") as file:
-                    known[key], changed = hashlib.file_digest(file, "sha256").hexdigest(), True
-            digest.update(f"{path.name} {known[key]}\n".encode())
-        if changed:
+        digest, keys = hashlib.sha256(), {path: _version_of(path) for path in sorted(set(self.files.values()))}
+        unknown = [path for path, key in keys.items() if key not in known]
+        if unknown:
+            with ThreadPoolExecutor(min(len(unknown), os.cpu_count() or 1)) as pool:
+                known |= zip((keys[path] for path in unknown), pool.map(_file_sha256, unknown), strict=True)
             _write_json(known_path, known)
+        for path, key in keys.items():
+            digest.update(f"{path.name} {known[key]}\n".encode())
         return digest.hexdigest()
 
 
@@ -303,6 +309,16 @@ def _write_converted(folder: Path, gguf_file: str, target: Path) -> None:
     for path in target.iterdir():
         os.chmod(path, 0o644)
     os.chmod(target, 0o755)
+
+
+def _version_of(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from drawplate.errors import UsageError
 from drawplate.plan.ledger import Choice, ModelShape, kept_bytes_per_token_and_layer, ledger, stored_bits
 from drawplate.recipe import Recipe
 from drawplate.records import Machine, Plan
@@ -44,6 +45,7 @@ class Situation:
     model: ModelShape
     base_bytes: int = 0
     stored_precision: str | None = None
+    stored_double_quant: bool | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -53,9 +55,27 @@ class Situation:
             return self.recipe.memory.vram or int(self.machine.device_bytes * 0.95)
         return int((self.recipe.memory.ram or self.machine.ram_bytes) * USABLE_SHARE) - self.base_bytes
 
+    @property
+    def double_quant(self) -> bool:
+        """Whether 4-bit scales are quantized too: as asked, else as the checkpoint has it, else yes."""
+        asked = self.recipe.quantization.bnb_4bit_use_double_quant
+        if asked != "auto":
+            return asked
+        return True if self.stored_double_quant is None else self.stored_double_quant
+
 
 def choose_max_length(recipe: Recipe, max_positions: int) -> int:
-    """Tokens in a window."""
+    """Tokens in a window.
+
+    Raises:
+        UsageError: more are asked for than the model was made for.
+    """
+    if recipe.data.max_length != "auto" and recipe.data.max_length > max_positions:
+        raise UsageError(
+            f"data.max_length: {recipe.data.max_length} exceeds the {max_positions} tokens the model was made for.",
+            safe="Nothing was loaded or written.",
+            next_step=f"Set data.max_length to {max_positions} or less; longer documents become several windows.",
+        )
     if recipe.data.max_length != "auto":
         return recipe.data.max_length
     return min(LONGEST_DEFAULT_WINDOW, max_positions)
@@ -84,21 +104,23 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         situation: recipe, machine and model.
         corpus: lengths of the training windows.
         max_length: of a window, from `choose_max_length`.
+
+    Raises:
+        UsageError: the recipe asks for another precision than the checkpoint is quantized to.
     """
     recipe, machine, model = situation.recipe, situation.machine, situation.model
     reasons: dict[str, str] = {}
     compute_dtype, reasons["compute_dtype"] = choose_compute_dtype(recipe, machine)
     precision = _precision(situation, compute_dtype, reasons)
-    batch = _batch(recipe, corpus, reasons)
-    packing = recipe.data.packing if recipe.data.packing != "auto" else batch.packing_fits
+    batch = _batch(recipe, machine.device, corpus, reasons)
+    packing = batch.packing
     if recipe.data.packing == "auto":
         reasons["packing"] = (
             "several documents share a row, so almost nothing is padding"
             if packing
             else "train.per_device_train_batch_size counts sequences, so each has a row of its own"
         )
-    longest = max(corpus.lengths)
-    tokens = _micro_batch_tokens(recipe, machine.device, batch, packing, longest)
+    tokens = batch.micro_tokens
     weights = _weights(situation, precision, compute_dtype, reasons)
     activations = _activations(situation, precision, compute_dtype, weights, tokens, reasons)
     steps_an_epoch = math.ceil(len(corpus.lengths) / batch.effective)
@@ -108,7 +130,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         model,
         Choice(
             precision=precision,
-            double_quant=recipe.quantization.bnb_4bit_use_double_quant,
+            double_quant=situation.double_quant,
             compute_dtype=compute_dtype,
             weights=weights,
             activations=activations,
@@ -121,7 +143,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
     return Plan(
         device=machine.device,
         precision=precision,
-        double_quant=recipe.quantization.bnb_4bit_use_double_quant,
+        double_quant=situation.double_quant,
         compute_dtype=compute_dtype,
         weights=weights,
         activations=activations,
@@ -131,7 +153,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         micro_batch_sequences=batch.micro,
         micro_batch_tokens=tokens,
         effective_batch_size=batch.effective,
-        gradient_accumulation_steps=_accumulation(batch, corpus, tokens, packing),
+        gradient_accumulation_steps=_accumulation(recipe, batch, corpus, reasons),
         optimizer_steps=steps,
         epochs=recipe.train.num_train_epochs,
         learning_rate=_learning_rate(recipe, model, reasons),
@@ -146,18 +168,15 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
 class _Batch:
     effective: int
     micro: int
-    micro_given: bool
-
-    @property
-    def packing_fits(self) -> bool:
-        return not self.micro_given
+    packing: bool
+    micro_tokens: int
 
 
 def _given(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-def _batch(recipe: Recipe, corpus: CorpusShape, reasons: dict[str, str]) -> _Batch:
+def _batch(recipe: Recipe, device: str, corpus: CorpusShape, reasons: dict[str, str]) -> _Batch:
     micro, accumulation = (
         _given(recipe.train.per_device_train_batch_size),
         _given(recipe.train.gradient_accumulation_steps),
@@ -172,35 +191,52 @@ def _batch(recipe: Recipe, corpus: CorpusShape, reasons: dict[str, str]) -> _Bat
             f"{DEFAULT_BATCH_SEQUENCES} sequences a step learn well on small corpora, and a corpus of "
             f"{format_count(len(corpus.lengths))} still gets {FEWEST_USEFUL_STEPS} steps or more where it can"
         )
-    if micro is None:
-        micro = max(1, effective // accumulation) if accumulation else effective
-        reasons["micro_batch"] = "a step's sequences, cut to the micro-batch tokens"
-    return _Batch(effective, micro, _given(recipe.train.per_device_train_batch_size) is not None)
-
-
-def _micro_batch_tokens(recipe: Recipe, device: str, batch: _Batch, packing: bool, longest: int) -> int:
     multiple = recipe.data.pad_to_multiple_of
-    rounded = -(-longest // multiple) * multiple
+    row_tokens = -(-max(corpus.lengths) // multiple) * multiple
+    packing = recipe.data.packing if recipe.data.packing != "auto" else micro is None
+    if micro is not None:
+        return _Batch(effective, micro, packing, micro * row_tokens)
     if packing:
-        return max(rounded, MICRO_BATCH_TOKENS[device])
-    return batch.micro * rounded
+        reasons["micro_batch"] = (
+            f"packed rows of {format_count(MICRO_BATCH_TOKENS[device])} tokens keep the device busy"
+        )
+        return _Batch(effective, effective, packing, max(row_tokens, MICRO_BATCH_TOKENS[device]))
+    if accumulation:
+        micro = math.ceil(effective / accumulation)
+        reasons["micro_batch"] = "the step's sequences over train.gradient_accumulation_steps"
+    else:
+        micro = max(1, min(effective, MICRO_BATCH_TOKENS[device] // row_tokens))
+        reasons["micro_batch"] = f"as many sequences as make {format_count(MICRO_BATCH_TOKENS[device])} tokens"
+    return _Batch(effective, micro, packing, micro * row_tokens)
 
 
-def _accumulation(batch: _Batch, corpus: CorpusShape, tokens: int, packing: bool) -> int:
+def _accumulation(recipe: Recipe, batch: _Batch, corpus: CorpusShape, reasons: dict[str, str]) -> int:
     """Micro-batches in an optimizer step; packed, the expected number."""
-    if not packing:
+    if not batch.packing:
         return math.ceil(batch.effective / batch.micro)
     expected = min(batch.effective, len(corpus.lengths)) * corpus.tokens / len(corpus.lengths)
-    return max(1, math.ceil(expected / tokens))
+    count = max(1, math.ceil(expected / batch.micro_tokens))
+    if recipe.train.gradient_accumulation_steps not in ("auto", count):
+        reasons["gradient_accumulation_steps"] = (
+            f"the step keeps its {format_count(batch.effective)} sequences, which packed make {format_count(count)} "
+            "rows; with data.packing: false it keeps the number of micro-batches too"
+        )
+    return count
 
 
 def _precision(situation: Situation, compute_dtype: str, reasons: dict[str, str]) -> str:
-    asked = situation.recipe.quantization.chosen
+    asked, stored = situation.recipe.quantization.chosen, situation.stored_precision
+    if stored and asked not in ("auto", stored):
+        raise UsageError(
+            f"quantization.precision: the checkpoint is already quantized to {stored}, and {asked} is asked for.",
+            safe="Nothing was loaded or written.",
+            next_step=f"Set quantization.precision: {stored} or auto, or start from the unquantized model.",
+        )
     if asked != "auto":
         return asked
-    if situation.stored_precision:
+    if stored:
         reasons["precision"] = "the checkpoint is already quantized so"
-        return situation.stored_precision
+        return stored
     plain = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[compute_dtype]
     need = situation.model.parameters * stored_bits(plain, False) / 8
     if need < 0.5 * situation.room_bytes:
@@ -258,6 +294,20 @@ def _learning_rate(recipe: Recipe, model: ModelShape, reasons: dict[str, str]) -
 
 
 def _warnings(recipe: Recipe, corpus: CorpusShape, batch: _Batch, steps: int) -> tuple[str, ...]:
+    return _too_few_steps(recipe, corpus, batch, steps) + _idle_patience(recipe, steps)
+
+
+def _idle_patience(recipe: Recipe, steps: int) -> tuple[str, ...]:
+    section = recipe.evaluation
+    if section.early_stopping_patience is None or (section.eval_steps or steps) < steps:
+        return ()
+    return (
+        "evaluation.early_stopping_patience does nothing here: the held-out documents are not measured before the end. "
+        f"Set evaluation.eval_steps, for example to {max(1, steps // 10)}.",
+    )
+
+
+def _too_few_steps(recipe: Recipe, corpus: CorpusShape, batch: _Batch, steps: int) -> tuple[str, ...]:
     sequences: Sequence[int] = corpus.lengths
     if steps >= FEWEST_USEFUL_STEPS or batch.effective <= 1 or recipe.train.max_steps:
         return ()

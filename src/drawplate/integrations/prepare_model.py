@@ -1,0 +1,73 @@
+"""`drawplate.prepare_model`: a base model's name and parts of a recipe -> a model that any training loop trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from drawplate.device import pick_device
+from drawplate.integrations.trainer_model import DrawplateForCausalLM
+from drawplate.model.adapter import lora_config
+from drawplate.model.anatomy import build_anatomy
+from drawplate.model.causal_lm import assemble
+from drawplate.model.weights import open_checkpoint
+from drawplate.plan.choose import choose_max_length
+from drawplate.prepare import max_positions, placement_of, plan_for_lengths
+from drawplate.recipe import Recipe, Section, load_recipe
+
+Keys = Mapping[str, Any] | Section | None
+
+
+def prepare_model(  # noqa: PLR0913 - one keyword a section of the recipe
+    name_or_path: str,
+    *,
+    model: Keys = None,
+    quantization: Keys = None,
+    lora: Keys = None,
+    memory: Keys = None,
+    train: Keys = None,
+    seed: int | None = None,
+) -> DrawplateForCausalLM:
+    """A base model with a fresh adapter, ready for any training loop.
+
+    The keywords take a recipe's sections, as mappings or as the recipe's own objects, checked alike. What is left open
+    is planned as `drawplate plan` would for full windows. Of `train`, only seed, fp16, bf16, gradient_checkpointing and
+    per_device_train_batch_size are read, and of `memory` all but log_frequency: the rest is the outer loop's to decide.
+
+    Args:
+        name_or_path: a model folder or repository name.
+        model: revision, gguf_file, device_map, compile.
+        quantization: precision of the frozen weights.
+        lora: the adapter.
+        memory: the budget, where weights live, what becomes of activations.
+        train: see above.
+        seed: decides the adapter's start and its dropout; instead of `train.seed`.
+
+    Raises:
+        UsageError: an unknown key (the nearest known one is named), or values that cannot be meant.
+        UserError: a model that cannot be loaded, or does not fit.
+    """
+    recipe = _recipe(name_or_path, model, quantization=quantization, lora=lora, memory=memory, train=train)
+    seed = recipe.train.seed if seed is None else seed
+    checkpoint = open_checkpoint(recipe.model)
+    length = choose_max_length(recipe, max_positions(checkpoint))
+    chosen = plan_for_lengths(recipe, checkpoint, build_anatomy(checkpoint.config), (length,), length)
+    assembled = assemble(
+        checkpoint,
+        placement_of(chosen, pick_device(recipe.model.device_map)),
+        lambda anatomy: lora_config(recipe.lora, anatomy, str(checkpoint.folder), checkpoint.revision),
+        seed=seed,
+    )
+    return DrawplateForCausalLM(assembled, checkpoint, seed=seed)
+
+
+def _recipe(name_or_path: str, model: Keys, **sections: Keys) -> Recipe:
+    values = {name: _plain(keys) for name, keys in sections.items() if keys is not None}
+    base = {**_plain(model), "name_or_path": name_or_path}
+    return load_recipe({"model": base, **values, "data": {"files": ["given by the training loop"]}})
+
+
+def _plain(keys: Keys) -> dict[str, Any]:
+    if isinstance(keys, Section):
+        return {name: getattr(keys, name) for name in keys.model_fields_set}
+    return dict(keys or {})

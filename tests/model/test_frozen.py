@@ -1,0 +1,225 @@
+"""Stored weights: their bytes, bitsandbytes' own numbers, and gradients to everything but the weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from bitsandbytes.nn import Int8Params
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from drawplate.model.frozen import FrozenLinear, Storage, frozen_product
+from drawplate.plan.ledger import stored_bits
+
+FOUR_BITS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
+SHAPES = [(64, 64), (96, 160), (7, 33), (512, 1024)]
+PRECISIONS = [*FOUR_BITS, ("int8", True), ("bf16", True), ("fp16", True), ("fp32", True)]
+
+
+def a_weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).mul_(0.05).to(dtype)
+
+
+def bytes_of(stored: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in stored.values())
+
+
+@pytest.mark.parametrize(("precision", "double_quant"), FOUR_BITS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_bit_tensors_are_those_of_bitsandbytes_bit_for_bit(
+    precision: str, double_quant: bool, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight, storage = a_weight(shape, dtype), Storage(precision, double_quant)
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type=precision, compress_statistics=double_quant, quant_storage=torch.uint8
+    )
+    stored = storage.encode(weight)
+    assert torch.equal(stored["packed"], packed)
+    assert torch.equal(stored["absmax"], state.absmax)
+    if double_quant:
+        assert torch.equal(stored["absmax_scale"], state.state2.absmax)
+        assert torch.equal(stored["absmax_offset"], state.offset)
+    decoded = storage.decode([stored[name] for name in storage.specs(*shape)], shape, dtype)
+    assert torch.equal(decoded, bnb.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize(("precision", "double_quant"), PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_encoding_gives_what_the_specification_says(precision: str, double_quant: bool, shape: tuple[int, int]) -> None:
+    storage = Storage(precision, double_quant)
+    stored = storage.encode(a_weight(shape))
+    assert {name: (tuple(t.shape), t.dtype) for name, t in stored.items()} == storage.specs(*shape)
+
+
+@pytest.mark.parametrize(("precision", "double_quant"), PRECISIONS)
+def test_stored_bytes_are_those_of_the_formula(precision: str, double_quant: bool) -> None:
+    count = 1024 * 2048
+    stored = bytes_of(Storage(precision, double_quant).encode(a_weight((1024, 2048))))
+    formula = {
+        ("nf4", True): count / 2 + count / 64 + 4 * count / 64 / 256 + 4,
+        ("nf4", False): count / 2 + 4 * count / 64,
+        ("fp4", True): count / 2 + count / 64 + 4 * count / 64 / 256 + 4,
+        ("fp4", False): count / 2 + 4 * count / 64,
+        ("int8", True): count + 4 * 1024,
+        ("bf16", True): 2 * count,
+        ("fp16", True): 2 * count,
+        ("fp32", True): 4 * count,
+    }[precision, double_quant]
+    assert stored == formula
+    assert stored == pytest.approx(count * stored_bits(precision, double_quant) / 8, rel=3e-3), "the ledger agrees"
+
+
+def test_double_quantization_saves_the_bits_it_promises() -> None:
+    plain, double = (bytes_of(Storage("nf4", d).encode(a_weight((1024, 2048)))) for d in (False, True))
+    assert 8 * (plain - double) / (1024 * 2048) == pytest.approx(0.373, abs=1e-3)
+
+
+def test_int8_is_the_storage_of_bitsandbytes() -> None:
+    weight = a_weight((96, 160), torch.float16)
+    theirs = Int8Params(weight, requires_grad=False)
+    values, scales, _ = bnb.int8_vectorwise_quant(theirs.data)
+    stored = Storage("int8").encode(weight)
+    assert torch.allclose(stored["row_scale"] * 127, scales.float(), rtol=1e-3)
+    assert int((stored["int8"].int() - values.int()).abs().max()) <= 1, "one step at most, where fp16 rounds a half"
+
+
+@pytest.mark.parametrize(
+    ("precision", "largest_error"), [("nf4", 0.16), ("fp4", 0.18), ("int8", 0.005), ("bf16", 0.004), ("fp32", 0.0)]
+)
+def test_what_comes_back_is_near_what_went_in(precision: str, largest_error: float) -> None:
+    weight, storage = a_weight((128, 256)), Storage(precision)
+    stored = storage.encode(weight)
+    back = storage.decode([stored[name] for name in storage.specs(128, 256)], (128, 256), torch.float32)
+    assert float(((back - weight).abs() / weight.abs().amax(1, keepdim=True)).max()) <= largest_error
+
+
+def test_a_row_of_zeros_stays_zeros() -> None:
+    for precision, double_quant in PRECISIONS:
+        storage, weight = Storage(precision, double_quant), torch.zeros(8, 64)
+        stored = storage.encode(weight)
+        back = storage.decode([stored[name] for name in storage.specs(8, 64)], (8, 64), torch.float32)
+        assert back.abs().max() < 1e-6, precision
+
+
+# --- the layer ---------------------------------------------------------------------------------------------------
+
+
+class Layer:
+    """A FrozenLinear and real tensors for all its placeholders."""
+
+    def __init__(self, storage: Storage, *, rank: int = 4, dropout: float = 0.0, bias: bool = True) -> None:
+        with torch.device("meta"):
+            linear = nn.Linear(64, 96, bias=bias)
+        self.module = FrozenLinear(linear, storage, rank=rank, scaling=2.0, dropout=dropout)
+        generator = torch.Generator().manual_seed(1)
+        self.stored = storage.encode(a_weight((96, 64)))
+        self.weight = storage.decode([self.stored[n] for n in self.module.stored_names], (96, 64), torch.float32)
+        self.bias = torch.randn(96, generator=generator) if bias else None
+        self.lora_A = torch.randn(4, 64, generator=generator).requires_grad_() if rank else None
+        self.lora_B = torch.randn(96, 4, generator=generator).requires_grad_() if rank else None
+        self.key = torch.arange(6, dtype=torch.int32).view(2, 3) if dropout else torch.empty(0, dtype=torch.int32)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Placeholders that are not given are empty: no key, no weight that somebody else has dequantized."""
+        empty = {name: torch.empty(0, dtype=t.dtype) for name, t in self.module.named_buffers() if t.numel() == 0}
+        named = {"bias": self.bias, "lora_A": self.lora_A, "lora_B": self.lora_B}
+        given = {**self.stored, **{name: t for name, t in named.items() if t is not None}}
+        return {**empty, **given, **({"dropout_key": self.key} if self.lora_A is not None else {})}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional_call(self.module, self.tensors(), (x,), strict=True)
+
+    def specification(self, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:
+        y = x @ self.weight.t().to(x.dtype)
+        if self.lora_A is not None and self.lora_B is not None:
+            y = y + 2.0 * ((x * mask) @ self.lora_A.t()) @ self.lora_B.t()
+        return y if self.bias is None else y + self.bias
+
+
+def an_input() -> Tensor:
+    return torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(9)).requires_grad_()
+
+
+def gradients(y: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(11))
+    return list(torch.autograd.grad((y * weights).sum(), wanted))
+
+
+@pytest.mark.parametrize(("precision", "double_quant"), PRECISIONS)
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_gradients_are_those_of_the_plain_formula(
+    precision: str, double_quant: bool, rank: int, bias: bool
+) -> None:
+    layer, x = Layer(Storage(precision, double_quant), rank=rank, bias=bias), an_input()
+    wanted = [t for t in (x, layer.lora_A, layer.lora_B) if t is not None]
+    assert torch.allclose(layer(x), layer.specification(x), atol=1e-5)
+    for ours, theirs in zip(gradients(layer(x), wanted), gradients(layer.specification(x), wanted), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_dropout_masks_the_adapters_input_alone_forward_and_back() -> None:
+    from drawplate.model.dropout import dropout_mask
+
+    layer, x = Layer(Storage("nf4"), dropout=0.4), an_input()
+    mask = dropout_mask(layer.key, 64, 0.4, torch.float32)
+    assert 0.2 < float((mask == 0).float().mean()) < 0.6
+    wanted = [x, layer.lora_A, layer.lora_B]
+    assert torch.allclose(layer(x), layer.specification(x, mask), atol=1e-5)
+    pairs = zip(gradients(layer(x), wanted), gradients(layer.specification(x, mask), wanted), strict=True)
+    assert all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in pairs)
+
+
+def test_the_weight_gets_no_gradient_and_no_dequantized_copy_is_saved() -> None:
+    layer, x = Layer(Storage("nf4")), an_input()
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    assert not any(tensor.numel() == 96 * 64 for tensor in saved), "the weight dequantized"
+    assert {t.data_ptr() for t in layer.stored.values()} <= {t.data_ptr() for t in saved}, (
+        "the packed one, by reference"
+    )
+    y.sum().backward()
+    assert all(tensor.grad is None for tensor in layer.stored.values())
+
+
+def test_backward_reads_the_stored_weight_through_the_hooks_and_keeps_none_itself() -> None:
+    """bitsandbytes#2034: a weight kept on ctx outside save_for_backward is stale once its buffer is recycled."""
+    layer, x = Layer(Storage("nf4")), an_input()
+    want = gradients(layer(x), [x])[0]
+    ours = layer.stored
+    layer.stored = {name: tensor.clone() for name, tensor in ours.items()}
+    moved = {t.data_ptr(): name for name, t in layer.stored.items()}
+
+    def pack(tensor: Tensor) -> Any:
+        return moved.get(tensor.data_ptr(), tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: ours[kept] if isinstance(kept, str) else kept):
+        y = layer(x)
+    for tensor in layer.stored.values():
+        tensor.view(torch.uint8).fill_(255) if tensor.dim() else tensor.fill_(float("nan"))
+    assert torch.equal(gradients(y, [x])[0], want)
+
+
+@pytest.mark.parametrize(("precision", "double_quant"), FOUR_BITS)
+def test_the_compilers_opaque_product_is_the_same(precision: str, double_quant: bool) -> None:
+    storage, x = Storage(precision, double_quant), an_input().detach()
+    encoded = storage.encode(a_weight((96, 64)))
+    stored = [encoded[name] for name in storage.specs(96, 64)]
+    opaque = torch.ops.drawplate.frozen_product
+    assert torch.equal(
+        opaque(x, stored, precision, double_quant, [96, 64], False), frozen_product(x, stored, storage, (96, 64), False)
+    )
+    y = x @ torch.ones(64, 96)
+    assert torch.equal(
+        opaque(y, stored, precision, double_quant, [96, 64], True), frozen_product(y, stored, storage, (96, 64), True)
+    )

@@ -1,0 +1,133 @@
+"""A whole run in about a second: a random Llama of two layers, a throwaway tokenizer and a folder of small texts."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from drawplate.journal import Journal
+from drawplate.model.adapter import lora_config
+from drawplate.model.causal_lm import CausalLM, Placement, assemble
+from drawplate.model.frozen import Storage
+from drawplate.model.weights import Checkpoint, open_checkpoint
+from drawplate.recipe import LoraSection, ModelSection, Recipe, load_recipe
+
+WORDS = (  # noqa: SIM905
+    "the a rising sea level ice melts warm water climate heat carbon ocean air rain drought forest fire wind sun cloud "
+    "report shows that and of in on over since by many coasts people land crops grow less more each year"
+).split()
+LAYERS = 2
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Sentences of a tiny language, all different, of 5 to 40 words."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(5, 40))) + f" {i}." for i in range(count)]
+
+
+def write_texts(folder: Path, count: int = 24, seed: int = 0) -> Path:
+    """One .txt file a document."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(texts(count, seed)):
+        (folder / f"{i:03d}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def write_tokenizer(folder: Path) -> int:
+    """A byte-level BPE trained on the tiny language; returns the size of its vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(50), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=256
+    )
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+def write_base(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A model folder: config, random weights in safetensors, tokenizer."""
+    vocab = write_tokenizer(folder)
+    settings: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": True,
+    }
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def recipe_values(base: Path, files: Path, output: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of a few optimizer steps in fp32, with sections' keys on top."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {"name_or_path": str(base), "device_map": "cpu"},
+        "data": {"files": [str(files)]},
+        "quantization": {"precision": "fp32", "bnb_4bit_compute_dtype": "float32"},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "train": {"num_train_epochs": 2, "effective_batch_size": 6, "learning_rate": 2e-2},
+    }
+    for name, changes in sections.items():
+        values[name] = {**values.get(name, {}), **changes}
+    return {**values, "output_dir": str(output)}
+
+
+def tiny_recipe(base: Path, files: Path, output: Path, **sections: dict[str, Any]) -> Recipe:
+    """`recipe_values`, validated."""
+    return load_recipe(recipe_values(base, files, output, **sections))
+
+
+def open_base(folder: Path) -> Checkpoint:
+    """The folder as a checkpoint."""
+    return open_checkpoint(ModelSection(name_or_path=str(folder)))
+
+
+def tiny_model(base: Path, lora: LoraSection | None = None, *, seed: int = 0, **placement: Any) -> CausalLM:
+    """The base model assembled on the CPU in fp32, unless `placement` says otherwise."""
+    section = lora or LoraSection(r=4, lora_alpha=8)
+    values = {"storage": Storage("fp32"), "compute_dtype": torch.float32, **placement}
+    return assemble(
+        open_base(base), Placement(**values), lambda anatomy: lora_config(section, anatomy, str(base), None), seed=seed
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Notes(Journal):
+    """A journal without a folder that remembers its micro-batches too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[tuple[int, Any]] = []
+
+    def on_micro_batch(self, step: int, done: int, total: int, batch: Any) -> None:
+        """Remember it."""
+        self.batches.append((step, batch))
