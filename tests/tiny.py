@@ -7,7 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -131,3 +134,61 @@ class Notes(Journal):
     def on_micro_batch(self, step: int, done: int, total: int, batch: Any) -> None:
         """Remember it."""
         self.batches.append((step, batch))
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def write_gguf(base: Path, path: Path) -> None:
+    """The base model and its tokenizer as one GGUF file in float32, as llama.cpp lays a Llama out."""
+    tensors = load_file(base / "model.safetensors")
+    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    writer = gguf.GGUFWriter(str(path), "llama")
+    heads = {"q_proj": settings["num_attention_heads"], "k_proj": settings["num_key_value_heads"]}
+    _describe(writer, settings, json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))["model"])
+    writer.add_tensor("token_embd.weight", tensors["model.embed_tokens.weight"].numpy())
+    writer.add_tensor("output_norm.weight", tensors["model.norm.weight"].numpy())
+    for i in range(settings["num_hidden_layers"]):
+        for name, short in GGUF_NAMES.items():
+            weight = tensors[f"model.layers.{i}.{name}.weight"].numpy()
+            count = heads.get(name.rpartition(".")[2])
+            if count:  # llama.cpp rotates neighbouring features, transformers the two halves of a head
+                halves = weight.reshape(count, 2, -1, weight.shape[1])
+                weight = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+            writer.add_tensor(f"blk.{i}.{short}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _describe(writer: gguf.GGUFWriter, settings: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+    writer.add_context_length(settings["max_position_embeddings"])
+    writer.add_embedding_length(settings["hidden_size"])
+    writer.add_block_count(settings["num_hidden_layers"])
+    writer.add_feed_forward_length(settings["intermediate_size"])
+    writer.add_head_count(settings["num_attention_heads"])
+    writer.add_head_count_kv(settings["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(settings["vocab_size"])
+    words = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    control, normal = 3, 1
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_types([control] * 3 + [normal] * (len(words) - 3))
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
+    writer.add_pad_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)

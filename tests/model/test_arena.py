@@ -526,6 +526,19 @@ def test_a_second_start_reads_no_layer_and_gives_the_same_bits(precision, weight
         assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["host", "device", "dequantized", ("host", "device", "dequantized", "host")])
+def test_on_a_gpu_too_a_second_start_gives_the_same_bits(weights, llama, monkeypatch):
+    placement = {"device": torch.device("cuda"), "weights": weights, "compute_dtype": torch.bfloat16}
+    models = [build(llama, **placement)]
+    monkeypatch.setattr(causal_lm, "is_worth_keeping", lambda *arguments, **keywords: True)
+    models += [build(llama, **placement), build(llama, **placement)]
+    assert len(files()) == 1
+    for i in range(4):
+        plain, *others = (model.residency.stored(i) for model in models)
+        assert all(torch.equal(plain[name], other[name]) for other in others for name in plain)
+
+
 @pytest.mark.usefixtures("_any_size")
 def test_another_plan_finds_the_same_file(llama, monkeypatch):
     build(llama, weights=("host", "dequantized", "device", "device"))

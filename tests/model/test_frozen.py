@@ -192,9 +192,10 @@ def test_the_weight_gets_no_gradient_and_no_dequantized_copy_is_saved() -> None:
     assert all(tensor.grad is None for tensor in layer.stored.values())
 
 
-def test_backward_reads_the_stored_weight_through_the_hooks_and_keeps_none_itself() -> None:
+@pytest.mark.parametrize("rank", [0, 4])
+def test_backward_reads_the_stored_weight_through_the_hooks_and_keeps_none_itself(rank: int) -> None:
     """bitsandbytes#2034: a weight kept on ctx outside save_for_backward is stale once its buffer is recycled."""
-    layer, x = Layer(Storage("nf4")), an_input()
+    layer, x = Layer(Storage("nf4"), rank=rank), an_input()
     want = gradients(layer(x), [x])[0]
     ours = layer.stored
     layer.stored = {name: tensor.clone() for name, tensor in ours.items()}

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from drawplate.data.batches import cut_packed
+from drawplate.data.tokens import load_tokenizer
 from drawplate.errors import IntegrityError, NeedsNetwork, StorageError, UsageError, UserError
 from drawplate.model import weights
 from drawplate.model.frozen import Storage
@@ -25,7 +26,7 @@ from drawplate.model.weights import INDEX_NAME, open_checkpoint
 from drawplate.recipe import ModelSection
 from drawplate.run import plan
 from tests.model.conftest import random_sequences
-from tests.tiny import open_base, tiny_model, tiny_recipe
+from tests.tiny import open_base, tiny_model, tiny_recipe, write_gguf
 
 TENSORS = "model.safetensors"
 
@@ -302,6 +303,17 @@ def test_a_gguf_file_is_converted_once(gguf: ModelSection) -> None:
     assert CALLS == ["m.gguf"]
     assert first.folder == second.folder
     assert first.folder.is_relative_to(weights.cache_folder())
+
+
+def test_a_converted_gguf_file_is_the_same_model_with_the_same_tokens(base: Path, tmp_path: Path) -> None:
+    write_gguf(base, tmp_path / "m.gguf")
+    checkpoint = open_checkpoint(ModelSection(name_or_path=str(tmp_path), gguf_file="m.gguf"))
+    original = load_file(base / TENSORS)
+    for name, tensor in original.items():
+        assert torch.equal(checkpoint.read(name), tensor.to(torch.bfloat16)), name
+    ours, theirs = load_tokenizer(checkpoint.folder), load_tokenizer(base)
+    assert ours("the sea is rising 3.").input_ids == theirs("the sea is rising 3.").input_ids
+    assert nats_of(checkpoint.folder, Storage("fp32")) == pytest.approx(nats_of(base, Storage("fp32")), rel=2e-2)
 
 
 def test_another_file_of_that_name_is_converted_anew(gguf: ModelSection) -> None:

@@ -178,7 +178,8 @@ class ArenaFile:
         partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
         try:
             with partial.open("xb") as file:
-                os.posix_fallocate(file.fileno(), 0, self.file_bytes)  # a full disk says so before the work begins
+                if hasattr(os, "posix_fallocate"):  # a full disk says so before the work begins
+                    os.posix_fallocate(file.fileno(), 0, self.file_bytes)
                 self._write_to(file, fill, progress)
                 file.flush()
                 os.fsync(file.fileno())

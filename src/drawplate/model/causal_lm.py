@@ -15,7 +15,7 @@ mode, so that the only noise is the adapter's own dropout, which is a function o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -365,11 +365,11 @@ class _CheckpointNames:
                 return candidate
         return None
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
         """One tensor.
 
         Raises:
-            IntegrityError: the checkpoint has none of that name.
+            IntegrityError: the checkpoint has none of that name, or of another shape than `shape`.
         """
         found = self.name_of(name)
         if found is None:
@@ -378,7 +378,20 @@ class _CheckpointNames:
                 safe="Nothing was trained or written.",
                 next_step="Fetch the model again, or choose one in transformers' own format.",
             )
-        return self.checkpoint.read(found)
+        tensor = self.checkpoint.read(found)
+        if shape is not None:
+            self.require_shape(name, tensor, shape)
+        return tensor
+
+    def require_shape(self, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+        """Refuse what copying would broadcast, or quantizing would flatten, without a word."""
+        if tuple(tensor.shape) != tuple(shape):
+            raise IntegrityError(
+                f"{self.checkpoint.name}: {name} has the shape {tuple(tensor.shape)} where the configuration says "
+                f"{tuple(shape)}.",
+                safe="Nothing was trained or written.",
+                next_step="Fetch the model again; its files do not belong together.",
+            )
 
 
 @torch.no_grad()
@@ -396,11 +409,11 @@ def _fill_layer(
     for local, module in layer.named_modules():
         if not isinstance(module, FrozenLinear):
             continue
-        encoded = _encoded_linear(f"{path}.{local}", names, placement)
+        encoded = _encoded_linear(f"{path}.{local}", module, names, placement)
         for name, tensor in (_in_tier(module, encoded, placement) if in_tier else encoded).items():
             others.pop(f"{local}.{name}").copy_(tensor)
     for name, target in others.items():
-        target.copy_(names.read(f"{path}.{name}"))
+        target.copy_(names.read(f"{path}.{name}", target.shape))
 
 
 @torch.no_grad()
@@ -418,13 +431,17 @@ def _copy_layer(layer: nn.Module, stored: dict[str, Tensor], kept: dict[str, Ten
         target.copy_(kept[name])
 
 
-def _encoded_linear(name: str, names: _CheckpointNames, placement: Placement) -> dict[str, Tensor]:
+def _encoded_linear(
+    name: str, module: FrozenLinear, names: _CheckpointNames, placement: Placement
+) -> dict[str, Tensor]:
     """The stored tensors of one linear layer in the placement's precision."""
-    wanted = placement.storage
+    wanted, shape = placement.storage, (module.out_features, module.in_features)
     encoded = names.checkpoint.stored_linear(name, wanted) if wanted.quantized else None
     if encoded is None:
-        weight = names.read(f"{name}.weight").to(placement.device).to(placement.compute_dtype)
-        encoded = wanted.encode(weight)
+        weight = names.read(f"{name}.weight", shape).to(placement.device).to(placement.compute_dtype)
+        return wanted.encode(weight)
+    for part, (part_shape, _) in wanted.specs(*shape).items():
+        names.require_shape(f"{name}.weight ({part})", encoded[part], part_shape)
     return encoded
 
 
@@ -486,10 +503,5 @@ def _materialise(
         if name not in lost and names.name_of(f"{path}.{name}"):
             module.get_buffer(name).copy_(names.read(f"{path}.{name}"))
     for name, parameter in list(module.named_parameters(recurse=False)):
-        tensor = names.read(f"{path}.{name}".lstrip(".")).to(device, dtype)
-        if tensor.shape != parameter.shape:
-            raise IntegrityError(
-                f"{path}.{name} has shape {tuple(tensor.shape)} where the configuration says {tuple(parameter.shape)}.",
-                next_step="Fetch the model again.",
-            )
+        tensor = names.read(f"{path}.{name}".lstrip("."), parameter.shape).to(device, dtype)
         setattr(module, name, nn.Parameter(tensor, requires_grad=False))

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from drawplate.errors import EnvironmentProblem, IntegrityError, NeedsNetwork, StorageError, UsageError
-from drawplate.model.frozen import Storage
+from drawplate.model.frozen import BLOCK, SCALE_BLOCK, Storage
 from drawplate.recipe import ModelSection, cache_folder, expand
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -86,9 +86,15 @@ class Checkpoint:
                 f"{self.name} is already quantized to {found} {'with' if nested else 'without'} double quantization.",
                 next_step=f"Set quantization.precision: {found} and bnb_4bit_use_double_quant: {str(nested).lower()}.",
             )
+        facts = json.loads(bytes(self.read(state).tolist()))  # type: ignore[arg-type]
+        blocks = [facts.get("blocksize", BLOCK), *([facts.get("nested_blocksize", SCALE_BLOCK)] if nested else [])]
+        if blocks != [BLOCK, SCALE_BLOCK][: len(blocks)]:
+            raise UsageError(
+                f"{self.name} is quantized in blocks of {blocks[0]}, and Drawplate reads blocks of {BLOCK}.",
+                next_step="Start from the unquantized model; Drawplate quantizes it while it loads.",
+            )
         stored = {"packed": self.read(weight), "absmax": self.read(f"{weight}.absmax")}
         if nested:
-            facts = json.loads(bytes(self.read(state).tolist()))  # type: ignore[arg-type]
             stored["absmax_scale"] = self.read(f"{weight}.nested_absmax")
             stored["absmax_offset"] = torch.tensor(facts["nested_offset"], dtype=torch.float32)
         return stored
@@ -157,6 +163,8 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}", next_step="Fetch the model again.") from None
+    if not isinstance(values, dict):
+        raise IntegrityError(f"{path} is no model configuration.", next_step="Fetch the model again.")
     if "auto_map" in values or "/" in str(values.get("_attn_implementation", "")):
         raise IntegrityError(
             f"The configuration of {name} asks to run code that comes with the model; Drawplate never does.",
@@ -224,15 +232,31 @@ def _fetch(section: ModelSection) -> tuple[Path, str | None]:
 
 def _complete(folder: Path) -> bool:
     if (folder / INDEX_NAME).is_file():
-        names = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
-        return all((folder / name).is_file() for name in names)
+        return all((folder / name).is_file() for name in _indexed_files(folder))
     return any(folder.glob("*.safetensors"))
+
+
+def _indexed_files(folder: Path) -> list[str]:
+    """Names of the files that the index of a sharded model lists.
+
+    Raises:
+        IntegrityError: it is not an index.
+    """
+    try:
+        return sorted(
+            {str(name) for name in json.loads((folder / INDEX_NAME).read_text("utf-8"))["weight_map"].values()}
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise IntegrityError(
+            f"{folder / INDEX_NAME} is damaged.",
+            safe="Nothing was trained or written.",
+            next_step="Fetch the model again.",
+        ) from None
 
 
 def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
     if (folder / INDEX_NAME).is_file():
-        names = sorted(set(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [folder / file for file in names]
+        paths = [folder / file for file in _indexed_files(folder)]
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -300,6 +324,12 @@ def _write_converted(folder: Path, gguf_file: str, target: Path) -> None:
     except ImportError as error:
         raise EnvironmentProblem(
             f"Reading GGUF needs a package: {error}", next_step="Run `pip install gguf`."
+        ) from None
+    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise IntegrityError(
+            f"{folder / gguf_file} cannot be converted: {str(error).partition(chr(10))[0]}",
+            safe="Nothing was left in the cache.",
+            next_step="Fetch the file again, or use the model's safetensors.",
         ) from None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

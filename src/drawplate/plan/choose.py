@@ -316,6 +316,8 @@ def _too_few_steps(recipe: Recipe, corpus: CorpusShape, batch: _Batch, steps: in
     if better >= batch.effective:
         return ()
     better_steps = math.ceil(math.ceil(len(sequences) / better) * epochs)
+    if better_steps <= steps:
+        return ()
     share = batch.effective / len(sequences)
     size = f"{share:.0f} times the training corpus" if share >= 2 else f"{100 * share:.0f} % of the training corpus"
     return (

@@ -1,0 +1,298 @@
+"""Every `auto` decided with a reason, and nothing that the user set changed."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drawplate.errors import UsageError
+from drawplate.plan.choose import CorpusShape, Situation, choose, choose_compute_dtype, choose_max_length
+from drawplate.plan.ledger import ModelShape
+from drawplate.recipe import Recipe, load_recipe
+from drawplate.records import Machine, Plan, from_json, to_json
+from drawplate.units import GIB
+
+LLAMA_3B = ModelShape(
+    parameters=3_212_749_824,
+    layers=28,
+    linear_parameters=2_818_572_288,
+    outside_parameters=394_177_536,
+    hidden=3072,
+    intermediate=8192,
+    vocab=128_256,
+    attention_width=5120,
+    trained_parameters=2_293_760,
+    max_positions=131_072,
+)
+TINY = ModelShape(
+    parameters=95_808,
+    layers=2,
+    linear_parameters=73_728,
+    outside_parameters=22_080,
+    hidden=64,
+    intermediate=128,
+    vocab=340,
+    attention_width=128,
+    trained_parameters=8192,
+    max_positions=128,
+)
+
+
+def machine_of(device: str = "cuda", device_bytes: int = 80 * GIB, *, bf16: bool = True) -> Machine:
+    return Machine(
+        platform="Linux", python="3.11", cpu="a CPU", cores=2, ram_bytes=64 * GIB, bf16_native=bf16,
+        device=device, device_bytes=device_bytes if device == "cuda" else 0,
+    )  # fmt: skip
+
+
+def recipe_of(**sections: dict[str, Any]) -> Recipe:
+    values: dict[str, Any] = {"model": {"name_or_path": "m"}, "data": {"files": ["a.txt"]}}
+    for name, changes in sections.items():
+        values[name] = {**values.get(name, {}), **changes}
+    return load_recipe(values)
+
+
+def plan_of(
+    recipe: Recipe, *, lengths: tuple[int, ...] = (512,) * 1000, model: ModelShape = LLAMA_3B, **situation: Any
+) -> Plan:
+    machine = situation.pop("machine", machine_of())
+    whole = Situation(recipe=recipe, machine=machine, model=model, **situation)
+    return choose(whole, CorpusShape(lengths=lengths), max(lengths))
+
+
+# --- what the user set stays ------------------------------------------------------------------------------------
+
+maybe = lambda strategy: st.one_of(st.none(), strategy)  # noqa: E731
+settings_given = st.fixed_dictionaries(
+    {
+        "micro": maybe(st.integers(1, 40)),
+        "accumulation": maybe(st.integers(1, 300)),
+        "groups": maybe(st.integers(1, 40)),
+        "packing": maybe(st.booleans()),
+        "precision": maybe(st.sampled_from(["nf4", "fp4", "int8", "bf16", "fp16", "fp32"])),
+        "double_quant": maybe(st.booleans()),
+        "compute": maybe(st.sampled_from(["float16", "bfloat16", "float32"])),
+        "rate": maybe(st.floats(1e-6, 1.0)),
+        "epochs": st.floats(0.1, 10),
+        "max_steps": maybe(st.integers(1, 1000)),
+        "weights": maybe(st.sampled_from(["device", "dequantized", "host"])),
+        "activations": maybe(st.sampled_from(["keep", "recompute", "offload"])),
+        "compile": maybe(st.booleans()),
+        "eval_batch": maybe(st.integers(1, 40)),
+    }
+)
+machines = st.builds(machine_of, st.sampled_from(["cuda", "cpu"]), st.integers(2 * GIB, 200 * GIB), bf16=st.booleans())
+corpora = st.lists(st.integers(2, 4096), min_size=1, max_size=60).map(tuple)
+
+
+def recipe_with(given_: dict[str, Any], effective: int | None) -> Recipe:
+    def section(**keys: Any) -> dict[str, Any]:
+        return {name: value for name, value in keys.items() if value is not None}
+
+    return recipe_of(
+        model=section(compile=given_["compile"]),
+        data=section(packing=given_["packing"]),
+        quantization=section(
+            precision=given_["precision"],
+            bnb_4bit_use_double_quant=given_["double_quant"],
+            bnb_4bit_compute_dtype=given_["compute"],
+        ),
+        train=section(
+            per_device_train_batch_size=given_["micro"],
+            gradient_accumulation_steps=given_["accumulation"],
+            effective_batch_size=effective,
+            learning_rate=given_["rate"],
+            num_train_epochs=given_["epochs"],
+            max_steps=given_["max_steps"],
+        ),
+        evaluation=section(per_device_eval_batch_size=given_["eval_batch"]),
+        memory=section(weights=given_["weights"], activations=given_["activations"]),
+    )
+
+
+@given(settings_given, machines, corpora)
+def test_nothing_that_the_user_set_is_changed(
+    given_: dict[str, Any], machine: Machine, lengths: tuple[int, ...]
+) -> None:
+    micro, accumulation, groups = given_["micro"], given_["accumulation"], given_["groups"]
+    effective = None if groups is None or (micro and accumulation) else groups * (accumulation or 1)
+    recipe = recipe_with(given_, effective)
+    plan = plan_of(recipe, lengths=lengths, machine=machine)
+    asked = {
+        "packing": "packing",
+        "precision": "precision",
+        "double_quant": "double_quant",
+        "compute": "compute_dtype",
+        "rate": "learning_rate",
+        "epochs": "epochs",
+        "weights": "weights",
+        "activations": "activations",
+        "compile": "compiled",
+        "eval_batch": "eval_batch_sequences",
+        "micro": "micro_batch_sequences",
+    }
+    for key, field in asked.items():
+        if given_[key] is not None:
+            assert getattr(plan, field) == given_[key], key
+    if effective is not None:
+        assert plan.effective_batch_size == effective
+    if micro and accumulation:
+        assert plan.effective_batch_size == micro * accumulation
+    if accumulation and plan.gradient_accumulation_steps != accumulation:
+        assert plan.packing
+        assert "gradient_accumulation_steps" in plan.reasons
+    assert plan.optimizer_steps <= (given_["max_steps"] or math.inf)
+
+
+@given(settings_given, machines, corpora)
+def test_a_plan_is_whole_consistent_and_survives_json(
+    given_: dict[str, Any], machine: Machine, lengths: tuple[int, ...]
+) -> None:
+    plan = plan_of(recipe_with({**given_, "accumulation": None}, None), lengths=lengths, machine=machine)
+    assert from_json(Plan, json.loads(json.dumps(to_json(plan)))) == plan
+    steps = math.ceil(math.ceil(len(lengths) / plan.effective_batch_size) * plan.epochs)
+    assert plan.optimizer_steps == max(1, min(steps, given_["max_steps"] or steps))
+    assert plan.micro_batch_tokens >= max(lengths)
+    assert plan.gradient_accumulation_steps >= 1
+    if not plan.packing:
+        assert (plan.gradient_accumulation_steps - 1) * plan.micro_batch_sequences < plan.effective_batch_size
+        assert plan.gradient_accumulation_steps * plan.micro_batch_sequences >= plan.effective_batch_size
+    decided = {"precision", "activations", "weights", "learning_rate"}
+    known = {"precision": "precision", "activations": "activations", "weights": "weights", "learning_rate": "rate"}
+    assert all(name in plan.reasons for name in decided if given_[known[name]] is None), "each auto has its reason"
+    assert all(line.bytes >= 0 and line.formula for line in plan.ledger)
+    if machine.device == "cpu":
+        assert plan.predicted_bytes("device") == 0
+        assert plan.predicted_bytes("host") > 0
+
+
+@pytest.mark.parametrize(
+    ("train", "effective", "micro", "accumulation"),
+    [
+        ({"per_device_train_batch_size": 7, "gradient_accumulation_steps": 2048}, 14_336, 7, 2048),
+        ({"per_device_train_batch_size": 4, "effective_batch_size": 10}, 10, 4, 3),
+        ({"gradient_accumulation_steps": 4, "effective_batch_size": 12}, 12, 3, 4),
+        ({"effective_batch_size": 64}, 64, 16, 4),
+        ({"effective_batch_size": 14_336}, 14_336, 16, 896),
+    ],
+)
+def test_the_arithmetic_of_the_effective_batch(
+    train: dict[str, int], effective: int, micro: int, accumulation: int
+) -> None:
+    plan = plan_of(recipe_of(train=train, data={"packing": False}))
+    assert plan.effective_batch_size == effective
+    assert (plan.micro_batch_sequences, plan.gradient_accumulation_steps) == (micro, accumulation)
+    assert plan.micro_batch_tokens == micro * 512, "8,192 tokens where the recipe says nothing"
+
+
+def test_packed_rows_hold_what_was_asked_for_or_the_default() -> None:
+    asked = {"per_device_train_batch_size": 7, "effective_batch_size": 70}
+    assert plan_of(recipe_of(train=asked, data={"packing": True})).micro_batch_tokens == 7 * 512
+    default = plan_of(recipe_of(train={"effective_batch_size": 32}))
+    assert (default.packing, default.micro_batch_tokens, default.gradient_accumulation_steps) == (True, 8192, 2)
+
+
+# --- warnings ----------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_larger_than_the_corpus_is_warned_of_with_what_to_set() -> None:
+    mission = {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 2048, "num_train_epochs": 3}
+    plan = plan_of(recipe_of(train=mission), lengths=(100,) * 906)
+    [warning] = plan.warnings
+    assert "14,336 sequences is 16 times the training corpus (906 sequences)" in warning
+    assert "leaves 3 optimizer steps" in warning
+    assert "Set train.effective_batch_size=16" in warning
+    assert "for 171 steps" in warning
+    mended = plan_of(recipe_of(train={"effective_batch_size": 16, "num_train_epochs": 3}), lengths=(100,) * 906)
+    assert mended.optimizer_steps == 171
+    assert mended.warnings == ()
+
+
+def test_one_step_is_not_called_steps() -> None:
+    plan = plan_of(recipe_of(train={"effective_batch_size": 1000, "num_train_epochs": 1}), lengths=(100,) * 20)
+    assert "leaves 1 optimizer step," in plan.warnings[0]
+
+
+@given(effective=st.integers(1, 500), count=st.integers(1, 400), epochs=st.floats(0.5, 5))
+def test_the_advice_always_gives_more_steps(effective: int, count: int, epochs: float) -> None:
+    train = {"effective_batch_size": effective, "num_train_epochs": epochs}
+    plan = plan_of(recipe_of(train=train), lengths=(64,) * count, model=TINY)
+    for warning in plan.warnings:
+        better = int(warning.split("train.effective_batch_size=")[1].split()[0])
+        again = plan_of(recipe_of(train={**train, "effective_batch_size": better}), lengths=(64,) * count, model=TINY)
+        assert again.optimizer_steps > plan.optimizer_steps
+        assert f"for {again.optimizer_steps:,} steps" in warning
+
+
+def test_patience_without_evaluations_is_said_to_do_nothing() -> None:
+    train = {"effective_batch_size": 10}
+    plan = plan_of(recipe_of(train=train, evaluation={"early_stopping_patience": 3}))
+    assert "evaluation.eval_steps, for example to 30" in plan.warnings[0]
+    assert plan_of(recipe_of(train=train, evaluation={"early_stopping_patience": 3, "eval_steps": 20})).warnings == ()
+    assert plan_of(recipe_of(train=train, evaluation={"early_stopping_patience": 3, "eval_steps": 300})).warnings
+
+
+# --- the choices -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "quantization", "machine", "want"),
+    [
+        ({}, {}, machine_of(bf16=True), "bfloat16"),
+        ({}, {}, machine_of(bf16=False), "float16"),
+        ({}, {}, machine_of("cpu", bf16=True), "bfloat16"),
+        ({}, {}, machine_of("cpu", bf16=False), "float32"),
+        ({"fp16": True}, {}, machine_of(), "float16"),
+        ({"bf16": True}, {}, machine_of("cpu", bf16=False), "bfloat16"),
+        ({}, {"bnb_4bit_compute_dtype": "float32"}, machine_of(), "float32"),
+    ],
+)
+def test_arithmetic_is_what_the_machine_is_good_at(
+    train: dict, quantization: dict, machine: Machine, want: str
+) -> None:
+    dtype, reason = choose_compute_dtype(recipe_of(train=train, quantization=quantization), machine)
+    assert dtype == want
+    assert reason
+
+
+def test_weights_are_quantized_only_where_memory_forces_it() -> None:
+    assert plan_of(recipe_of()).precision == "bf16"
+    assert plan_of(recipe_of(), machine=machine_of(device_bytes=8 * GIB)).precision == "nf4"
+    assert plan_of(recipe_of(memory={"vram": "8GiB"})).precision == "nf4", "a cap rehearses a smaller card"
+
+
+def test_layers_that_do_not_fit_are_streamed() -> None:
+    big = {"quantization": {"precision": "nf4"}, "memory": {"vram": "2GiB"}}
+    assert plan_of(recipe_of(**big)).weights == "host"
+    assert plan_of(recipe_of(quantization={"precision": "nf4"}, memory={"vram": "12GiB"})).weights == "device"
+    assert plan_of(recipe_of(quantization={"precision": "nf4"})).weights == "dequantized"
+
+
+def test_activations_are_kept_while_they_fit() -> None:
+    small = {"per_device_train_batch_size": 1, "effective_batch_size": 16}
+    assert plan_of(recipe_of(train=small)).activations == "keep"
+    assert plan_of(recipe_of(train=small, memory={"vram": "4GiB"})).activations == "recompute"
+    assert plan_of(recipe_of(train={**small, "gradient_checkpointing": True})).activations == "recompute"
+    capped = {"train": {**small, "gradient_checkpointing": False}, "memory": {"vram": "4GiB"}}
+    assert plan_of(recipe_of(**capped)).activations == "keep"
+
+
+def test_a_quantized_checkpoint_decides_what_was_left_open() -> None:
+    plan = plan_of(recipe_of(), stored_precision="nf4", stored_double_quant=False)
+    assert (plan.precision, plan.double_quant) == ("nf4", False)
+    with pytest.raises(UsageError, match="already quantized to nf4, and bf16 is asked for"):
+        plan_of(recipe_of(quantization={"precision": "bf16"}), stored_precision="nf4", stored_double_quant=False)
+    assert plan_of(recipe_of(quantization={"precision": "nf4"})).double_quant is True
+
+
+def test_a_window_is_never_longer_than_the_model_was_made_for() -> None:
+    assert choose_max_length(recipe_of(), 131_072) == 2048
+    assert choose_max_length(recipe_of(), 512) == 512
+    assert choose_max_length(recipe_of(data={"max_length": 8192}), 131_072) == 8192
+    with pytest.raises(UsageError, match=r"data\.max_length: 8192 .* 2048"):
+        choose_max_length(recipe_of(data={"max_length": 8192}), 2048)
