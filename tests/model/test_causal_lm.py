@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.model.adapter import lora_config
+from drawplate.model.anatomy import build_anatomy
 from drawplate.model.causal_lm import CausalLM, Placement, assemble
 from drawplate.model.frozen import Storage
 from drawplate.model.residency import Residency
@@ -205,6 +206,15 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(llama) -> None:
         model.sum_nats(batch, scale=1 / (7 * batch.counted_tokens), dropout_seed=(3, 0))[0].backward()
     wrong = torch.cat([p.grad.flatten() for p in model.adapter.parameters()])
     assert float((wrong - whole).norm() / whole.norm()) > 1e-3, "the test can tell a mean of means"
+
+
+def test_building_another_skeleton_changes_nothing(llama, sequences) -> None:
+    model = build(llama)
+    batches = cut_packed(sequences, 128, 8, 0)
+    before = nats(model, batches)
+    build_anatomy(llama.config, attention="eager")
+    build_anatomy(llama.config, attention="sdpa")
+    assert nats(model, batches) == before == pytest.approx(transformers_nats(llama, sequences), rel=1e-5)
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(llama, sequences) -> None:

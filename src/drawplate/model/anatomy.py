@@ -6,6 +6,7 @@ parts in it and says plainly when they cannot be found. It does not load weights
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +59,15 @@ class Anatomy:
 
 
 def build_anatomy(config: PretrainedConfig, *, attention: str = "eager") -> Anatomy:
-    """The anatomy of the causal LM that `config` describes.
+    """The anatomy of the causal LM that `config` describes, with a configuration of its own.
+
+    The copy matters: a module reads its attention from its configuration at every call, so two skeletons that shared one
+    would both use whatever the later asked for.
 
     Raises:
         UsageError: the architecture is not a causal LM with one list of decoder layers.
     """
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = copy.deepcopy(config.get_text_config() if hasattr(config, "get_text_config") else config)
     name = (config.architectures or [config.model_type])[0]
     try:
         with torch.device("meta"):
