@@ -162,7 +162,8 @@ def _line(result: dict[str, Any]) -> str:
     return (
         f"{result['case']:46s} {result.get('tokens_per_second', 0):>9} tok/s  {peak:6.2f} GiB  ({allocated:.2f})"
         f"  load {result.get('load_seconds', 0)} s  first {result.get('first_step_seconds', 0)} s"
-        f"  graphs {result.get('compilations')}  loss {result.get('first_loss', 0):.4f} {result.get('error', '')[-1500:]}"
+        f"  graphs {result.get('compilations')}  loss {result.get('first_loss', 0):.4f}"
+        f"  {result.get('error', '')[-1500:]}"
     )
 
 

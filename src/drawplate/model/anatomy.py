@@ -61,8 +61,8 @@ class Anatomy:
 def build_anatomy(config: PretrainedConfig, *, attention: str = "eager") -> Anatomy:
     """The anatomy of the causal LM that `config` describes, with a configuration of its own.
 
-    The copy matters: a module reads its attention from its configuration at every call, so two skeletons that shared one
-    would both use whatever the later asked for.
+    The copy matters: a module reads its attention from its configuration at every call, so two skeletons that shared
+    one would both use whatever the later asked for.
 
     Raises:
         UsageError: the architecture is not a causal LM with one list of decoder layers.

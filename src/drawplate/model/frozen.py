@@ -161,6 +161,16 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_x, None, None, *(None for _ in ctx.saved_tensors)
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What a product with LoRA needs beside tensors."""
+
+    scaling: float
+    dropout: float
+    storage: Storage
+    shape: tuple[int, int]
+
+
 class _LoraLinear(torch.autograd.Function):
     """y = x W^T + scaling * drop(x) A^T B^T, with the two skinny products added in place and the mask recomputed.
 
@@ -171,14 +181,14 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        settings: _Settings,
         x: Tensor,
         lora_A_RI: Tensor,
         lora_B_OR: Tensor,
         dropout_key: Tensor,
-        settings: tuple[float, float, Storage, tuple[int, int]],
         *stored: Tensor,
     ) -> Tensor:
-        scaling, dropout, storage, shape = settings
+        scaling, dropout, storage, shape = settings.scaling, settings.dropout, settings.storage, settings.shape
         y = frozen_product(x, list(stored), storage, shape, transposed=False)
         dropped = _dropped(x, dropout_key, dropout)
         t_NR = dropped.reshape(-1, shape[1]) @ lora_A_RI.to(x.dtype).t()
@@ -189,23 +199,24 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
-        scaling, dropout, storage, shape = ctx.settings
+        settings = ctx.settings
+        scaling, dropout, storage, shape = settings.scaling, settings.dropout, settings.storage, settings.shape
         x, lora_A_RI, lora_B_OR, dropout_key, t_NR, *stored = ctx.saved_tensors
         grad_NO = grad_y.reshape(-1, shape[0])
         grad_t_NR = (grad_NO @ lora_B_OR.to(x.dtype)) * scaling
         grad_A = grad_B = grad_x = None
-        if ctx.needs_input_grad[1]:
-            grad_A = (grad_t_NR.t() @ _dropped(x, dropout_key, dropout).reshape(-1, shape[1])).to(lora_A_RI.dtype)
         if ctx.needs_input_grad[2]:
+            grad_A = (grad_t_NR.t() @ _dropped(x, dropout_key, dropout).reshape(-1, shape[1])).to(lora_A_RI.dtype)
+        if ctx.needs_input_grad[3]:
             grad_B = ((grad_NO.t() @ t_NR) * scaling).to(lora_B_OR.dtype)
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             grad_x = frozen_product(grad_y, stored, storage, shape, transposed=True)
             through_A = lora_A_RI.to(x.dtype)
             if dropout_key.numel() and dropout:
                 grad_x = grad_x + _dropped((grad_t_NR @ through_A).view_as(x), dropout_key, dropout)
             else:
                 grad_x.view(-1, shape[1]).addmm_(grad_t_NR, through_A)
-        return grad_x, grad_A, grad_B, None, None, *(None for _ in stored)
+        return None, grad_x, grad_A, grad_B, None, *(None for _ in stored)
 
 
 def _dropped(x: Tensor, dropout_key: Tensor, dropout: float) -> Tensor:
@@ -253,8 +264,8 @@ class FrozenLinear(nn.Module):
             stored, storage = [whole], DENSE
         shape = (self.out_features, self.in_features)
         if self.rank:
-            settings = (self.scaling, self.dropout, storage, shape)
-            y = _LoraLinear.apply(x, self.lora_A, self.lora_B, self.dropout_key, settings, *stored)
+            settings = _Settings(self.scaling, self.dropout, storage, shape)
+            y = _LoraLinear.apply(settings, x, self.lora_A, self.lora_B, self.dropout_key, *stored)
         else:
             y = _FrozenLinear.apply(x, storage, shape, *stored)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -140,8 +140,9 @@ def open_checkpoint(section: ModelSection) -> Checkpoint:
         IntegrityError: weights only as pickles, or a configuration that asks for code.
     """
     folder, revision = _find_folder(section)
-    if section.gguf_file:
-        folder = _converted_gguf(folder, section.gguf_file)
+    gguf_file = section.gguf_file or _only_gguf(folder)
+    if gguf_file:
+        folder = _converted_gguf(folder, gguf_file)
     config = read_config(folder, section.name_or_path)
     return Checkpoint(folder, section.name_or_path, revision, config, _tensor_files(folder, section.name_or_path))
 
@@ -192,6 +193,12 @@ def _find_folder(section: ModelSection) -> tuple[Path, str | None]:
             next_step="For the demo's model run `python examples/fetch_demo.py`; else mend model.name_or_path.",
         )
     return _fetch(section)
+
+
+def _only_gguf(folder: Path) -> str | None:
+    """The GGUF file of a folder that holds one and no other model, so that naming the folder is enough."""
+    files = sorted(folder.glob("*.gguf"))
+    return files[0].name if len(files) == 1 and not (folder / "config.json").is_file() else None
 
 
 def _fetch(section: ModelSection) -> tuple[Path, str | None]:
