@@ -147,7 +147,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         compute_dtype=compute_dtype,
         weights=weights,
         activations=activations,
-        compiled=machine.device == "cuda" if recipe.model.compile == "auto" else recipe.model.compile,
+        compiled=_compiled(situation, precision, weights, reasons),
         packing=packing,
         max_length=max_length,
         micro_batch_sequences=batch.micro,
@@ -208,6 +208,16 @@ def _batch(recipe: Recipe, device: str, corpus: CorpusShape, reasons: dict[str, 
         micro = max(1, min(effective, MICRO_BATCH_TOKENS[device] // row_tokens))
         reasons["micro_batch"] = f"as many sequences as make {format_count(MICRO_BATCH_TOKENS[device])} tokens"
     return _Batch(effective, micro, packing, micro * row_tokens)
+
+
+def _compiled(situation: Situation, precision: str, weights: str, reasons: dict[str, str]) -> bool:
+    asked = situation.recipe.model.compile
+    if asked != "auto":
+        return asked
+    if situation.machine.device == "cuda" and precision == "int8" and weights != "dequantized":
+        reasons["compiled"] = "the compiler of torch 2.11 fails on int8 layers"
+        return False
+    return situation.machine.device == "cuda"
 
 
 def _accumulation(recipe: Recipe, batch: _Batch, corpus: CorpusShape, reasons: dict[str, str]) -> int:
