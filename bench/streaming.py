@@ -30,7 +30,8 @@ def measure(case: str, steps: int = 4) -> list[dict[str, object]]:
     from bench.shapes import random_checkpoint
     from drawplate.device import memory_sample
     from drawplate.model.adapter import lora_config
-    from drawplate.model.causal_lm import Placement, assemble
+    from drawplate.model.assemble import assemble
+    from drawplate.model.causal_lm import Placement
     from drawplate.model.frozen import Storage
     from drawplate.recipe import LoraSection
 

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drawplate.journal import Journal
 from drawplate.model.adapter import lora_config
-from drawplate.model.causal_lm import CausalLM, Placement, assemble
+from drawplate.model.assemble import assemble
+from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.frozen import Storage
 from drawplate.model.weights import Checkpoint, open_checkpoint
 from drawplate.recipe import LoraSection, ModelSection, Recipe, load_recipe

@@ -28,7 +28,8 @@ from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
 from drawplate.model.adapter import lora_config, read_adapter
 from drawplate.model.anatomy import build_anatomy
-from drawplate.model.causal_lm import CausalLM, assemble
+from drawplate.model.assemble import assemble
+from drawplate.model.causal_lm import CausalLM
 from drawplate.model.self_check import self_check
 from drawplate.model.weights import open_checkpoint
 from drawplate.outcome import Outcome
@@ -205,7 +206,7 @@ def _load(outcome: Outcome) -> CausalLM:
     model = assemble(
         checkpoint,
         placement_of(prepared.plan, prepared.device),
-        lambda anatomy: lora_config(recipe.lora, anatomy, str(checkpoint.folder), checkpoint.revision),
+        lambda anatomy: lora_config(recipe.lora, anatomy, checkpoint.loadable_name, checkpoint.revision),
         seed=recipe.train.seed,
         progress=lambda done, count: journal.show(done, count, "layers"),
         tell=journal.on_warning,

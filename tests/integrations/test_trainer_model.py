@@ -20,7 +20,8 @@ from drawplate.data.batches import cut_padded
 from drawplate.errors import IntegrityError, UsageError
 from drawplate.integrations.trainer_model import STATE_NAME, DrawplateForCausalLM
 from drawplate.model.adapter import lora_config
-from drawplate.model.causal_lm import Placement, assemble
+from drawplate.model.assemble import assemble
+from drawplate.model.causal_lm import Placement
 from drawplate.model.frozen import Storage
 from drawplate.model.weights import Checkpoint
 from drawplate.recipe import LoraSection, MemorySection

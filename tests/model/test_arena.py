@@ -18,13 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import drawplate.model.assemble as assemble_module
 from drawplate.data.batches import cut_packed
 from drawplate.errors import DoesNotFit, EnvironmentProblem
-from drawplate.model import arena, arena_file, causal_lm
+from drawplate.model import arena, arena_file
 from drawplate.model.adapter import lora_config
 from drawplate.model.arena import Arena, is_worth_keeping, kept_arena, private_memory
 from drawplate.model.arena_file import ArenaFile, ArenaKey, make_room
-from drawplate.model.causal_lm import CausalLM, Placement, assemble
+from drawplate.model.assemble import assemble
+from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.frozen import Storage
 from drawplate.model.residency import LayerLayout
 from drawplate.model.weights import Checkpoint
@@ -513,7 +515,7 @@ def test_a_second_start_reads_no_layer_and_gives_the_same_bits(precision, weight
     placement = {"storage": Storage(precision), "weights": weights, "activations": "recompute"}
     plain = loss_and_gradients(build(llama, **placement))
     assert not (cache_folder() / "arenas").exists()
-    monkeypatch.setattr(causal_lm, "is_worth_keeping", lambda *arguments, **keywords: True)
+    monkeypatch.setattr(assemble_module, "is_worth_keeping", lambda *arguments, **keywords: True)
     told: list[str] = []
     first = loss_and_gradients(build(llama, told, **placement))
     with monkeypatch.context() as patch:
@@ -531,7 +533,7 @@ def test_a_second_start_reads_no_layer_and_gives_the_same_bits(precision, weight
 def test_on_a_gpu_too_a_second_start_gives_the_same_bits(weights, llama, monkeypatch):
     placement = {"device": torch.device("cuda"), "weights": weights, "compute_dtype": torch.bfloat16}
     models = [build(llama, **placement)]
-    monkeypatch.setattr(causal_lm, "is_worth_keeping", lambda *arguments, **keywords: True)
+    monkeypatch.setattr(assemble_module, "is_worth_keeping", lambda *arguments, **keywords: True)
     models += [build(llama, **placement), build(llama, **placement)]
     assert len(files()) == 1
     for i in range(4):

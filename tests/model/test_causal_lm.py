@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import build_anatomy
-from drawplate.model.causal_lm import CausalLM, Placement, assemble
+from drawplate.model.assemble import assemble
+from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.frozen import Storage
 from drawplate.model.residency import Residency
 from drawplate.model.weights import Checkpoint

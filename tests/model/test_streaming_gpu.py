@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from bench.shapes import RandomCheckpoint, random_checkpoint
 from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.model.adapter import lora_config
-from drawplate.model.causal_lm import CausalLM, Placement, assemble
+from drawplate.model.assemble import assemble
+from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.frozen import Storage
 from drawplate.model.residency import Residency
 from drawplate.recipe import LoraSection

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -374,3 +375,11 @@ def test_a_hub_name_without_network_says_how_to_fetch_it_within_seconds(environm
     assert seconds, done.stderr
     assert float(seconds) < 5, time.monotonic() - began
     assert "hf download no-such-owner/no-such-model --revision v2" in next_step
+
+
+def test_an_adapter_names_a_hub_base_by_its_repository_and_a_local_one_by_its_folder(llama) -> None:
+    assert llama.loadable_name == str(llama.folder)
+    snapshot = replace(llama, name="owner/model", folder=llama.folder.parent / "abc123", revision="abc123")
+    assert snapshot.loadable_name == "owner/model"
+    converted = replace(snapshot, folder=llama.folder)
+    assert converted.loadable_name == str(llama.folder)

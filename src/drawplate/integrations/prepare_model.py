@@ -9,7 +9,7 @@ from drawplate.device import pick_device
 from drawplate.integrations.trainer_model import DrawplateForCausalLM
 from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import build_anatomy
-from drawplate.model.causal_lm import assemble
+from drawplate.model.assemble import assemble
 from drawplate.model.weights import open_checkpoint
 from drawplate.plan.choose import choose_max_length
 from drawplate.prepare import max_positions, placement_of, plan_for_lengths
@@ -55,7 +55,7 @@ def prepare_model(  # noqa: PLR0913 - one keyword a section of the recipe
     assembled = assemble(
         checkpoint,
         placement_of(chosen, pick_device(recipe.model.device_map)),
-        lambda anatomy: lora_config(recipe.lora, anatomy, str(checkpoint.folder), checkpoint.revision),
+        lambda anatomy: lora_config(recipe.lora, anatomy, checkpoint.loadable_name, checkpoint.revision),
         seed=seed,
     )
     return DrawplateForCausalLM(assembled, checkpoint, seed=seed)

@@ -63,7 +63,7 @@ class DrawplateForCausalLM(PeftModel):
         self.causal_lm, self.seed = model, seed
         skeleton: Any = model.anatomy.skeleton
         self.config = skeleton.config
-        self.config._name_or_path = str(checkpoint.folder)
+        self.config._name_or_path = checkpoint.loadable_name
         if (checkpoint.folder / "generation_config.json").is_file():
             skeleton.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
         self.generation_config = skeleton.generation_config

@@ -49,6 +49,11 @@ class Checkpoint:
     config: PretrainedConfig
     files: dict[str, Path]
 
+    @property
+    def loadable_name(self) -> str:
+        """What other programs load this base by: a hub repository's name, else the folder of the safetensors."""
+        return self.name if self.revision is not None and self.folder.name == self.revision else str(self.folder)
+
     def read(self, name: str) -> Tensor:
         """One tensor in host memory, as stored.
 
