@@ -111,7 +111,7 @@ def placement_of(chosen: Plan, device: torch.device) -> Placement:
         activations=chosen.activations,
         head_rows=STREAMED_HEAD_ROWS if chosen.weights == "host" else 0,
         compiled=chosen.compiled,
-        dequantize="layer" if chosen.device == "cuda" else "product",
+        dequantize=chosen.dequantize,
     )
 
 

@@ -186,6 +186,7 @@ class Plan:
     epochs: float
     learning_rate: float
     eval_batch_sequences: int
+    dequantize: str = "product"
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     ledger: tuple[LedgerLine, ...] = ()

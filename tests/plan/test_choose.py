@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -296,3 +297,18 @@ def test_a_window_is_never_longer_than_the_model_was_made_for() -> None:
     assert choose_max_length(recipe_of(data={"max_length": 8192}), 131_072) == 8192
     with pytest.raises(UsageError, match=r"data\.max_length: 8192 .* 2048"):
         choose_max_length(recipe_of(data={"max_length": 8192}), 2048)
+
+
+@pytest.mark.parametrize(("device", "hidden_scale", "wanted"), [("cuda", 1, "layer"), ("cuda", 10, "product")])
+def test_a_whole_layer_is_dequantized_at_once_unless_it_is_very_large(device, hidden_scale, wanted) -> None:
+    model = replace(LLAMA_3B, linear_parameters=LLAMA_3B.linear_parameters * hidden_scale)
+    situation = Situation(recipe=recipe_of(), machine=machine_of(device), model=model)
+    assert choose(situation, CorpusShape(lengths=(512,) * 10), 512).dequantize == wanted
+
+
+def test_int8_layers_are_not_compiled_where_the_compiler_fails_on_them() -> None:
+    int8 = recipe_of(quantization={"precision": "int8"}, memory={"weights": "device"})
+    situation = Situation(recipe=int8, machine=machine_of(), model=LLAMA_3B)
+    made = choose(situation, CorpusShape(lengths=(512,) * 10), 512)
+    assert not made.compiled
+    assert "int8" in made.reasons["compiled"]

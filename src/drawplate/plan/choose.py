@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from drawplate.errors import UsageError
-from drawplate.plan.ledger import Choice, ModelShape, kept_bytes_per_token_and_layer, ledger, stored_bits
+from drawplate.plan.ledger import DTYPE_BYTES, Choice, ModelShape, kept_bytes_per_token_and_layer, ledger, stored_bits
 from drawplate.recipe import Recipe
 from drawplate.records import Machine, Plan
-from drawplate.units import MIB, format_bytes, format_count
+from drawplate.units import GIB, MIB, format_bytes, format_count
 
 DEFAULT_BATCH_SEQUENCES = 16
 FEWEST_USEFUL_STEPS = 50
@@ -22,6 +22,7 @@ LONGEST_DEFAULT_WINDOW = 2048
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 SMALL_MODEL_PARAMETERS = 10**9
 USABLE_SHARE = 0.85
+LARGEST_WHOLE_LAYER_BYTES = GIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         weights=weights,
         activations=activations,
         compiled=_compiled(situation, precision, weights, reasons),
+        dequantize=_dequantize(situation, compute_dtype),
         packing=packing,
         max_length=max_length,
         micro_batch_sequences=batch.micro,
@@ -208,6 +210,12 @@ def _batch(recipe: Recipe, device: str, corpus: CorpusShape, reasons: dict[str, 
         micro = max(1, min(effective, MICRO_BATCH_TOKENS[device] // row_tokens))
         reasons["micro_batch"] = f"as many sequences as make {format_count(MICRO_BATCH_TOKENS[device])} tokens"
     return _Batch(effective, micro, packing, micro * row_tokens)
+
+
+def _dequantize(situation: Situation, compute_dtype: str) -> str:
+    """A whole layer at once on a GPU, where launches cost time, unless a dequantized layer is very large."""
+    layer_bytes = situation.model.linear_parameters // situation.model.layers * DTYPE_BYTES[compute_dtype]
+    return "layer" if situation.machine.device == "cuda" and layer_bytes <= LARGEST_WHOLE_LAYER_BYTES else "product"
 
 
 def _compiled(situation: Situation, precision: str, weights: str, reasons: dict[str, str]) -> bool:
