@@ -32,7 +32,6 @@ from drawplate.records import Evaluation, Plan, Sequence, StepRecord
 INITIAL_LOSS_SCALE = 2.0**12
 SMALLEST_LOSS_SCALE = 2.0**-8
 SCALE_GROWTH_STEPS = 200
-FINAL_RATE_SHARE = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ class Schedule:
             return self.peak_rate
         left = (1 - self.progress(step, seconds)) / (1 - self.warmup_ratio)
         share = left if self.kind == "linear" else 0.5 * (1 - math.cos(math.pi * min(left, 1.0)))
-        return self.peak_rate * max(min(share, 1.0), FINAL_RATE_SHARE)
+        return self.peak_rate * max(min(share, 1.0), 0.0)
 
 
 class Listener(Protocol):

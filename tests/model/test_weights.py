@@ -383,3 +383,13 @@ def test_an_adapter_names_a_hub_base_by_its_repository_and_a_local_one_by_its_fo
     assert snapshot.loadable_name == "owner/model"
     converted = replace(snapshot, folder=llama.folder)
     assert converted.loadable_name == str(llama.folder)
+
+
+def test_an_index_that_names_a_file_outside_of_the_folder_is_refused_though_the_file_exists(llama, tmp_path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama.folder, folder)
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"weight_map": dict.fromkeys(llama.files, "../elsewhere.safetensors")}
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(IntegrityError, match="outside"):
+        open_checkpoint(ModelSection(name_or_path=str(folder)))

@@ -282,8 +282,12 @@ def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
         raise UsageError(f"{folder} holds no weights (.safetensors).", next_step="Fetch the model again.")
     files: dict[str, Path] = {}
     for path in paths:
-        if path.parent.resolve() != folder.resolve() and not path.is_file():
-            raise IntegrityError(f"{path} is outside the model's folder.", next_step="Fetch the model again.")
+        if path.parent.resolve() != folder.resolve():  # the file itself may be a link, as in the hub's cache
+            raise IntegrityError(
+                f"The index of {name} names {path.name} outside of the model's folder.",
+                safe="It was not opened.",
+                next_step="Fetch the model again.",
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 files |= dict.fromkeys(file.keys(), path)
