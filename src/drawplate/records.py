@@ -166,6 +166,19 @@ class LedgerLine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseLedger:
+    """What a phase holds at the moment when it holds most; `moment` says which that is."""
+
+    phase: str
+    lines: tuple[LedgerLine, ...]
+    moment: str = ""
+
+    def bytes(self, where: str) -> int:
+        """The phase's sum for one place."""
+        return sum(line.bytes for line in self.lines if line.where == where)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """How the run will be carried out: what was left `auto`, decided, each with its reason."""
 
@@ -190,6 +203,7 @@ class Plan:
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     ledger: tuple[LedgerLine, ...] = ()
+    phases: tuple[PhaseLedger, ...] = ()
 
     def predicted_bytes(self, where: str) -> int:
         """The ledger's sum for one place."""

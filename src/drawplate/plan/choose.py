@@ -11,10 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from drawplate.errors import UsageError
-from drawplate.plan.ledger import DTYPE_BYTES, Choice, ModelShape, kept_bytes_per_token_and_layer, ledger, stored_bits
+from drawplate.plan.ledger import (
+    DTYPE_BYTES,
+    Choice,
+    ModelShape,
+    Surroundings,
+    kept_bytes_per_token_and_layer,
+    ledger,
+    stored_bits,
+)
 from drawplate.recipe import Recipe
 from drawplate.records import Machine, Plan
-from drawplate.units import GIB, MIB, format_bytes, format_count
+from drawplate.units import GIB, format_bytes, format_count
 
 DEFAULT_BATCH_SEQUENCES = 16
 FEWEST_USEFUL_STEPS = 50
@@ -127,19 +135,24 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
     steps_an_epoch = math.ceil(len(corpus.lengths) / batch.effective)
     steps = max(1, math.ceil(steps_an_epoch * recipe.train.num_train_epochs))
     steps = min(steps, recipe.train.max_steps or steps)
-    lines = ledger(
+    compiled = _compiled(situation, precision, weights, reasons)
+    predicted = ledger(
         model,
-        Choice(
+        Choice.in_words(
+            model.layers,
+            weights=weights,
+            activations=activations,
             precision=precision,
             double_quant=situation.double_quant,
             compute_dtype=compute_dtype,
-            weights=weights,
-            activations=activations,
             micro_batch_tokens=tokens,
-            device=machine.device,  # type: ignore[arg-type]
+            packing=packing,
+            rows=1 if packing else batch.micro,
+            compiled=compiled,
+            dequantize=_dequantize(situation, compute_dtype),
+            device=machine.device,
         ),
-        base_bytes=situation.base_bytes,
-        loss_workspace_bytes=(256 if machine.device == "cuda" else 32) * MIB + tokens * model.hidden * 8,
+        Surroundings(base_bytes=situation.base_bytes),
     )
     return Plan(
         device=machine.device,
@@ -148,7 +161,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         compute_dtype=compute_dtype,
         weights=weights,
         activations=activations,
-        compiled=_compiled(situation, precision, weights, reasons),
+        compiled=compiled,
         dequantize=_dequantize(situation, compute_dtype),
         packing=packing,
         max_length=max_length,
@@ -162,7 +175,8 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         eval_batch_sequences=_given(recipe.evaluation.per_device_eval_batch_size) or batch.micro,
         reasons=reasons,
         warnings=_warnings(recipe, corpus, batch, steps),
-        ledger=lines,
+        ledger=predicted.lines,
+        phases=predicted.phases,
     )
 
 

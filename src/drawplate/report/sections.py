@@ -153,7 +153,7 @@ def data_account(record: RunRecord) -> list[Fact]:
 
 def plan_rows(plan: Plan) -> list[PlanRow]:
     """Every decision of the plan with its reason; a reason about anything else gets a row of its own."""
-    names = [f.name for f in fields(plan) if f.name not in ("reasons", "warnings", "ledger")]
+    names = [f.name for f in fields(plan) if f.name not in ("reasons", "warnings", "ledger", "phases")]
     rows = [PlanRow(name=n, value=_plain(getattr(plan, n)), reason=plan.reasons.get(n, "")) for n in names]
     others = [PlanRow(name=n, value="", reason=reason) for n, reason in plan.reasons.items() if n not in names]
     return rows + others
