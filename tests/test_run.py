@@ -220,6 +220,23 @@ def test_eval_measures_what_tune_recorded(
         assert results[name]["perplexity"] == pytest.approx(want.perplexity, rel=2e-2), "auto precision may be bf16"
 
 
+def test_long_documents_are_measured_in_windows_with_the_context_that_the_record_states(
+    base: Path, corpus: Path, tmp_path: Path
+) -> None:
+    counted, perplexities = {}, {}
+    for context in (0, 1, 4, "auto"):
+        sections = {"data": {**HELD_OUT, "max_length": 8}, "evaluation": {"context_tokens": context}}
+        recipe = tiny_recipe(base, corpus, tmp_path / str(context), **sections, train={"max_steps": 1})
+        record = story.tune(recipe)
+        assert record.evaluation.context_tokens == (4 if context == "auto" else context)
+        counted[context] = record.evaluation.baseline.tokens
+        perplexities[context] = record.evaluation.baseline.perplexity
+        heldout = (record.data.heldout_tokens, record.data.heldout_documents)
+    assert counted[1] == counted[4] == heldout[0] - heldout[1] > counted[0]
+    assert perplexities["auto"] == perplexities[4]
+    assert len(set(perplexities.values())) == 3
+
+
 def test_eval_of_documents_too_short_to_predict_says_so(base: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError, match="too short"):
@@ -428,6 +445,7 @@ def case(name: str, code: int, words: list[str], **sections: Any) -> Any:
         case("a batch of nothing", 2, ["train.effective_batch_size"], train={"effective_batch_size": 0}),
         case("a window of one token", 2, ["data.max_length"], data={"max_length": 1}),
         case("a window longer than the model's", 2, ["128"], data={"max_length": 129}),
+        case("no room beside the context", 2, ["below 64"], data={"max_length": 64}, evaluation={"context_tokens": 64}),
         case("an uneven step", 2, ["multiple"], train={"effective_batch_size": 6, "gradient_accumulation_steps": 4}),
         case("unknown target", 2, ["q_proj"], lora={"target_modules": ["query"]}),
         case("missing data", 4, ["nowhere.txt"], data={"files": ["nowhere.txt"]}),

@@ -4,8 +4,8 @@ A perplexity is exp(sum of nats / sum of tokens): the same for every micro-batch
 carried and divided once. Base and tuned model see identical tokens, so their difference is paired by document, and the
 interval is a bootstrap over documents: the unit that was drawn from the world.
 
-Left out: sliding windows with overlap. A document longer than a window is measured window by window, each without the
-text before it, which reads a little pessimistic for both models alike.
+A document longer than a window is measured in windows that overlap (data/tokens.py), so that no token is predicted
+without context; its windows are windows like any other here.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from drawplate.device import PeakMeter, machine
 from drawplate.evaluate import paired_change, total
 from drawplate.journal import Journal
 from drawplate.model.causal_lm import CausalLM
-from drawplate.prepare import Prepared
+from drawplate.prepare import Prepared, choose_context_tokens
 from drawplate.records import (
     DataFacts,
     DocumentChange,
@@ -94,7 +94,11 @@ class Outcome:
 
     def _evaluation_facts(self) -> EvaluationFacts:
         baseline, final = self.scores.get("baseline"), self.scores.get("final")
-        facts = EvaluationFacts(baseline=total(baseline) if baseline else None, final=total(final) if final else None)
+        facts = EvaluationFacts(
+            baseline=total(baseline) if baseline else None,
+            final=total(final) if final else None,
+            context_tokens=choose_context_tokens(self.prepared.recipe, self.prepared.plan.max_length),
+        )
         if not baseline or not final:
             return facts
         change, interval = paired_change(baseline, final, seed=self.prepared.recipe.train.seed)

@@ -16,7 +16,7 @@ from drawplate.data.documents import Corpus, read_documents
 from drawplate.data.split import Split, hold_out_given, split
 from drawplate.data.tokens import Tokenized, Tokenizer, load_tokenizer, tokenize
 from drawplate.device import machine, memory_sample, pick_device
-from drawplate.errors import DataError
+from drawplate.errors import DataError, UsageError
 from drawplate.model.adapter import lora_config, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.causal_lm import Placement
@@ -62,7 +62,7 @@ def prepare(recipe: Recipe) -> Prepared:
         sides = split(corpus.documents, recipe.data.heldout_fraction)
     max_length = choose_max_length(recipe, max_positions(checkpoint))
     training = tokenize(sides.train, tokenizer, max_length, append_eos=True)
-    heldout = tokenize(sides.heldout, tokenizer, max_length)
+    heldout = tokenize(sides.heldout, tokenizer, max_length, context_tokens=choose_context_tokens(recipe, max_length))
     require_predictable(training, "training")
     require_predictable(heldout, "held-out")
     anatomy = build_anatomy(checkpoint.config)
@@ -79,6 +79,24 @@ def prepare(recipe: Recipe) -> Prepared:
         plan=chosen,
         device=device,
     )
+
+
+def choose_context_tokens(recipe: Recipe, max_length: int) -> int:
+    """Tokens that each window of a long held-out document reads again: as asked, else half a window.
+
+    Raises:
+        UsageError: so many are asked for that a window would hold nothing new.
+    """
+    asked = recipe.evaluation.context_tokens
+    if asked == "auto":
+        return max_length // 2
+    if asked >= max_length:
+        raise UsageError(
+            f"evaluation.context_tokens: {asked} leave nothing new in a window of {max_length} tokens.",
+            safe="Nothing was loaded or written.",
+            next_step=f"Set it below {max_length}; half of that is usual.",
+        )
+    return asked
 
 
 def require_predictable(tokens: Tokenized, name: str) -> None:

@@ -172,6 +172,10 @@ class EvaluationSection(Section):
     eval_accumulation_steps: int | None = Field(
         None, ge=1, description="Accepted for compatibility: no logits are kept, so nothing accumulates."
     )
+    context_tokens: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto",
+        description="Tokens that each window of a long document reads again, uncounted; auto: half a window, 0: none.",
+    )
     eval_steps: int | None = Field(None, ge=1, description="Optimizer steps between evaluations; none: only the end.")
     early_stopping_patience: int | None = Field(None, ge=1, description="Stop after so many evaluations without gain.")
     load_best_model_at_end: bool = Field(True, description="Keep the adapter with the lowest held-out loss.")

@@ -64,7 +64,7 @@ class Sequence:
         input_ids: int32, shape (tokens,).
         counted: bool, shape (tokens,): whether the loss counts the prediction OF this token. The first is never
             counted: nothing precedes it.
-        text_bytes: UTF-8 bytes of text that the window covers, for bits per byte.
+        text_bytes: UTF-8 bytes of the text of the counted tokens, for bits per byte.
     """
 
     index: int
@@ -79,7 +79,11 @@ class Sequence:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLedger:
-    """Where every token went; `tokens` of the documents = counted + first + masked + dropped, over all windows."""
+    """Where every token went; `tokens` of the documents = counted + first + masked + dropped, over all windows.
+
+    `context_tokens` are read a second time, at the start of a window, and counted there in none of these; `text_bytes`
+    are of all documents.
+    """
 
     documents: int
     windows: int
@@ -90,6 +94,7 @@ class TokenLedger:
     dropped_tokens: int
     cut_documents: int
     text_bytes: int
+    context_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,13 +273,18 @@ class DataFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFacts:
-    """Before and after, on the same held-out documents."""
+    """Before and after, on the same held-out documents.
+
+    Attributes:
+        context_tokens: that each window of a long document, but its first, reads again and does not count.
+    """
 
     baseline: Evaluation | None = None
     final: Evaluation | None = None
     unquantized_baseline: Evaluation | None = None
     perplexity_change_percent: float | None = None
     change_ci95_percent: tuple[float, float] | None = None
+    context_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

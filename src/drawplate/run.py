@@ -36,6 +36,7 @@ from drawplate.outcome import Outcome
 from drawplate.plan.choose import choose_max_length
 from drawplate.prepare import (
     Prepared,
+    choose_context_tokens,
     choose_plan,
     evaluation_cutting,
     max_positions,
@@ -114,7 +115,8 @@ def evaluate(
         tokenizer = load_tokenizer(checkpoint.folder)
         corpus = read_documents(recipe.data, recipe.data.files, renderer_of(tokenizer))
         max_length = choose_max_length(recipe, max_positions(checkpoint))
-        tokens = tokenize(corpus.documents, tokenizer, max_length)
+        context = choose_context_tokens(recipe, max_length)
+        tokens = tokenize(corpus.documents, tokenizer, max_length, context_tokens=context)
         require_predictable(tokens, "given")
         chosen = choose_plan(recipe, checkpoint, build_anatomy(checkpoint.config), tokens, max_length)
     with journal.in_phase("load"):

@@ -47,7 +47,7 @@ def test_the_ledger_accounts_for_every_token(tokenizer, given_documents, max_len
     assert ledger.tokens == sum(map(len, result.sequences)) + ledger.dropped_tokens
     assert ledger.counted_tokens == sum(int(s.counted.sum()) for s in result.sequences)
     assert ledger.first_tokens == ledger.windows == len(result.sequences)
-    assert ledger.text_bytes == sum(s.text_bytes for s in result.sequences)
+    assert ledger.text_bytes == sum(len(d.text.encode()) for d in given_documents if d.text)
     assert [s.index for s in result.sequences] == list(range(ledger.windows))
     assert all(len(s) <= max_length and not s.counted[0] and s.counted.any() for s in result.sequences)
 
@@ -58,7 +58,7 @@ def test_a_long_document_is_cut_into_consecutive_windows_that_lose_nothing(token
     result = tokenize([document(text)], tokenizer, max_length)
     whole = tokenizer(text, split_special_tokens=True)["input_ids"]
     assert np.concatenate([s.input_ids for s in result.sequences]).tolist() == whole
-    assert sum(s.text_bytes for s in result.sequences) == len(text.encode())
+    assert result.ledger.text_bytes == len(text.encode())
     assert result.ledger.dropped_tokens == 0
     assert result.ledger.cut_documents == (len(whole) > max_length)
 
@@ -70,9 +70,53 @@ def test_a_tail_of_one_token_takes_a_second_from_the_window_before(tokenizer):
 
 
 def test_bytes_of_a_character_cut_in_two_are_counted_once(tokenizer):
-    text = "a😀b😀c"
-    result = tokenize([document(text)], tokenizer, 3)
-    assert sum(s.text_bytes for s in result.sequences) == len(text.encode()) == 11
+    text = "a😀bé😀c"  # a byte-level token for each byte
+    assert len(tokenizer(text)["input_ids"]) == len(text.encode()) == 13
+    result = tokenize([document(text)], tokenizer, 3, context_tokens=2)
+    assert sum(s.text_bytes for s in result.sequences) == 12, "all but the first token's"
+    assert result.ledger.text_bytes == 13
+
+
+def test_only_the_bytes_of_counted_tokens_are_divided_by(tokenizer):
+    text = "the cat é sat on a mat"
+    span = (text.index(" é"), text.index(" on"))
+    [sequence] = tokenize([document(text, trained_spans=(span,))], tokenizer, 64).sequences
+    assert sequence.text_bytes == len(" é sat".encode())
+
+
+@SESSION_FIXTURE
+@given(documents(), st.integers(2, 20), st.data())
+def test_with_context_every_token_but_a_documents_first_is_counted_once(tokenizer, given_documents, max_length, data):
+    context = data.draw(st.integers(1, max_length - 1))
+    result = tokenize(given_documents, tokenizer, max_length, context_tokens=context)
+    ledger = result.ledger
+    parts = ledger.counted_tokens + ledger.first_tokens + ledger.masked_tokens + ledger.dropped_tokens
+    assert ledger.tokens == parts
+    assert sum(map(len, result.sequences)) == ledger.tokens - ledger.dropped_tokens + ledger.context_tokens
+    assert all(len(s) <= max_length and s.counted.any() and not s.counted[0] for s in result.sequences)
+    for each in given_documents:
+        ids = tokenizer(each.text, split_special_tokens=True)["input_ids"]
+        whole = tokenize([each], tokenizer, max(len(ids), 2), context_tokens=1).sequences
+        want = [token for s in whole for token, on in zip(s.input_ids, s.counted, strict=True) if on]
+        windows = [s for s in result.sequences if s.document == each.name]
+        got = [token for s in windows for token, on in zip(s.input_ids, s.counted, strict=True) if on]
+        assert got == want
+        assert sum(s.text_bytes for s in windows) == sum(s.text_bytes for s in whole)
+
+
+def test_each_window_reads_the_stated_context_again(tokenizer):
+    text = "zqxzqxzqxzqx"  # twelve tokens
+    windows = tokenize([document(text)], tokenizer, 6, context_tokens=4).sequences
+    whole = tokenizer(text)["input_ids"]
+    assert [s.input_ids.tolist() for s in windows] == [whole[i : i + 6] for i in (0, 2, 4, 6)]
+    assert [s.counted.sum() for s in windows] == [5, 2, 2, 2]
+    assert [s.counted[:4].sum() for s in windows] == [3, 0, 0, 0]
+
+
+@pytest.mark.parametrize("context", [-1, 8, 9])
+def test_context_must_leave_something_new(tokenizer, context):
+    with pytest.raises(ValueError, match="leave nothing new"):
+        tokenize([document("zqx")], tokenizer, 8, context_tokens=context)
 
 
 def test_a_document_too_short_to_predict_anything_is_counted_as_dropped(tokenizer):

@@ -1,8 +1,9 @@
 """Documents -> windows of token ids, with a ledger in which every token has its line.
 
-A document longer than a window becomes several consecutive windows; nothing is truncated. The windows do not overlap,
-so the first token of each is read but never predicted (at most one token in `max_length`); overlapping them would
-predict it too, at the price of reading tokens twice. A control token's name inside a document, like `<|im_end|>` in a
+A document longer than a window becomes several windows; nothing is truncated. For training they do not overlap, so the
+first token of each is read but never predicted (at most one token in `max_length`). For measuring they overlap: each
+window after the first begins with `context_tokens` that are read again and not counted, so that every token but the
+document's first is counted once, with at least so much text before it; the price is reading them twice. A control token's name inside a document, like `<|im_end|>` in a
 page about chat models, is tokenised as the text it is: only a chat template writes control tokens. Tokenizers without
 character offsets (the slow ones) are refused, because spans and bytes cannot be counted through them.
 """
@@ -36,11 +37,10 @@ class Tokenized:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Tokens:
-    """One document's tokens: `ids`, the characters [start, end) of each, and whether the loss counts each."""
+    """One document's tokens: `ids`, the UTF-8 bytes of text that each stands for, and whether the loss counts each."""
 
     ids: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
+    bytes: np.ndarray
     counted: np.ndarray
 
 
@@ -86,9 +86,18 @@ def _refuse_code(folder: Path) -> None:
 
 
 def tokenize(
-    documents: Iterable[Document], tokenizer: Tokenizer, max_length: int, *, append_eos: bool = False
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    append_eos: bool = False,
+    context_tokens: int = 0,
 ) -> Tokenized:
     """Documents -> windows of at most `max_length` tokens.
+
+    With `context_tokens` above 0, each window of a document but its first starts with so many tokens of the window
+    before, which are fed and not counted: token p of a document is predicted once, from at least
+    min(p, context_tokens) tokens before it.
 
     If the tokenizer is configured to put a token before every text (BOS), the first window of a document starts with
     it. `append_eos` puts the end-of-sequence token after the last token of every document that no chat template has
@@ -97,51 +106,64 @@ def tokenize(
     """
     if max_length < 2:
         raise ValueError(f"a window of {max_length} tokens predicts nothing")
+    if not 0 <= context_tokens < max_length:
+        raise ValueError(f"{context_tokens} tokens of context leave nothing new in a window of {max_length}")
     sequences: list[Sequence] = []
-    totals = dict.fromkeys(
-        ("documents", "tokens", "first_tokens", "masked_tokens", "dropped_tokens", "cut_documents"), 0
-    )
+    names = ("documents", "tokens", "first_tokens", "masked_tokens", "dropped_tokens", "cut_documents")
+    totals = dict.fromkeys((*names, "context_tokens", "text_bytes"), 0)
     for document, tokens in _encode_all(documents, tokenizer, append_eos):
         totals["documents"] += 1
         totals["tokens"] += len(tokens.ids)
         totals["cut_documents"] += len(tokens.ids) > max_length
-        for start, end in _windows(len(tokens.ids), max_length):
-            window = _sequence(len(sequences), document, tokens, start, end)
+        totals["text_bytes"] += int(tokens.bytes.sum())
+        for start, fresh, end in _windows(len(tokens.ids), max_length, context_tokens):
+            window = _sequence(len(sequences), document, tokens, (start, fresh, end))
             if not window.counted.any():
-                totals["dropped_tokens"] += end - start
+                totals["dropped_tokens"] += end - fresh
                 continue
-            totals["first_tokens"] += 1
-            totals["masked_tokens"] += int((~window.counted[1:]).sum())
+            first = int(start == fresh)
+            totals["first_tokens"] += first
+            totals["masked_tokens"] += int((~window.counted[fresh - start + first :]).sum())
+            totals["context_tokens"] += fresh - start
             sequences.append(window)
     ledger = TokenLedger(
         **totals,
         windows=len(sequences),
         counted_tokens=sum(int(sequence.counted.sum()) for sequence in sequences),
-        text_bytes=sum(sequence.text_bytes for sequence in sequences),
     )
     return Tokenized(sequences=tuple(sequences), ledger=ledger)
 
 
-def _windows(count: int, max_length: int) -> Iterator[tuple[int, int]]:
-    """Consecutive [start, end); where the last would hold one token, the one before leaves it a second."""
+def _windows(count: int, max_length: int, context_tokens: int) -> Iterator[tuple[int, int, int]]:
+    """(start, fresh, end) of each window, which reads [start, end) and predicts in [fresh, end).
+
+    Without context, where the last would hold one token, the one before leaves it a second.
+    """
+    if context_tokens:
+        fresh = 0
+        while fresh < count:
+            start = max(fresh - context_tokens, 0)
+            end = min(start + max_length, count)
+            yield start, fresh, end
+            fresh = end
+        return
     borders = [*range(0, count, max_length), count]
     if len(borders) > 2 and borders[-1] - borders[-2] == 1 and max_length > 2:
         borders[-2] -= 1
-    return itertools.pairwise(borders)
+    for start, end in itertools.pairwise(borders):
+        yield start, start, end
 
 
-def _sequence(index: int, document: Document, tokens: _Tokens, start: int, end: int) -> Sequence:
-    """Window [start, end) of a document; a character whose bytes are spread over two windows belongs to the later."""
-    text_start = int(tokens.starts[start]) if start else 0
-    text_end = int(tokens.starts[end]) if end < len(tokens.ids) else len(document.text)
+def _sequence(index: int, document: Document, tokens: _Tokens, window: tuple[int, int, int]) -> Sequence:
+    start, fresh, end = window
     counted = tokens.counted[start:end].copy()
-    counted[0] = False
+    counted[: max(fresh - start, 1)] = False
     return Sequence(
         index=index,
         document=document.name,
         input_ids=tokens.ids[start:end].copy(),
         counted=counted,
-        text_bytes=len(document.text[text_start:text_end].encode()),
+        text_bytes=int(tokens.bytes[start:end][counted].sum()),
     )
 
 
@@ -223,10 +245,23 @@ def _place(document: Document, ids: list[int], offsets: Seq[tuple[int, int]], eo
         for start, end in document.trained_spans:
             counted |= (starts < end) & (ends > start)
     if eos is not None:
-        end = len(document.text)
-        ids, starts, ends = [*ids, eos], np.append(starts, end), np.append(ends, end)
-        counted = np.append(counted, True)
-    return _Tokens(ids=np.asarray(ids, dtype=np.int32), starts=starts, ends=ends, counted=counted)
+        ids, starts, counted = [*ids, eos], np.append(starts, len(document.text)), np.append(counted, True)
+    return _Tokens(ids=np.asarray(ids, dtype=np.int32), bytes=_token_bytes(document.text, starts), counted=counted)
+
+
+def _token_bytes(text: str, starts: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes from each token's first character to the next one's; int64, their sum is the text's.
+
+    Spaces between tokens belong to the one before, the text's first characters to the first token, and a character
+    whose bytes are spread over several tokens to the last of them.
+    """
+    if not len(starts):
+        return np.zeros(0, dtype=np.int64)
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
+    before = np.concatenate([[0], np.cumsum(widths)])
+    borders = np.concatenate([[0], before[starts[1:]], before[-1:]])
+    return np.diff(borders)
 
 
 def control_tokens(tokenizer: Tokenizer) -> dict[str, int]:
