@@ -176,3 +176,8 @@ def test_the_cache_can_be_moved_and_named_in_a_path(monkeypatch, tmp_path):
     monkeypatch.delenv("DRAWPLATE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     assert cache_folder() == tmp_path / "x" / "drawplate"
+
+
+def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: {name_or_path: m}\ndata: {files: a.txt, near_duplicates: off}\n")
+    assert load_recipe(tmp_path / "recipe.yaml").data.near_duplicates == "off"

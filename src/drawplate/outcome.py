@@ -150,4 +150,6 @@ def data_facts(prepared: Prepared) -> DataFacts:
         refused_files=sum(line.status == "refused" for line in intake),
         skipped_files=sum(line.status == "skipped" for line in intake),
         sha256=hashlib.sha256("\n".join(fingerprints).encode()).hexdigest(),
+        near_duplicate_documents=len(prepared.split.set_aside),
+        leaks=prepared.split.leaks,
     )

@@ -56,10 +56,10 @@ def prepare(recipe: Recipe) -> Prepared:
     corpus = read_documents(recipe.data, recipe.data.files, render)
     if recipe.data.heldout_files:
         given = read_documents(recipe.data, recipe.data.heldout_files, render)
-        sides = hold_out_given(corpus.documents, given.documents)
+        sides = hold_out_given(corpus.documents, given.documents, recipe.data)
         corpus = replace(corpus, intake=corpus.intake + given.intake)
     else:
-        sides = split(corpus.documents, recipe.data.heldout_fraction)
+        sides = split(corpus.documents, recipe.data)
     max_length = choose_max_length(recipe, max_positions(checkpoint))
     training = tokenize(sides.train, tokenizer, max_length, append_eos=True)
     heldout = tokenize(sides.heldout, tokenizer, max_length, context_tokens=choose_context_tokens(recipe, max_length))
@@ -67,6 +67,7 @@ def prepare(recipe: Recipe) -> Prepared:
     require_predictable(heldout, "held-out")
     anatomy = build_anatomy(checkpoint.config)
     chosen = choose_plan(recipe, checkpoint, anatomy, training, max_length)
+    chosen = replace(chosen, warnings=sides.warnings + chosen.warnings)
     return Prepared(
         recipe=recipe,
         checkpoint=checkpoint,

@@ -28,6 +28,11 @@ Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 
 
+def _off(value: Any) -> Any:
+    """YAML 1.1 reads the word `off` as False."""
+    return "off" if value is False else value
+
+
 class Section(BaseModel):
     """Frozen, and strict about names."""
 
@@ -102,6 +107,17 @@ class DataSection(Section):
     min_characters: int = Field(1, ge=1, description="Documents with fewer characters are left out, and counted.")
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="Share of documents held out of training.")
     heldout_files: list[str] = Field(default=[], description="Held-out documents given by hand, instead of a share.")
+    group_by: str | None = Field(
+        None, description="Keep documents of a group on one side: a column of the rows, folder, or file."
+    )
+    near_duplicates: Annotated[Literal["auto", "keep", "off"], BeforeValidator(_off)] = Field(
+        "auto",
+        description="auto: training documents that nearly repeat a held-out one are set aside; keep: only counted; "
+        "off: not looked for.",
+    )
+    near_duplicate_threshold: float = Field(
+        0.8, gt=0, le=1, description="Jaccard over runs of five words from which two documents are near-duplicates."
+    )
     max_length: Annotated[int, Field(ge=2)] | Auto = Field(
         "auto", description="Tokens in a window; longer documents become several windows."
     )

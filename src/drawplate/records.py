@@ -29,6 +29,7 @@ class Document:
         control_spans: character ranges of `text` that a chat template wrote as control tokens; None where no template
             was used. A control token's name anywhere else is text.
         sha256: of the text's UTF-8 bytes.
+        group: documents of one group are never on both sides of the split; empty for a document by itself.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Document:
     sha256: str
     trained_spans: tuple[tuple[int, int], ...] | None = None
     control_spans: tuple[tuple[int, int], ...] | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +254,29 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeakReport:
+    """What training and held-out documents have in common, over runs of five words.
+
+    Attributes:
+        threshold: Jaccard from which two documents are near-duplicates.
+        similar_pairs: training documents that nearly repeated a held-out one, before any was set aside.
+        set_aside_documents: those of them that are not trained on.
+        clusters, clustered_documents: groups of near-duplicates in the whole corpus, and the documents in them.
+        longest_shared_words: the longest run of words that a document left in training shares with a held-out one.
+        train_document, heldout_document: the two that share it.
+    """
+
+    threshold: float
+    similar_pairs: int
+    set_aside_documents: int
+    clusters: int
+    clustered_documents: int
+    longest_shared_words: int
+    train_document: str = ""
+    heldout_document: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataFacts:
     """What went in, and how much of it the loss saw."""
 
@@ -269,6 +294,8 @@ class DataFacts:
     refused_files: int = 0
     skipped_files: int = 0
     sha256: str = ""
+    near_duplicate_documents: int = 0
+    leaks: LeakReport | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -406,3 +406,25 @@ def test_a_host_that_refuses_is_unreachable_and_a_proxy_is_trusted(monkeypatch):
         assert hub._reachable(endpoint)
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
     assert hub._reachable(endpoint)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".csv"])
+def test_rows_are_grouped_by_a_column_and_those_without_it_are_said(tmp_path, ending):
+    rows = [{"text": "one", "book": "a"}, {"text": "two", "book": "b"}, {"text": "three", "book": None}]
+    corpus = read(write_rows(tmp_path / f"rows{ending}", rows), group_by="book")
+    assert [document.group for document in corpus.documents] == ["a", "b", ""]
+    assert "1 rows have no book: each is a group of its own" in corpus.intake[0].reason
+
+
+def test_documents_are_grouped_by_folder_or_file(tmp_path):
+    for name in ("a/one.txt", "a/two.txt", "b/three.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n# more of {name}")
+    by_folder = [document.group for document in read(tmp_path, group_by="folder").documents]
+    assert by_folder == [f"{tmp_path.name}/a", f"{tmp_path.name}/a", f"{tmp_path.name}/b"]
+    by_file = read(tmp_path, group_by="file", split_pattern="^# ").documents
+    assert len(by_file) == 6
+    assert {document.group for document in by_file} == {
+        f"{tmp_path.name}/{n}" for n in ("a/one.txt", "a/two.txt", "b/three.txt")
+    }
+    assert {document.group for document in read(tmp_path).documents} == {""}

@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from drawplate.data.chat import ChatRenderer
 from drawplate.data.files import HTML_ENDINGS, Found, find_files
@@ -88,7 +88,7 @@ class _Reader:
         if found.problem:
             self.intake.append(Intake(file=found.name, status="skipped", bytes=found.bytes, reason=found.problem))
             return
-        columns = (self._section.text_field, "messages", "prompt", "completion")
+        columns = (self._section.text_field, "messages", "prompt", "completion", self._section.group_by or "text")
         rows = row_reader(found.path, columns)
         try:
             if rows is not None:
@@ -113,25 +113,27 @@ class _Reader:
             remarks.append(_mended(mended))
         for number, part in enumerate(parts, start=1):
             name = found.name if len(parts) == 1 else f"{found.name}#{number}"
-            line = self._add(name, Text(text=part), line)
+            line = self._add(name, Text(text=part, group=self._group(found.name, {})), line)
         self.intake.append(dataclasses.replace(line, reason="; ".join(remarks)))
 
     def read_rows(self, name: str, size: int, rows: Iterator[RowOrProblem]) -> None:
         """Read a table; a row that cannot be used costs that row."""
         before = len(self.documents)
         line = Intake(file=name, status="read", bytes=size)
-        refused, first_refused, mended, removed = 0, "", 0, 0
+        refused, first_refused, mended, removed, alone = 0, "", 0, 0, 0
         try:
             for number, row in rows:
                 try:
                     if isinstance(row, ValueError):
                         raise row
                     text = row_text(row, self._section.text_field, self._render)
+                    text = dataclasses.replace(text, group=self._group(name, row))
                 except ValueError as error:
                     refused += 1
                     first_refused = first_refused or f"row {number}: {error}"
                     continue
                 mended += text.mended
+                alone += self._section.group_by is not None and not text.group
                 line, taken = self._add_row(f"{name}#{number}", text, line)
                 removed += taken
         except FileRefused:
@@ -143,6 +145,8 @@ class _Reader:
             remarks.append(f"data.split_pattern took out {format_count(removed)} characters")
         if mended:
             remarks.append(_mended(mended))
+        if alone:
+            remarks.append(f"{format_count(alone)} rows have no {self._section.group_by}: each is a group of its own")
         unusable = refused and not (line.documents or line.duplicate_documents or line.short_documents)
         status: Literal["read", "refused"] = "refused" if unusable else "read"
         self.intake.append(dataclasses.replace(line, status=status, refused_rows=refused, reason="; ".join(remarks)))
@@ -152,8 +156,21 @@ class _Reader:
             return self._add(name, text, line), 0
         parts, removed = _cut(text.text, self._pattern)
         for number, part in enumerate(parts, start=1):
-            line = self._add(name if len(parts) == 1 else f"{name}.{number}", Text(text=part), line)
+            part_name = name if len(parts) == 1 else f"{name}.{number}"
+            line = self._add(part_name, Text(text=part, group=text.group), line)
         return line, removed
+
+    def _group(self, file: str, row: Mapping[str, Any]) -> str:
+        """The group of a text of this file, empty where it has none."""
+        group_by = self._section.group_by
+        if group_by is None:
+            return ""
+        if group_by == "file":
+            return file
+        if group_by == "folder":
+            return file.rpartition("/")[0] or file
+        value = row.get(group_by)
+        return "" if value is None else str(value)
 
     def _add(self, name: str, text: Text, line: Intake) -> Intake:
         """Keep a text as a document, or count why not."""
@@ -172,6 +189,7 @@ class _Reader:
                 sha256=hashlib.sha256(text.text.encode()).hexdigest(),
                 trained_spans=text.trained_spans,
                 control_spans=text.control_spans,
+                group=text.group,
             )
         )
         return dataclasses.replace(line, documents=line.documents + 1, characters=line.characters + len(text.text))

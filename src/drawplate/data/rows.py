@@ -23,12 +23,13 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A text before it becomes a document; spans as in `records.Document`. `mended` counts characters."""
+    """A text before it becomes a document; spans and group as in `records.Document`. `mended` counts characters."""
 
     text: str
     trained_spans: tuple[Span, ...] | None = None
     control_spans: tuple[Span, ...] | None = None
     mended: int = 0
+    group: str = ""
 
 
 def clean(text: str) -> tuple[str, int]:
