@@ -23,12 +23,11 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def measure(case: str, steps: int = 4) -> list[dict[str, object]]:
-    """One case in this process; a size like 1x512,1x1024 measures several micro-batches of one loaded model in turn."""
+def load_case(case: str) -> tuple[Any, list[str]]:
+    """The model that a case describes, with random weights, and the case's sizes."""
     import torch
 
     from bench.shapes import random_checkpoint
-    from drawplate.device import memory_sample
     from drawplate.model.adapter import lora_config
     from drawplate.model.assemble import assemble
     from drawplate.model.causal_lm import Placement
@@ -38,7 +37,6 @@ def measure(case: str, steps: int = 4) -> list[dict[str, object]]:
     shape, precision, weights, activations, sizes, *options = case.split(":")
     flags = dict(o.partition("=")[::2] for o in options)
     torch.manual_seed(0)
-    began = time.monotonic()
     checkpoint = random_checkpoint(shape, layers=int(flags["layers"]) if "layers" in flags else None)
     placement = Placement(
         device=torch.device("cuda", 0),
@@ -55,16 +53,28 @@ def measure(case: str, steps: int = 4) -> list[dict[str, object]]:
     section = LoraSection(r=int(flags.get("r", 8)), lora_alpha=32, target_modules=targets, lora_dropout=0.1)
     model = assemble(checkpoint, placement, lambda a: lora_config(section, a, "random", None), seed=0)  # type: ignore[arg-type]
     torch.cuda.synchronize()
+    return model, sizes.split(",")
+
+
+def measure(case: str, steps: int = 4) -> list[dict[str, object]]:
+    """One case in this process; a size like 1x512,1x1024 measures several micro-batches of one loaded model in turn."""
+    import torch
+
+    from drawplate.device import memory_sample
+
+    began = time.monotonic()
+    model, sizes = load_case(case)
     loading = {
         "load_seconds": round(time.monotonic() - began, 2),
         "load_peak_reserved_bytes": torch.cuda.max_memory_reserved(),
         "arena_bytes": model.residency.host_bytes,
     }
+    shape, precision, weights, activations, _, *options = case.split(":")
     results = []
-    for size in sizes.split(","):
+    for size in sizes:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        timed = _train_steps(model, size, steps, profiled="profile" in flags)
+        timed = _train_steps(model, size, steps, profiled="profile" in options)
         timed["peak_reserved_bytes"] = max(torch.cuda.max_memory_reserved(), loading["load_peak_reserved_bytes"])
         case_of_size = ":".join([shape, precision, weights, activations, size, *options])
         host = {"host_process_bytes": memory_sample().process_bytes}
@@ -72,15 +82,12 @@ def measure(case: str, steps: int = 4) -> list[dict[str, object]]:
     return results
 
 
-def _train_steps(model: Any, size: str, steps: int, *, profiled: bool) -> dict[str, Any]:
+def train_batch(model: Any, size: str) -> Any:
+    """ROWSxLENGTH random tokens without padding."""
     import numpy as np
-    import torch
-    import torch._dynamo.utils as dynamo
 
     from drawplate.data.batches import cut_padded
-    from drawplate.recipe import TrainSection
     from drawplate.records import Sequence
-    from drawplate.train import make_optimizer
 
     rows, length = (int(n) for n in size.split("x"))
     rng = np.random.default_rng(0)
@@ -95,7 +102,17 @@ def _train_steps(model: Any, size: str, steps: int, *, profiled: bool) -> dict[s
         )
         for i in range(rows)
     ]
-    batch = cut_padded(sequences, rows, 16, 0)[0]
+    return cut_padded(sequences, rows, 16, 0)[0]
+
+
+def _train_steps(model: Any, size: str, steps: int, *, profiled: bool) -> dict[str, Any]:
+    import torch
+    import torch._dynamo.utils as dynamo
+
+    from drawplate.recipe import TrainSection
+    from drawplate.train import make_optimizer
+
+    batch = train_batch(model, size)
     optimizer = make_optimizer(model.adapter.parameters(), TrainSection())
     torch._dynamo.reset()
     dynamo.counters.clear()
