@@ -2,8 +2,8 @@
 
     python bench/profile_step.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:FLAG...] ...
 
-The cases are those of bench/streaming.py; all run in this process, and the sizes of one share a loaded model. Each gives
-the median seconds of a micro-step (forward, loss, backward; no optimizer) without the profiler, the seconds in
+The cases are those of bench/streaming.py; all run in this process, and the sizes of one share a loaded model. Each
+gives the median seconds of a micro-step (forward, loss, backward; no optimizer) without the profiler, the seconds in
 which the GPU ran anything, seconds by kind of kernel and by kernel, and the host's functions by own time.
 """
 
