@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drawplate.model import loss as loss_module
-from drawplate.model.loss import IGNORED, Head, ResidentRows, StreamedRows, head_cross_entropy, loss_workspace_bytes
+from drawplate.model.head import Head, ResidentRows, StreamedRows
+from drawplate.model.loss import IGNORED, LossShape, head_cross_entropy, loss_workspace_bytes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 VARIANTS = {
@@ -75,7 +76,7 @@ def relative(value: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stream_rows", [None, 100, 257, 1000])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
 def test_float32_equals_float64_cross_entropy(variant, stream_rows, device, impl):
     hidden_NH, weight_VH, targets_N = problem(37, 19, 777, device=device)
     head = head_of(weight_VH, stream_rows=stream_rows, **VARIANTS[variant])
@@ -101,6 +102,20 @@ def test_low_precision_errs_no_more_than_the_plain_loss(variant, dtype, device, 
     assert ours[2].dtype == dtype
     assert ours[0].dtype == torch.float32
     for value, reference, expected in zip(ours, plain, exact, strict=True):
+        assert relative(value, expected) <= 1.25 * relative(reference, expected) + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_kernels_err_no_more_than_the_plain_loss(variant, dtype):
+    """In Triton's interpreter where there is no GPU; odd sizes, and a softcap's slope."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden_NH, weight_VH, targets_N = problem(21, 40, 601, dtype, device)
+    head = head_of(weight_VH, stream_rows=333, **VARIANTS[variant])
+    plain = run(hidden_NH, head, targets_N, impl="reference")
+    exact = truth(hidden_NH, head, targets_N)
+    for value, reference, expected in zip(run(hidden_NH, head, targets_N, impl="triton"), plain, exact, strict=True):
         assert relative(value, expected) <= 1.25 * relative(reference, expected) + 1e-5
 
 
@@ -288,7 +303,7 @@ def test_a_gpu_is_not_waited_for_and_the_workspace_is_as_planned(monkeypatch, ta
     finally:
         torch.cuda.set_sync_debug_mode("default")
     peak = torch.cuda.max_memory_allocated() - before
-    planned = loss_workspace_bytes(4096, head, torch.bfloat16, hidden_NH.device, counted=counted)
+    planned = loss_workspace_bytes(LossShape.of(hidden_NH, head), 4096, counted=counted)
     assert 0.9 * planned < peak < 1.05 * planned
     loss.backward()
 
@@ -319,7 +334,7 @@ def test_workspace_formula_covers_what_is_allocated(monkeypatch, training, dtype
             live += event.nbytes()
             peak = max(peak, live)
     counted = int((targets_N != IGNORED).sum())
-    planned = loss_workspace_bytes(600, head, dtype, hidden_NH.device, training=training, counted=counted)
+    planned = loss_workspace_bytes(LossShape.of(hidden_NH, head, training=training), 600, counted=counted)
     assert peak < 600 * 20_000 * dtype.itemsize / 4
     scratch = 200_000  # of one product, which the formula leaves out; logits would take 24 MB or more
     assert 0.8 * planned < peak <= 1.02 * planned + scratch

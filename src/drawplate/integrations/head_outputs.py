@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput
 
-from drawplate.model.loss import IGNORED, Head, HeadRows, head_cross_entropy
+from drawplate.kernels.vocabulary_tile import finish_logits
+from drawplate.model.head import Head, HeadRows
+from drawplate.model.loss import IGNORED, head_cross_entropy
 
 TILE_TOKENS, TILE_COLUMNS = 1024, 8192
 
@@ -99,10 +101,10 @@ def _tiles(hidden_CH: Tensor, head: Head) -> Iterator[tuple[slice, int, Tensor]]
     for first_row, weight_VH in head.weights.chunks():
         for start in range(0, len(weight_VH), TILE_COLUMNS):
             rows_VH, first = weight_VH[start : start + TILE_COLUMNS], first_row + start
-            bias_V = None if head.bias is None else head.bias[first : first + len(rows_VH)]
+            columns = head.columns(first, len(rows_VH))
             for token in range(0, len(hidden_CH), TILE_TOKENS):
                 tokens = slice(token, token + TILE_TOKENS)
-                yield tokens, first, head.finish((hidden_CH[tokens] @ rows_VH.T).float(), bias_V)
+                yield tokens, first, finish_logits((hidden_CH[tokens] @ rows_VH.T).float(), columns)
 
 
 class _HeadProduct(torch.autograd.Function):

@@ -29,8 +29,8 @@ from drawplate.model.arena import (
 )
 from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.frozen import PLAIN_DTYPES, WHOLE, FrozenLinear, Storage
+from drawplate.model.head import Head, ResidentRows, StreamedRows
 from drawplate.model.layers import ExecutedLayer
-from drawplate.model.loss import Head, ResidentRows, StreamedRows
 from drawplate.model.residency import LayerLayout, Residency
 from drawplate.model.weights import Checkpoint
 

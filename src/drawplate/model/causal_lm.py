@@ -22,8 +22,9 @@ from drawplate.model.adapter import Adapter
 from drawplate.model.anatomy import Anatomy
 from drawplate.model.dropout import token_keys
 from drawplate.model.frozen import Storage
+from drawplate.model.head import Head
 from drawplate.model.layers import LayerRunner
-from drawplate.model.loss import Head, head_cross_entropy
+from drawplate.model.loss import head_cross_entropy
 from drawplate.model.residency import Residency
 
 

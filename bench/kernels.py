@@ -1,0 +1,162 @@
+"""The kernels on a GPU: right first, then fast. Every kernel against its plain-torch twin and against float32.
+
+    python bench/kernels.py OUT.json [NAME ...]
+
+NAME is `loss` so far; all by default. A case whose error against float32 is more than 1.25 times that of plain
+torch in the same dtype gets no time. Times are medians over runs of a warmed-up call.
+
+`loss`: the head's cross-entropy with its gradient, kernels against plain torch between the same two products, and those
+two products alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+
+import torch  # noqa: E402
+
+from drawplate.model import loss as loss_module  # noqa: E402
+from drawplate.model.head import Head, ResidentRows  # noqa: E402
+from drawplate.model.loss import IGNORED, LossShape, _Tile, head_cross_entropy  # noqa: E402
+
+VOCAB = 128256
+ALLOWED_ERROR_RATIO = 1.25
+MIB = 2**20
+
+
+def milliseconds(call: Callable[[], object], runs: int = 7) -> float:
+    """Median over some runs, after two that do not count."""
+    spent = []
+    for i in range(runs + 2):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        if i > 1:
+            spent.append(start.elapsed_time(stop))
+    return round(sorted(spent)[runs // 2], 3)
+
+
+def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+def loss_problem(tokens: int, hidden: int) -> tuple[torch.Tensor, Head, torch.Tensor]:
+    """Hidden states, a head and targets of a model that is right now and then."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    weight_VH = torch.randn(VOCAB, hidden, generator=generator, device="cuda").mul_(0.02).bfloat16()
+    targets_N = torch.randint(0, VOCAB, (tokens,), generator=generator, device="cuda")
+    hidden_NH = torch.randn(tokens, hidden, generator=generator, device="cuda").bfloat16()
+    hidden_NH[::2] += 10 * weight_VH[targets_N[::2]]
+    targets_N[5::100] = IGNORED
+    return hidden_NH.requires_grad_(), Head(weights=ResidentRows(weight_VH)), targets_N
+
+
+def loss_and_gradient(hidden_NH: torch.Tensor, head: Head, targets_N: torch.Tensor, impl: str) -> list[torch.Tensor]:
+    """-> [nats, gradient]."""
+    counted = int((targets_N != IGNORED).sum())
+    loss, nats_N = head_cross_entropy(hidden_NH, head, targets_N, counted=counted, impl=impl)  # type: ignore[arg-type]
+    return [nats_N, *torch.autograd.grad(loss, hidden_NH)]
+
+
+def loss_errors(tokens: int, hidden: int) -> dict[str, list[float]]:
+    """Relative errors of nats and gradient against float32 logits, of the kernels, their twin and the plain loss."""
+    hidden_NH, head, targets_N = loss_problem(tokens, hidden)
+    wide = hidden_NH.detach().float().requires_grad_()
+    wide_head = Head(weights=ResidentRows(head.weights.weight_VH.float()))  # type: ignore[attr-defined]
+    exact = loss_and_gradient(wide, wide_head, targets_N, "reference")
+    return {
+        impl: [relative(*pair) for pair in zip(loss_and_gradient(hidden_NH, head, targets_N, impl), exact, strict=True)]
+        for impl in ("triton", "torch", "reference")
+    }
+
+
+def products_alone(hidden_NH: torch.Tensor, head: Head) -> float:
+    """The two products of every tile, with nothing between them."""
+    tile = _Tile.of(LossShape.of(hidden_NH, head), len(hidden_NH))
+    tile.allocate(hidden_NH.shape[1])
+    gradient_NH, hidden_NH = torch.zeros_like(hidden_NH, dtype=torch.float32), hidden_NH.detach()
+
+    def run() -> None:
+        for _, weight_VH in head.weights.chunks():
+            for start in range(0, len(weight_VH), tile.columns):
+                rows_VH = weight_VH[start : start + tile.columns]
+                for first in range(0, len(hidden_NH), tile.tokens):
+                    block = slice(first, first + tile.tokens)
+                    weights_BV = tile.weights(tile.logits(hidden_NH[block], rows_VH))
+                    assert weights_BV is not None
+                    tile.accumulate(gradient_NH[block], weights_BV, rows_VH)
+
+    return milliseconds(run)
+
+
+def loss_cases() -> list[dict[str, Any]]:
+    """Errors first, then times for tile sizes."""
+    results: list[dict[str, Any]] = []
+    for hidden in (3072, 4096):
+        errors = loss_errors(1000, hidden)
+        pairs = zip(errors["triton"], errors["reference"], strict=True)
+        right = all(ours <= ALLOWED_ERROR_RATIO * plain for ours, plain in pairs)
+        results.append({"kernel": "loss", "hidden": hidden, "errors": errors, "right": right})
+        if not right:
+            continue
+        for tokens in (512, 3584, 4096, 14336):
+            results.extend(loss_times(tokens, hidden))
+    return results
+
+
+def loss_times(tokens: int, hidden: int) -> list[dict[str, Any]]:
+    """Plain torch once; the kernels with several tiles."""
+    hidden_NH, head, targets_N = loss_problem(tokens, hidden)
+    counted = int((targets_N != IGNORED).sum())
+
+    def call(impl: str) -> Callable[[], object]:
+        return lambda: head_cross_entropy(hidden_NH, head, targets_N, counted=counted, impl=impl)  # type: ignore[arg-type]
+
+    results: list[dict[str, Any]] = []
+    shapes = {(min(tokens, t), w) for t in (4096, 7168, 14336) for w in (128, 256, 512)}
+    before = dict(loss_module.TILE_TOKENS), dict(loss_module.WORKSPACE_BYTES)
+    common = {"kernel": "loss", "hidden": hidden, "tokens": tokens}
+    for tile_tokens, workspace in sorted(shapes):
+        loss_module.TILE_TOKENS["cuda"], loss_module.WORKSPACE_BYTES["cuda"] = tile_tokens, workspace * MIB
+        tile = _Tile.of(LossShape.of(hidden_NH, head), counted)
+        times = {"triton_ms": milliseconds(call("triton")), "products_ms": products_alone(hidden_NH, head)}
+        if (tile_tokens, workspace) == (min(tokens, 4096), 256):
+            times |= {"torch_ms": milliseconds(call("torch"))}
+            with torch.no_grad():
+                times |= {"evaluation_triton_ms": milliseconds(call("triton"))}
+                times |= {"evaluation_torch_ms": milliseconds(call("torch"))}
+        share = round(times["products_ms"] / times["triton_ms"], 3)
+        rate = round(4 * tokens * hidden * VOCAB / times["products_ms"] / 1e9)
+        facts = {"workspace_mib": workspace, "tile": [tile.tokens, tile.columns], "products_tflops": rate}
+        results.append(common | facts | times | {"share_of_products": share})
+        print(json.dumps(results[-1]), flush=True)
+    loss_module.TILE_TOKENS.update(before[0])
+    loss_module.WORKSPACE_BYTES.update(before[1])
+    return results
+
+
+CASES: dict[str, Callable[[], list[dict[str, Any]]]] = {"loss": loss_cases}
+
+
+def main() -> None:
+    """Run the named kernels' cases and write one JSON file."""
+    from bench.streaming import record
+
+    results = []
+    for name in sys.argv[2:] or CASES:
+        results.extend(CASES[name]())
+        Path(sys.argv[1]).write_text(json.dumps(record(results), indent=1))
+
+
+if __name__ == "__main__":
+    main()
