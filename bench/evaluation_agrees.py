@@ -1,4 +1,4 @@
-"""Held-out nats of a real model against an independent computation, however the documents are cut and wherever weights are.
+"""Held-out nats of a real model against an independent computation, for every way to cut and place it.
 
     DRAWPLATE_CACHE=... python bench/evaluation_agrees.py bench/results/evaluation-agrees.json [DOCUMENTS]
 
@@ -30,8 +30,8 @@ WINDOW_TOKENS, CONTEXT_TOKENS = 96, 48
 def reference_nats(model: Any, ids: np.ndarray, max_length: int, context_tokens: int) -> float:
     """-sum of log p(token) over all tokens of a document but its first, by a plain transformers model.
 
-    Tokens up to `max_length` are predicted from all before them; then windows of `max_length` follow, in which the first
-    `context_tokens` are only read.
+    Tokens up to `max_length` are predicted from all before them; then windows of `max_length` follow, in which the
+    first `context_tokens` are only read.
     """
     nats, fresh = 0.0, 1
     while fresh < len(ids):

@@ -1,4 +1,4 @@
-"""Held-out sums against transformers' own loss, however the windows are cut; and what a change of them means."""
+"""Held-out sums against transformers' own loss, however the windows are cut."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import drawplate.model.causal_lm as causal_lm
 from drawplate.data.batches import Batch, cut_packed, cut_padded
 from drawplate.data.tokens import load_tokenizer, tokenize
 from drawplate.errors import NumericError
-from drawplate.evaluate import paired_change, score_documents, total
+from drawplate.evaluate import score_documents, total
 from drawplate.model.loss import head_cross_entropy
-from drawplate.records import Document, DocumentScore, Sequence
+from drawplate.records import Document, Sequence
 from tests.model.conftest import random_sequences
 from tests.tiny import texts, tiny_model, write_base
 
@@ -130,35 +130,3 @@ def test_a_document_that_is_not_a_number_is_named(base: Path, monkeypatch: pytes
     monkeypatch.setattr(model, "sum_nats", sum_nats)
     with pytest.raises(NumericError, match=r"1 held-out documents .* doc-1"):
         score_documents(model, sequences, cut_packed(sequences, 64, 16, 0))
-
-
-def scores_of(nats: list[float], tokens: int = 10) -> list[DocumentScore]:
-    return [DocumentScore(document=f"d{i}", nats=n, tokens=tokens, bytes=4 * tokens) for i, n in enumerate(nats)]
-
-
-def test_the_change_is_that_of_the_two_perplexities() -> None:
-    before, after = scores_of([30, 25, 28, 31, 29, 27]), scores_of([25, 24, 22, 30, 20, 26])
-    change, interval = paired_change(before, after)
-    assert change == pytest.approx(100 * (total(after).perplexity / total(before).perplexity - 1))
-    low, high = interval
-    assert low < change < high < 0
-    assert paired_change(before, after) == (change, interval), "the same seed draws the same interval"
-
-
-def test_no_change_has_an_interval_of_nothing_and_few_documents_have_none() -> None:
-    assert paired_change(scores_of([3.0] * 6), scores_of([3.0] * 6)) == (0.0, (0.0, 0.0))
-    assert paired_change(scores_of([3.0] * 4), scores_of([2.0] * 4))[1] is None
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng, hits = np.random.default_rng(0), 0
-    for seed in range(200):
-        gains = rng.normal(-1.0, 2.0, 40)
-        _, (low, high) = paired_change(scores_of([30.0] * 40), scores_of(list(30 + gains)), seed=seed, resamples=400)
-        hits += low <= 100 * math.expm1(-1.0 / 10) <= high
-    assert 180 <= hits <= 198
-
-
-def test_only_the_same_tokens_are_compared() -> None:
-    with pytest.raises(ValueError, match="same tokens"):
-        paired_change(scores_of([3.0] * 6), scores_of([3.0] * 6, tokens=11))

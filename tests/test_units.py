@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawplate.units import GIB, format_bytes, format_count, format_seconds, parse_bytes
+from drawplate.units import GIB, format_bytes, format_count, format_percent, format_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,10 @@ def test_seconds_are_shown_as_a_person_says_them(seconds, text):
 
 def test_counts_have_thousands_separators():
     assert format_count(1_234_567) == "1,234,567"
+
+
+def test_a_percentage_never_reads_minus_zero() -> None:
+    assert format_percent(-0.01) == "0.0 %"
+    assert format_percent(4.26) == "+4.3 %"
+    assert format_percent(-4.26, signed=False) == "4.3 %"
+    assert format_percent(float("inf")) == "beyond measure"

@@ -1,8 +1,8 @@
-"""Held-out sums of nats, tokens and bytes, per document, and what their change means.
+"""Held-out sums of nats, tokens and bytes, per document.
 
 A perplexity is exp(sum of nats / sum of tokens): the same for every micro-batch, packing or device, because sums are
-carried and divided once. Base and tuned model see identical tokens, so their difference is paired by document, and the
-interval is a bootstrap over documents: the unit that was drawn from the world.
+carried and divided once. Base and tuned model see identical tokens, so their difference is paired by document
+(compare.py).
 
 A document longer than a window is measured in windows that overlap (data/tokens.py), so that no token is predicted
 without context; its windows are windows like any other here.
@@ -21,8 +21,6 @@ from drawplate.data.batches import Batch
 from drawplate.errors import NumericError
 from drawplate.model.causal_lm import CausalLM
 from drawplate.records import DocumentScore, Evaluation, Sequence
-
-BOOTSTRAP_RESAMPLES = 2000
 
 
 def score_documents(
@@ -87,27 +85,3 @@ def total(scores: Iterable[DocumentScore]) -> Evaluation:
     return Evaluation(
         nats=math.fsum(s.nats for s in scores), tokens=sum(s.tokens for s in scores), bytes=sum(s.bytes for s in scores)
     )
-
-
-def paired_change(
-    baseline: Seq[DocumentScore], final: Seq[DocumentScore], *, seed: int = 0, resamples: int = BOOTSTRAP_RESAMPLES
-) -> tuple[float, tuple[float, float] | None]:
-    """Change of perplexity in percent, and its 95 % interval by a paired bootstrap over documents.
-
-    For each resample of documents, perplexity's ratio is exp(sum of nat differences / sum of tokens); the interval is
-    from the 2.5 to the 97.5 percentile (Efron & Tibshirani 1993, ch. 13). None for fewer than 5 documents.
-
-    Raises:
-        ValueError: the two do not score the same documents and tokens.
-    """
-    if [(s.document, s.tokens) for s in baseline] != [(s.document, s.tokens) for s in final]:
-        raise ValueError("baseline and final must score the same tokens of the same documents")
-    difference = np.array([after.nats - before.nats for before, after in zip(baseline, final, strict=True)])
-    tokens = np.array([score.tokens for score in baseline])
-    change = 100 * math.expm1(difference.sum() / tokens.sum())
-    if len(baseline) < 5:
-        return change, None
-    draws = np.random.default_rng(seed).integers(0, len(tokens), (resamples, len(tokens)))
-    ratios = difference[draws].sum(axis=1) / np.maximum(tokens[draws].sum(axis=1), 1)
-    low, high = np.percentile(100 * np.expm1(ratios), [2.5, 97.5])
-    return change, (float(low), float(high))

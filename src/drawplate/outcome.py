@@ -6,9 +6,10 @@ import hashlib
 import importlib.metadata
 from dataclasses import dataclass, field, replace
 
+from drawplate.compare import perplexity_change
 from drawplate.data.batches import steps_per_epoch
 from drawplate.device import PeakMeter, machine
-from drawplate.evaluate import paired_change, total
+from drawplate.evaluate import total
 from drawplate.journal import Journal
 from drawplate.model.causal_lm import CausalLM
 from drawplate.prepare import Prepared, choose_context_tokens
@@ -101,8 +102,8 @@ class Outcome:
         )
         if not baseline or not final:
             return facts
-        change, interval = paired_change(baseline, final, seed=self.prepared.recipe.train.seed)
-        return replace(facts, perplexity_change_percent=change, change_ci95_percent=interval)
+        change = perplexity_change(baseline, final, seed=self.prepared.recipe.train.seed)
+        return replace(facts, perplexity_change_percent=change.percent, change_ci95_percent=change.ci95_percent)
 
     def _training_facts(self) -> TrainingFacts:
         state, plan_ = self.state, self.prepared.plan

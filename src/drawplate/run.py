@@ -50,7 +50,7 @@ from drawplate.prepare import (
 from drawplate.recipe import DataSection, ModelSection, Recipe, expand
 from drawplate.records import DocumentScore, Evaluation, Plan, RunRecord
 from drawplate.report.card import model_card
-from drawplate.report.html import write_report
+from drawplate.report.html import render_report
 from drawplate.run_folder import RunFolder
 from drawplate.train import INITIAL_LOSS_SCALE, Cutting, TrainState, TrainTask, schedule_of, train
 
@@ -188,7 +188,7 @@ def _save_adapter(outcome: Outcome, folder: RunFolder, state: dict[str, torch.Te
 
 def _write(record: RunRecord, folder: RunFolder) -> RunRecord:
     folder.write_json("record.json", record)
-    write_report(record, folder.path)
+    folder.write_text("report.html", render_report(record))
     return record
 
 

@@ -6,6 +6,7 @@ input means 10**9, so that 6GB and 6GiB, which differ by 7.4 %, are never confus
 
 from __future__ import annotations
 
+import math
 import re
 
 KIB = 2**10
@@ -64,3 +65,11 @@ def format_seconds(seconds: float) -> str:
 def format_count(count: float) -> str:
     """`1234567` -> `"1,234,567"`."""
     return f"{count:,.0f}"
+
+
+def format_percent(percent: float, *, signed: bool = True) -> str:
+    """`-43.8 %`; without the sign for "fell by 43.8 %"; never `-0.0`."""
+    if not math.isfinite(percent):
+        return "beyond measure"
+    rounded = round(percent, 1) + 0.0
+    return (f"{rounded:+,.1f} %" if rounded else "0.0 %") if signed else f"{abs(rounded):,.1f} %"

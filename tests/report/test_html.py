@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from pathlib import Path
 from typing import Literal
 
 import pytest
 from lxml import html as lxml_html
 
-from drawplate.errors import StorageError
 from drawplate.records import (
     DocumentChange,
     EvaluationFacts,
@@ -18,7 +15,7 @@ from drawplate.records import (
     from_json,
     to_json,
 )
-from drawplate.report.html import render_report, typeset, write_report
+from drawplate.report.html import render_report, typeset
 from drawplate.units import format_bytes
 
 HOSTILE = "<script>alert(1)</script></style>{{7*7}}{% raw %}\x1b[2J\u202eexe.txt\x00\udc80\"'&amp;"
@@ -91,7 +88,7 @@ def test_the_policy_stands_before_anything_it_governs(record: RunRecord) -> None
 def test_the_verdict_is_the_first_thing_said(record: RunRecord) -> None:
     body = parse(render_report(record)).find("body")
     first = next(text.strip() for text in body.itertext() if text.strip())
-    assert first == "Held-out perplexity fell by 43.8\u00a0% (24.48 \u2192 13.76)"
+    assert first == "Better: \u221243.8\u00a0% [\u221245.6, \u221241.9]"
 
 
 def test_figures_are_the_records(gpu_record: RunRecord) -> None:
@@ -205,32 +202,3 @@ def test_headings_ids_and_labels_agree(record: RunRecord) -> None:
 def test_signs_and_units_are_set_well() -> None:
     assert typeset("-43.8 % (24.48 -> 13.76), 1.31 GiB") == "\u221243.8\u00a0% (24.48 \u2192 13.76), 1.31\u00a0GiB"
     assert typeset("runs/climate-2 and nf4") == "runs/climate-2 and nf4"
-
-
-def test_writing_replaces_the_page_and_leaves_nothing_else(record: RunRecord, tmp_path: Path) -> None:
-    (tmp_path / "report.html").write_text("old")
-    path = write_report(record, tmp_path)
-    assert path == tmp_path / "report.html"
-    assert path.read_text(encoding="utf-8") == render_report(record)
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-
-
-def test_a_write_that_fails_leaves_the_old_page(
-    record: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "report.html").write_text("old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match="No space left") as raised:
-        write_report(record, tmp_path)
-    assert raised.value.next_step
-    assert (tmp_path / "report.html").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-
-
-def test_a_folder_that_is_not_there_is_a_storage_error(record: RunRecord, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="absent"):
-        write_report(record, tmp_path / "absent")

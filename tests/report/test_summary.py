@@ -23,7 +23,7 @@ def printed(renderable: RenderableType, terminal: bool = False, width: int = 80,
 def test_the_end_of_a_run_says_all_a_person_asks_for(record: RunRecord, terminal: bool) -> None:
     text = printed(summary_table(record, "runs/x"), terminal, width=100)
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert lines[0].startswith("Held-out perplexity fell by 43.8 % (24.48 -> 13.76) [95 % interval")
+    assert lines[0] == "Better: -43.8 % [-45.6, -41.9], held-out perplexity 24.48 -> 13.76"
     for start in (
         "Documents 1,007",
         "Tokens 137,156",

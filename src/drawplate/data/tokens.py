@@ -3,9 +3,11 @@
 A document longer than a window becomes several windows; nothing is truncated. For training they do not overlap, so the
 first token of each is read but never predicted (at most one token in `max_length`). For measuring they overlap: each
 window after the first begins with `context_tokens` that are read again and not counted, so that every token but the
-document's first is counted once, with at least so much text before it; the price is reading them twice. A control token's name inside a document, like `<|im_end|>` in a
-page about chat models, is tokenised as the text it is: only a chat template writes control tokens. Tokenizers without
-character offsets (the slow ones) are refused, because spans and bytes cannot be counted through them.
+document's first is counted once, with at least so much text before it; the price is reading them twice.
+
+A control token's name inside a document, like `<|im_end|>` in a page about chat models, is tokenised as the text it is:
+only a chat template writes control tokens. Tokenizers without character offsets (the slow ones) are refused, because
+spans and bytes cannot be counted through them.
 """
 
 from __future__ import annotations

@@ -84,10 +84,10 @@ def _cell(text: object) -> str:
 
 def _opening(record: RunRecord) -> str:
     ruling = verdict(record)
-    interval = f" ({ruling.interval})" if ruling.interval else ""
+    scores = f" ({ruling.scores})" if ruling.scores else ""
     return (
         f"A LoRA adapter trained with Drawplate {_cell(record.drawplate)}. "
-        f"**{_cell(ruling.headline)}{interval}.** {_cell(ruling.detail)}"
+        f"**{_cell(ruling.headline)}{_cell(scores)}.** {_cell(ruling.detail)}"
     )
 
 

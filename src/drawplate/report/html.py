@@ -7,7 +7,6 @@ that the record does not hold are left out. The page is a view: whoever wants fi
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from drawplate.errors import StorageError
 from drawplate.records import RunRecord
 from drawplate.report import sections
 from drawplate.report.chart import render_svg, swatch
@@ -64,31 +62,6 @@ def render_report(record: RunRecord) -> str:
             command=" \\\n  ".join(eval_command(record, folder_name(record))),
         )
     )
-
-
-def write_report(record: RunRecord, folder: Path) -> Path:
-    """Writes `folder/report.html`; a reader sees the old page or the new one, never a part of one.
-
-    Raises:
-        StorageError: the folder cannot be written; an earlier page is untouched.
-    """
-    target = Path(folder) / "report.html"
-    temporary = target.with_name(f".report.html.tmp-{os.getpid()}")
-    try:
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(render_report(record))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"The report {target} could not be written: {error.strerror}.",
-            safe="Everything else in the folder is untouched; record.json holds all that the report shows.",
-            next_step="Free some space or choose a folder that can be written, then make the report again.",
-        ) from error
-    return target
 
 
 def _environment() -> jinja2.Environment:

@@ -14,15 +14,14 @@ import yaml
 from drawplate.records import DocumentChange, Evaluation, LedgerLine, Plan, RunRecord
 from drawplate.report.wording import (
     Fact,
-    change_percent,
     format_figure,
-    format_percent,
     has_adapter,
+    heldout_change,
     measured,
     perplexity_change_percent,
     plural,
 )
-from drawplate.units import format_bytes, format_count, format_seconds
+from drawplate.units import format_bytes, format_count, format_percent, format_seconds
 
 _DOCUMENTS_SHOWN = 5
 
@@ -72,13 +71,13 @@ def score_rows(record: RunRecord) -> list[ScoreRow]:
     before, after = measured(record.evaluation.baseline), measured(record.evaluation.final)
     if before is None and after is None:
         return []
-    change = change_percent(record)
+    change = heldout_change(record)
     rows = [
         ScoreRow(
             name="Perplexity",
             before=_score(before, "perplexity", 2),
             after=_score(after, "perplexity", 2),
-            change=format_percent(change) if change is not None else "",
+            change=change.in_figures() if change else "",
         ),
         _difference_row("Loss, nats per token", before, after, "loss"),
     ]

@@ -22,7 +22,6 @@ from drawplate.report.wording import (
     data_facts,
     eval_command,
     format_figure,
-    format_percent,
     has_adapter,
     measured,
     memory_facts,
@@ -31,7 +30,7 @@ from drawplate.report.wording import (
     training_facts,
     verdict,
 )
-from drawplate.units import format_bytes, format_count
+from drawplate.units import format_bytes, format_count, format_percent
 
 _TONES = {"better": "bold green", "worse": "bold red", "failed": "bold red", "stopped": "bold yellow"}
 
@@ -90,7 +89,7 @@ def summary_table(record: RunRecord, folder: Path | str) -> RenderableType:
 
 
 def _verdict_lines(ruling: Verdict) -> list[RenderableType]:
-    headline = f"{ruling.headline} [{ruling.interval}]" if ruling.interval else ruling.headline
+    headline = f"{ruling.headline}, {ruling.scores}" if ruling.scores else ruling.headline
     lines: list[RenderableType] = [Line(headline, _TONES.get(ruling.tone, "bold"))]
     return lines + ([Line(ruling.detail)] if ruling.detail else [])
 

@@ -1,7 +1,7 @@
 """A run in words and in labelled figures, shared by the page, the terminal and the model card.
 
-Every figure is the record's own, only rounded; where the record does not hold one, the line is left out. The one
-judgement taken here is the verdict, and its rule is in `verdict`.
+Every figure is the record's own, only rounded; where the record does not hold one, the line is left out. What a change
+is called, better, worse or neither, is compare.py's business.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
+from drawplate.compare import Change, Word, percent_of
 from drawplate.records import Evaluation, RunRecord
-from drawplate.units import format_bytes, format_count, format_seconds
+from drawplate.units import format_bytes, format_count, format_percent, format_seconds
 
-Tone = Literal["better", "same", "worse", "unmeasured", "stopped", "failed"]
+Tone = Word | Literal["unmeasured", "stopped", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The first thing a reader sees: one sentence, its interval if known, and what it rests on or what is safe."""
+    """The first thing a reader sees: the verdict, the two scores, and what it rests on or what is safe."""
 
     tone: Tone
     headline: str
-    interval: str = ""
+    scores: str = ""
     detail: str = ""
 
 
@@ -45,14 +46,6 @@ def format_figure(value: float | None, decimals: int = 2) -> str:
     return f"{value:,.{decimals}f}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
-def format_percent(percent: float, *, signed: bool = True) -> str:
-    """`-43.8 %`; without the sign for "fell by 43.8 %"; never `-0.0`."""
-    if not math.isfinite(percent):
-        return "beyond measure"
-    rounded = round(percent, 1) + 0.0
-    return (f"{rounded:+,.1f} %" if rounded else "0.0 %") if signed else f"{abs(rounded):,.1f} %"
-
-
 def plural(count: int, noun: str) -> str:
     """`1 document`, `1,007 documents`."""
     return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"
@@ -63,77 +56,55 @@ def measured(result: Evaluation | None) -> Evaluation | None:
     return result if result is not None and result.tokens > 0 else None
 
 
-def change_percent(record: RunRecord) -> float | None:
-    """Change of held-out perplexity in percent, negative where it fell; None where either side is missing."""
+def heldout_change(record: RunRecord) -> Change | None:
+    """Change of held-out perplexity, negative where it fell; None where either side is missing."""
     before, after = measured(record.evaluation.baseline), measured(record.evaluation.final)
     if before is None or after is None:
         return None
-    if record.evaluation.perplexity_change_percent is not None:
-        return record.evaluation.perplexity_change_percent
-    return perplexity_change_percent(before, after)
+    percent = record.evaluation.perplexity_change_percent
+    if percent is None:
+        percent = perplexity_change_percent(before, after)
+    return Change(percent=percent, ci95_percent=record.evaluation.change_ci95_percent)
 
 
 def perplexity_change_percent(before: Evaluation, after: Evaluation) -> float:
     """100 (exp(after.loss - before.loss) - 1): the ratio of perplexities without forming either."""
-    return 100 * math.expm1(min(700.0, after.loss - before.loss))
+    return percent_of(after.loss - before.loss)
 
 
 def verdict(record: RunRecord) -> Verdict:
-    """Whether it helped, in words.
-
-    Better or worse is said only where the 95 % interval lies on one side of zero; without an interval, where the change
-    does not round to 0.0 %. A run that was stopped or failed says so first.
-    """
+    """Whether it helped, in compare.py's words; a run that was stopped or failed says so first."""
     if record.status != "finished":
         return _unfinished(record)
-    change = change_percent(record)
+    change = heldout_change(record)
     if change is None:
         return Verdict(
             tone="unmeasured",
             headline=f"Finished after {_steps(record)}; whether it helped was not measured",
             detail="There is no held-out evaluation from both before and after the training.",
         )
-    tone = _tone(change, record.evaluation.change_ci95_percent)
+    words = change.in_words()
     return Verdict(
-        tone=tone, headline=_outcome(record, change, tone), interval=_interval(record), detail=_rests_on(record)
+        tone=change.word, headline=words[0].upper() + words[1:], scores=_scores(record), detail=_rests_on(record)
     )
 
 
-def _tone(change: float, interval: tuple[float, float] | None) -> Tone:
-    if not math.isfinite(change):
-        return "worse"
-    low, high = interval if interval is not None else (round(change, 1), round(change, 1))
-    if low < 0 and high < 0:
-        return "better"
-    return "worse" if low > 0 and high > 0 else "same"
-
-
-def _outcome(record: RunRecord, change: float, tone: Tone) -> str:
+def _scores(record: RunRecord) -> str:
     before, after = record.evaluation.baseline, record.evaluation.final
-    assert before is not None  # change_percent found both
+    assert before is not None  # heldout_change found both
     assert after is not None
-    scores = f"({format_figure(before.perplexity)} -> {format_figure(after.perplexity)})"
-    if tone == "same":
-        size = format_percent(change)
-        return f"No measurable change in held-out perplexity {scores}" + ("" if size == "0.0 %" else f", {size}")
-    if tone == "better":
-        return f"Held-out perplexity fell by {format_percent(change, signed=False)} {scores}"
-    return f"Held-out perplexity got worse, up by {format_percent(change, signed=False)} {scores}"
-
-
-def _interval(record: RunRecord) -> str:
-    interval = record.evaluation.change_ci95_percent
-    if interval is None:
-        return ""
-    return f"95 % interval {format_percent(interval[0])} to {format_percent(interval[1])}"
+    return f"held-out perplexity {format_figure(before.perplexity)} -> {format_figure(after.perplexity)}"
 
 
 def _rests_on(record: RunRecord) -> str:
     final = record.evaluation.final
     tokens = f", {plural(final.tokens, 'token')}" if final is not None else ""
-    missing = "" if record.evaluation.change_ci95_percent else " No interval was measured."
+    brackets = ", with its 95 % interval" if record.evaluation.change_ci95_percent else ""
     documents = plural(record.data.heldout_documents, "document")
-    return f"Measured before and after on the same {documents}{tokens}, none of them trained on.{missing}"
+    return (
+        f"Change of perplexity{brackets}, measured before and after on the same {documents}{tokens}, none of them "
+        "trained on."
+    )
 
 
 def _steps(record: RunRecord, of_planned: bool = False) -> str:
@@ -148,13 +119,14 @@ def _unfinished(record: RunRecord) -> Verdict:
     verb = "failed" if record.status == "failed" else "was stopped"
     done = record.training.optimizer_steps
     headline = f"The run {verb} " + (f"after {_steps(record, True)}" if done else "before the first optimizer step")
-    change = change_percent(record)
+    change = heldout_change(record)
     sentences = []
     reasons = dict.fromkeys((record.training.stopped_because, record.error)) if record.status == "stopped" else {}
     if reason := "; ".join(text.rstrip(".") for text in reasons if text):
         sentences.append(f"Reason: {reason}.")
     if change is not None:
-        sentences.append(f"{_outcome(record, change, _tone(change, record.evaluation.change_ci95_percent))}.")
+        words = change.in_words()
+        sentences.append(f"{words[0].upper()}{words[1:]} ({_scores(record)}).")
     if has_adapter(record):
         sentences.append(f"Safe: your documents, and the adapter trained so far, in {folder_name(record)}/adapter.")
     else:
@@ -188,9 +160,10 @@ def score_facts(record: RunRecord) -> list[Fact]:
         if measured(result) is not None and result is not None:
             note = f"{format_figure(result.bits_per_byte, 3)} bits per byte" if result.bytes else ""
             facts.append(Fact(label=label, value=f"perplexity {format_figure(result.perplexity)}", note=note))
-    change = change_percent(record)
+    change = heldout_change(record)
     if change is not None:
-        facts.append(Fact(label="Change", value=format_percent(change), note=_interval(record)))
+        note = "95 % interval in brackets" if change.ci95_percent else ""
+        facts.append(Fact(label="Change", value=change.in_figures(), note=note))
     return facts
 
 
