@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from drawplate.errors import IntegrityError, UsageError
 from drawplate.model.anatomy import Anatomy
+from drawplate.model.host_adapter import HostAdapter
 from drawplate.recipe import LoraSection
 
 PREFIX = "base_model.model."
@@ -51,6 +53,12 @@ def lora_config(section: LoraSection, anatomy: Anatomy, base_model: str, revisio
         config.target_modules = sorted({name.rpartition(".")[2] for name in linear_names(anatomy)})
     found = {name.rpartition(".")[2] for name in target_names(config, anatomy)}
     wanted = set() if isinstance(targets, str) else {t.rpartition(".")[2] for t in targets}
+    if not linear_names(anatomy):
+        raise UsageError(
+            f"{anatomy.architecture} has no linear layers in its decoder layers, so LoRA has nothing to attach to.",
+            safe="Nothing was loaded or written.",
+            next_step="Choose a model such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",
+        )
     if not found or wanted - found:
         have = ", ".join(sorted({name.rpartition(".")[2] for name in linear_names(anatomy)}))
         raise UsageError(
@@ -89,7 +97,8 @@ class Adapter:
         layers_path: the decoder layers' path in the base model.
         shapes: for each layer, local name (`self_attn.q_proj.lora_A`) -> shape.
         seed: decides the initial A matrices, whatever the global RNG's state; B starts at zero.
-        device: where the tensors live, in fp32.
+        device: where layers are computed.
+        on_host: keep the tensors in host memory; else they live on the device. In fp32 either way.
     """
 
     def __init__(
@@ -97,15 +106,28 @@ class Adapter:
         config: LoraConfig,
         layers_path: str,
         shapes: list[dict[str, tuple[int, ...]]],
+        *,
         seed: int,
         device: torch.device,
+        on_host: bool = False,
     ) -> None:
         self.config, self.layers_path = config, layers_path
         generator = torch.Generator().manual_seed(seed)
+        home = torch.device("cpu") if on_host else device
         self.layers: list[dict[str, nn.Parameter]] = [
-            {name: nn.Parameter(_initial(name, shape, generator).to(device)) for name, shape in layer.items()}
+            {name: nn.Parameter(_initial(name, shape, generator).to(home)) for name, shape in layer.items()}
             for layer in shapes
         ]
+        self.host = HostAdapter(self.layers, device) if on_host else None
+
+    def of_layer(self, layer: int) -> Mapping[str, Tensor]:
+        """A layer's trained tensors on the device; a visit of theirs, if they live on the host."""
+        return self.layers[layer] if self.host is None else self.host.visit(layer)
+
+    def begin(self) -> None:
+        """A new micro-batch: whatever the one before has left unfinished is dropped."""
+        if self.host is not None:
+            self.host.forget()
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """Every trained tensor under the name PEFT saves it by."""

@@ -41,6 +41,11 @@ class Anatomy:
     tied: bool
 
     @property
+    def architecture(self) -> str:
+        """The name of its class, like LlamaForCausalLM."""
+        return type(self.skeleton).__name__
+
+    @property
     def softcap(self) -> float | None:
         """logits -> softcap * tanh(logits / softcap), where the architecture has it (Gemma 2)."""
         return getattr(self.config, "final_logit_softcapping", None)
@@ -72,7 +77,7 @@ def build_anatomy(config: PretrainedConfig, *, attention: str = "eager") -> Anat
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise UsageError(
             f"{name} is not a causal language model that transformers can build: {error}",
             next_step="Choose a decoder-only model such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",

@@ -64,7 +64,7 @@ class HostMemory(mmap.mmap):
             return cls(-1, max(size, 1), **_PRIVATE)
         except OSError:
             raise DoesNotFit(
-                f"The host cannot give {format_bytes(size)} for the frozen weights.",
+                f"The host cannot give {format_bytes(size)} of memory.",
                 safe="Nothing was trained or written.",
                 next_step="Choose a smaller precision (quantization.precision: nf4) or a machine with more memory.",
             ) from None
@@ -215,19 +215,25 @@ def _prepare(file: ArenaFile, fill: Fill, progress: Progress | None) -> Arena:
 
 
 def private_memory(layouts: Mapping[int, LayerLayout], *, pinned: bool) -> dict[int, Tensor]:
-    """Memory of this process alone for some layers, in one piece.
+    """Memory of this process alone for some layers, in one piece. Raises as `private_bytes`."""
+    arena, buffers, offset = private_bytes(sum(layout.bytes for layout in layouts.values()), pinned=pinned), {}, 0
+    for i, layout in layouts.items():
+        buffers[i] = arena[offset : offset + layout.bytes]
+        offset += layout.bytes
+    return buffers
+
+
+def private_bytes(size: int, *, pinned: bool) -> Tensor:
+    """Zeroed memory of this process alone, uint8; page-locked in its own size, where torch would round up to a power
+    of two.
 
     Raises:
         DoesNotFit: the system has no such room.
         EnvironmentProblem: it refuses to page-lock it.
     """
-    size = sum(layout.bytes for layout in layouts.values())
     memory = HostMemory.private(size)
-    arena, buffers, offset = memory.tensor(), {}, 0
-    for i, layout in layouts.items():
-        buffers[i] = arena[offset : offset + layout.bytes]
-        offset += layout.bytes
-    status = memory.page_lock([arena[:size]], 0) if pinned and size else 0
+    piece = memory.tensor()[:size]
+    status = memory.page_lock([piece], 0) if pinned and size else 0
     if status != 0:
         raise EnvironmentProblem(
             f"The system refused to page-lock {format_bytes(size)} of host memory (CUDA error {status}).",
@@ -235,7 +241,7 @@ def private_memory(layouts: Mapping[int, LayerLayout], *, pinned: bool) -> dict[
             next_step="Raise the limit (ulimit -l unlimited; in a container --ulimit memlock=-1), or free memory, or "
             "set memory.weights: device.",
         )
-    return buffers
+    return piece
 
 
 def require_host_memory(needed_bytes: int, mend: str) -> None:

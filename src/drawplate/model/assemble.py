@@ -8,14 +8,14 @@ makes the adapter, and gives the few modules outside the decoder layers real ten
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from drawplate.errors import IntegrityError
+from drawplate.errors import IntegrityError, UsageError
 from drawplate.model import attention
 from drawplate.model.adapter import Adapter, scaling_of, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy
@@ -24,6 +24,7 @@ from drawplate.model.arena import (
     arena_key,
     is_worth_keeping,
     kept_arena,
+    private_bytes,
     private_memory,
     require_host_memory,
 )
@@ -32,9 +33,12 @@ from drawplate.model.frozen import PLAIN_DTYPES, WHOLE, FrozenLinear, Storage
 from drawplate.model.head import Head, ResidentRows, StreamedRows
 from drawplate.model.layers import ExecutedLayer
 from drawplate.model.residency import LayerLayout, Residency
+from drawplate.model.support import require_streamable, walk
 from drawplate.model.weights import Checkpoint
 
 DROPOUT_KEY = "dropout_key"
+UNWRITTEN = -77
+"""What a table holds before it is computed; no table holds it everywhere."""
 
 
 def assemble(
@@ -57,13 +61,14 @@ def assemble(
         tell: takes a warning, such as that the cache of prepared weights was damaged.
 
     Raises:
-        UsageError: an architecture or target that cannot be used.
+        UsageError: an architecture, placement or target that cannot be used; nothing was read yet.
         IntegrityError: tensors missing from the checkpoint.
         DoesNotFit: device or host memory is too small.
         EnvironmentProblem: host memory cannot be page-locked.
     """
     attention.register()
     anatomy = build_anatomy(checkpoint.config, attention="drawplate")
+    anatomy.skeleton.eval()
     config = lora(anatomy) if callable(lora) else lora
     tiers = placement.tiers(len(anatomy.layers))
     targets = target_names(config, anatomy)
@@ -71,18 +76,25 @@ def assemble(
     for i, (layer, tier) in enumerate(zip(anatomy.layers, tiers, strict=True)):
         storage = Storage(plain) if tier == "dequantized" else placement.storage
         _freeze_linears(layer, f"{anatomy.layers_path}.{i}", storage, config, targets)
+    found = walk(anatomy)
+    require_streamable(anatomy, found, tiers, placement.policies(len(anatomy.layers)))
     names = _CheckpointNames(checkpoint, anatomy)
+    names.require_all(_wanted_names(anatomy))
     residency = _loaded_layers(anatomy, placement, names, progress, tell)
     adapter = Adapter(
-        config, anatomy.layers_path, [_trained_shapes(m, config) for m in anatomy.layers], seed, placement.device
+        config,
+        anatomy.layers_path,
+        [_trained_shapes(m, config) for m in anatomy.layers],
+        seed=seed,
+        device=placement.device,
+        on_host=placement.adapter == "host",
     )
     _start_biases(adapter, residency)
-    model = CausalLM(anatomy, placement, adapter, residency)
+    model = CausalLM(anatomy, placement, adapter, residency, unpackable=found.unpackable)
     _fill_outside(model, names)
     body_layers = anatomy.skeleton.get_submodule(anatomy.layers_path)
     for i in range(len(anatomy.layers)):
-        body_layers[i] = ExecutedLayer(model.runner, i)  # type: ignore[operator]
-    anatomy.skeleton.eval()
+        body_layers[i] = ExecutedLayer(model.runner, i, found.extras[i])  # type: ignore[operator]
     return model
 
 
@@ -162,6 +174,28 @@ def _freeze_linears(layer: nn.Module, path: str, storage: Storage, config: LoraC
             setattr(parent, name, frozen)
 
 
+def _wanted_names(anatomy: Anatomy) -> Iterator[str]:
+    """Every tensor that is read from the checkpoint, by transformers' name of it."""
+    for i, layer in enumerate(anatomy.layers):
+        for path, module in layer.named_modules():
+            prefix = ".".join(part for part in (anatomy.layers_path, str(i), path) if part)
+            if isinstance(module, FrozenLinear):
+                yield f"{prefix}.weight"
+                if module.bias is not None:
+                    yield f"{prefix}.bias"
+                continue
+            yield from (f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False))
+            yield from (f"{prefix}.{name}" for name in _kept_buffers(module))
+    yield f"{anatomy.embedding_path}.weight"
+    if not anatomy.tied:
+        yield f"{anatomy.head_path}.weight"
+
+
+def _kept_buffers(module: nn.Module) -> list[str]:
+    """Names of a module's own buffers that a checkpoint holds; the others are tables that its code computes."""
+    return [name for name, _ in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]
+
+
 def _stored_specs(layer: nn.Module, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Everything of a layer that is frozen: name -> (shape, dtype)."""
     specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -211,18 +245,44 @@ def _start_biases(adapter: Adapter, residency: Residency) -> None:
 
 
 class _CheckpointNames:
-    """Finds the skeleton's tensors in a checkpoint, which may have been saved with or without the `model.` prefix."""
+    """Finds the skeleton's tensors in a checkpoint.
+
+    It may have been saved with or without the `model.` prefix, inside a model for text and images, or with GPT-NeoX's
+    old name of the head.
+    """
 
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy) -> None:
         self.checkpoint = checkpoint
+        self.skeleton = anatomy.skeleton
         self.prefix = f"{anatomy.skeleton.base_model_prefix}."
+        self.architecture = anatomy.architecture
 
     def name_of(self, name: str) -> str | None:
         """The checkpoint's name of a tensor, None where it has none."""
-        for candidate in (name, name.removeprefix(self.prefix), self.prefix + name):
-            if candidate in self.checkpoint.files:
-                return candidate
-        return None
+        bare = name.removeprefix(self.prefix)
+        candidates = [name, bare, self.prefix + name, f"language_model.{name}", f"model.language_model.{bare}"]
+        if name == "lm_head.weight":
+            candidates += ["embed_out.weight"]
+        return next((candidate for candidate in candidates if candidate in self.checkpoint.files), None)
+
+    def require_all(self, wanted: Iterable[str]) -> None:
+        """Refuse a checkpoint that lacks tensors, before anything is read.
+
+        Raises:
+            IntegrityError: it lacks some; the first is named.
+        """
+        missing = [name for name in wanted if self.name_of(name) is None]
+        if not missing:
+            return
+        experts = any(".experts" in name or "moe" in name for name in missing)
+        raise IntegrityError(
+            f"{self.checkpoint.name} lacks {len(missing)} tensors that {self.architecture} runs with, the first "
+            f"{missing[0]}." + (" Mixtures of experts are not supported yet." if experts else ""),
+            safe="Nothing was loaded or written.",
+            next_step="Choose a model without experts."
+            if experts
+            else "Fetch the model again, or choose one in transformers' own format.",
+        )
 
     def read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
         """One tensor.
@@ -271,6 +331,10 @@ def _fill_layer(
         encoded = _encoded_linear(f"{path}.{local}", module, names, placement)
         for name, tensor in (_in_tier(module, encoded, placement) if in_tier else encoded).items():
             others.pop(f"{local}.{name}").copy_(tensor)
+    for local, module in layer.named_modules():
+        if not isinstance(module, FrozenLinear):
+            for name, table in _tables(names.skeleton, module, torch.device("cpu")).items():
+                others.pop(f"{local}.{name}".lstrip(".")).copy_(table)
     for name, target in others.items():
         target.copy_(names.read(f"{path}.{name}", target.shape))
 
@@ -332,7 +396,8 @@ def _fill_outside(model: CausalLM, names: _CheckpointNames) -> None:
     weight = embedding.weight if anatomy.tied else names.read(f"{anatomy.head_path}.weight")
     weight = weight.detach().to(table_device, dtype)
     if streamed and placement.device.type == "cuda":
-        weight = weight.pin_memory()
+        locked = private_bytes(weight.numel() * weight.element_size(), pinned=True)
+        weight = locked.view(weight.dtype).view(weight.shape).copy_(weight)
         if anatomy.tied:
             embedding.weight = nn.Parameter(weight, requires_grad=False)
     bias = names.read(f"{anatomy.head_path}.bias").to(placement.device, dtype) if head.bias is not None else None
@@ -349,18 +414,43 @@ def _materialise(
 ) -> None:
     """Give a module outside the decoder layers its tensors.
 
-    Tables that no checkpoint holds are computed by transformers' own initialiser, which also fills parameters with
-    noise: so it runs first, while those are still placeholders.
+    Tables are computed by transformers' own initialiser, which also fills parameters with noise: so they come first,
+    while parameters are still placeholders.
     """
-    buffers = list(module.named_buffers(recurse=False))
-    lost = {name for name, _ in buffers if name in module._non_persistent_buffers_set}
-    for name, buffer in buffers:
-        module._buffers[name] = torch.empty_like(buffer, device=device)
-    if lost:
-        skeleton._init_weights(module)  # type: ignore[operator]
-    for name, _ in buffers:
-        if name not in lost and names.name_of(f"{path}.{name}"):
-            module.get_buffer(name).copy_(names.read(f"{path}.{name}"))
+    module._buffers.update(_tables(skeleton, module, device))
+    for name in _kept_buffers(module):
+        module._buffers[name] = names.read(f"{path}.{name}".lstrip("."), module.get_buffer(name).shape).to(device)
     for name, parameter in list(module.named_parameters(recurse=False)):
         tensor = names.read(f"{path}.{name}".lstrip("."), parameter.shape).to(device, dtype)
         setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _tables(skeleton: nn.Module, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """The buffers that no checkpoint holds, such as rotary frequencies, computed by transformers' own initialiser.
+
+    Raises:
+        UsageError: it leaves one unwritten, so that the model would compute with whatever lay in memory.
+    """
+    own = dict(module.named_buffers(recurse=False))
+    tables = {
+        name: torch.full(own[name].shape, UNWRITTEN, dtype=own[name].dtype, device=device)
+        for name in own
+        if name in module._non_persistent_buffers_set
+    }
+    if not tables:
+        return {}
+    module._buffers.update(tables)
+    try:
+        skeleton._init_weights(module)  # type: ignore[operator]
+        made = {name: module.get_buffer(name) for name in tables}
+    finally:
+        module._buffers.update(own)
+    unwritten = [name for name, table in made.items() if bool((table == UNWRITTEN).all())]
+    if unwritten:
+        raise UsageError(
+            f"{type(skeleton).__name__} keeps {unwritten[0]} of {type(module).__name__} in no file, and transformers "
+            "computes it only while it builds the whole model.",
+            safe="Nothing was trained or written.",
+            next_step="Choose another base model.",
+        )
+    return made

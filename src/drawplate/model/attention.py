@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -46,6 +47,7 @@ REFERENCE_NAME = "drawplate_reference"
 BLOCK_QUERIES = 512
 """Queries of one block; scores take `B * H * BLOCK_QUERIES * (BLOCK_QUERIES + window)` elements where they exist."""
 
+_watchers: list[list[dict[str, Any]]] = []
 _UNSUPPORTED_ARGUMENTS = {
     "position_bias": "a position bias",
     "s_aux": "attention sinks",
@@ -69,6 +71,17 @@ def register() -> None:
 
     AttentionInterface.register(NAME, drawplate_attention)
     AttentionInterface.register(REFERENCE_NAME, functools.partial(drawplate_attention, impl="reference"))
+
+
+@contextmanager
+def watched() -> Iterator[list[dict[str, Any]]]:
+    """The further arguments of each call of attention while the context is open."""
+    calls: list[dict[str, Any]] = []
+    _watchers.append(calls)
+    try:
+        yield calls
+    finally:
+        _watchers.remove(calls)
 
 
 def refuse_left_padding(attention_mask_BT: Tensor) -> None:
@@ -124,6 +137,8 @@ def drawplate_attention(  # noqa: PLR0913 - the signature is transformers'
         UsageError: the model's attention has a feature that is not implemented here.
         ValueError: borders that do not fit the queries.
     """
+    for calls in _watchers:
+        calls.append(kwargs)
     _refuse_unsupported(module, attention_mask, dropout, sliding_window, kwargs)
     rule = _Rule(
         scaling=query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from drawplate.data.batches import Batch
+from drawplate.errors import UsageError
 from drawplate.model.adapter import Adapter
 from drawplate.model.anatomy import Anatomy
 from drawplate.model.dropout import token_keys
@@ -38,6 +39,7 @@ class Placement:
         compute_dtype: of activations and of everything frozen that is not a linear weight.
         weights: tier of each layer: device, dequantized (on the device, in compute_dtype) or host; one word for all.
         activations: policy of each layer: keep, recompute or offload; one word for all.
+        adapter: where trained tensors, their gradients and the optimizer live: device or host.
         slots: of the ring for host layers.
         head_rows: rows of a slot of the streamed head; 0 keeps embedding and head on the device.
         compiled: compile the layer function.
@@ -50,6 +52,7 @@ class Placement:
     compute_dtype: torch.dtype = torch.bfloat16
     weights: str | tuple[str, ...] = "device"
     activations: str | tuple[str, ...] = "keep"
+    adapter: str = "device"
     slots: int = 2
     head_rows: int = 0
     compiled: bool = False
@@ -73,10 +76,13 @@ class CausalLM:
         placement: where they live.
         adapter: what is trained.
         residency: where the layers' weights are.
+        unpackable: why documents would mix if several shared a row; empty where they would not.
     """
 
-    def __init__(self, anatomy: Anatomy, placement: Placement, adapter: Adapter, residency: Residency) -> None:
-        self.anatomy, self.placement = anatomy, placement
+    def __init__(
+        self, anatomy: Anatomy, placement: Placement, adapter: Adapter, residency: Residency, *, unpackable: str = ""
+    ) -> None:
+        self.anatomy, self.placement, self.unpackable = anatomy, placement, unpackable
         self.adapter, self.residency = adapter, residency
         self.runner = LayerRunner(
             list(anatomy.layers),
@@ -113,7 +119,17 @@ class CausalLM:
         return head_cross_entropy(hidden_NH, self.head, targets_N, scale=scale, counted=batch.counted_tokens)
 
     def hidden_states(self, batch: Batch, *, dropout_seed: tuple[int, int] | None = None) -> Tensor:
-        """The body's output, shape (B, T, H), before the head."""
+        """The body's output, shape (B, T, H), before the head.
+
+        Raises:
+            UsageError: several documents are in a row of a model that would mix them.
+        """
+        if self.unpackable and batch.cu_seqlens is not None and len(batch.documents) > 1:
+            raise UsageError(
+                f"{self.anatomy.architecture} cannot take packed documents: {self.unpackable}.",
+                safe="Nothing was trained.",
+                next_step="Set data.packing: false.",
+            )
         device = self.placement.device
         keys = None
         if dropout_seed is not None and self.adapter.config.lora_dropout > 0:

@@ -88,12 +88,13 @@ class LayerRunner:
         """A new micro-batch; keys switch dropout on for it."""
         self.token_keys = token_keys_BT
         self.let_go()
+        self.adapter.begin()
         self.residency.release_all()
         self.inputs.forget()
 
     def run(self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The layer's output; differentiable in `hidden` and the adapter."""
-        trained = self.adapter.layers[layer]
+        trained = self.adapter.of_layer(layer)
         call = LayerCall(layer, tuple(trained), self._dropout_keys(layer), args, kwargs)
         if not torch.is_grad_enabled():
             weights = self.residency.acquire(layer)
@@ -186,7 +187,7 @@ class _RecomputedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runner: LayerRunner, call: LayerCall, hidden: Tensor, *trained: Tensor) -> Tensor:
         layer = call.layer
-        ctx.runner, ctx.call, ctx.trained = runner, call, trained
+        ctx.runner, ctx.call = runner, call
         ctx.saved_input = runner.inputs.put(hidden, offload=runner.policies[layer] == "offload")
         weights = runner.residency.acquire(layer, training=True)
         adapter = {name: t.detach() for name, t in zip(call.adapter_names, trained, strict=True)}
@@ -202,25 +203,33 @@ class _RecomputedLayer(torch.autograd.Function):
         with torch.enable_grad():
             # The first layer's input needs no gradient; asking all the same keeps it the same compiled function.
             hidden = runner.inputs.take(ctx.saved_input).detach().requires_grad_()
-            trained = [t.detach().requires_grad_() for t in ctx.trained]
+            trained = [t.detach().requires_grad_() for t in runner.adapter.of_layer(call.layer).values()]
             out = runner.compute(call, weights, dict(zip(call.adapter_names, trained, strict=True)), hidden)
-            grad_hidden, *gradients = torch.autograd.grad(out, [hidden, *trained], grad_out)
+            grad_hidden, *gradients = torch.autograd.grad(out, [hidden, *trained], grad_out, allow_unused=True)
         runner.residency.release(call.layer)
         ctx.saved_input = None
         return None, None, grad_hidden if ctx.needs_input_grad[2] else None, *gradients
 
 
 class ExecutedLayer(nn.Module):
-    """Takes a decoder layer's place in transformers' module list and hands the call to the runner."""
+    """Takes a decoder layer's place in transformers' module list and hands the call to the runner.
 
-    def __init__(self, runner: LayerRunner, layer: int) -> None:
+    Args:
+        runner: computes the layer.
+        layer: which.
+        extras: None where the layer returns a bare tensor; else how many values, None each, its body expects after it.
+    """
+
+    def __init__(self, runner: LayerRunner, layer: int, extras: int | None = None) -> None:
         super().__init__()
+        self.extras = extras
         object.__setattr__(self, "_runner", runner)
         object.__setattr__(self, "_layer", layer)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         """hidden_states (B, T, H) -> (B, T, H)."""
-        return self._runner.run(self._layer, hidden_states, args, kwargs)
+        out = self._runner.run(self._layer, hidden_states, args, kwargs)
+        return out if self.extras is None else (out, *[None] * self.extras)
 
     def __getattr__(self, name: str) -> Any:
         # Bodies ask their layers for facts such as `attention_type`.

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from drawplate.model.arena import private_bytes
+
 RETURN_BUFFERS = 2
 
 
@@ -123,5 +125,6 @@ class InputStore:
         spare = self._spare.setdefault((like.shape, like.dtype), [])
         if spare:
             return spare.pop()
-        self.host_bytes += like.numel() * like.element_size()
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=self.device.type == "cuda")
+        size = like.numel() * like.element_size()
+        self.host_bytes += size
+        return private_bytes(size, pinned=self.device.type == "cuda").view(like.dtype).view(like.shape)

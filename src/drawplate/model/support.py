@@ -1,0 +1,235 @@
+"""Before any weight is read: can this architecture be carried out layer by layer, and streamed?
+
+transformers' own body is walked once on the meta device, with a recorder in place of each decoder layer. It shows what
+a configuration does not say: how often each layer is called, what it returns beside hidden states, whether layers hand
+one another tensors by a side door (shared keys and values), whether positions meet in our attention only (an
+architecture with an attention of its own would not be causal here, a recurrent one would carry state from one packed
+document to the next), whether attention is told the documents' borders, and which linear layers are really called as
+modules, so that an adapter on them has an effect.
+The walk computes nothing and takes some milliseconds a layer.
+
+Left out: bodies that look at a tensor's values on their way, which the meta device does not have. Of those nothing is
+found out here; the self-check after loading still compares their loss with transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drawplate.errors import UsageError
+from drawplate.model import attention
+from drawplate.model.anatomy import Anatomy
+from drawplate.model.frozen import FrozenLinear
+
+MARK = "drawplate_walk"
+"""An argument that only shows whether what the body is given reaches attention."""
+PROBE_SHAPE = (2, 8)
+"""Rows and positions of the walk: more than one row, so that a lost dimension shows."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one walk through the body has shown.
+
+    Attributes:
+        extras: for each layer, how many values it returns after the hidden states; None where it returns a bare tensor.
+        obstacle: why layers cannot be streamed or recomputed on their own; empty where they can.
+        unpackable: why several documents cannot share a row; empty where they can.
+    """
+
+    extras: tuple[int | None, ...]
+    obstacle: str = ""
+    unpackable: str = ""
+
+
+class _Recorder(nn.Module):
+    """Stands where a decoder layer stood, and calls it on the meta device."""
+
+    def __init__(self, template: nn.Module) -> None:
+        super().__init__()
+        self.calls, self.side_door = 0, ""
+        self.extras: int | None = None
+        self.attended = self.told = False
+        object.__setattr__(self, "_template", template)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        before = _contents(kwargs)
+        with attention.watched() as calls:
+            out = self._template(hidden_states, *args, **kwargs)
+        self.attended = bool(calls)
+        self.told = all(MARK in arguments for arguments in calls)
+        changed = [name for name, content in _contents(kwargs).items() if content != before[name]]
+        self.side_door = self.side_door or next(iter(changed), "")
+        if not isinstance(out, tuple):
+            return out
+        self.extras = len(out) - 1
+        return (out[0], *[None] * self.extras)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._template, name)
+
+
+def walk(anatomy: Anatomy) -> Walk:
+    """Walk the body once on the meta device; its linear layers must be frozen ones already.
+
+    Raises:
+        UsageError: the architecture cannot be carried out layer by layer; it is named, with the reason.
+    """
+    name = anatomy.architecture
+    templates = list(anatomy.layers)
+    experts = next(
+        (type(m).__name__ for t in templates for m in t.modules() if type(m).__name__.endswith("Experts")), ""
+    )
+    if experts:
+        raise _refused(name, f"{experts} keeps a mixture of experts in one tensor, which is not supported yet")
+    recorders = [_Recorder(template) for template in templates]
+    try:
+        with _in_place_of(anatomy.layers, recorders), _counting_calls(templates) as called:
+            hidden = torch.empty(*PROBE_SHAPE, anatomy.config.hidden_size, device="meta")
+            positions = torch.arange(PROBE_SHAPE[1], device="meta").expand(PROBE_SHAPE)
+            inputs = {"inputs_embeds": hidden, "position_ids": positions, "use_cache": False, "return_dict": True}
+            takes_more = any(p.kind is p.VAR_KEYWORD for p in signature(anatomy.body.forward).parameters.values())
+            anatomy.body(**inputs, **({MARK: True} if takes_more else {}))
+    except UsageError:
+        raise
+    except Exception as error:  # whatever an architecture's own code may raise
+        if _needs_values(error):
+            return Walk((None,) * len(templates), _shared_tensors(templates))
+        raise _refused(name, f"its body fails without the layers around it ({_first_line(error)})") from None
+    calls = {recorder.calls for recorder in recorders}
+    if calls != {1}:
+        raise _refused(name, f"its layers are not called once each ({min(calls)} to {max(calls)} times)")
+    idle = sorted({path.rpartition(".")[2] for path, module in _adapted(templates) if path not in called})
+    if idle:
+        raise UsageError(
+            f"lora.target_modules: {name} never calls {', '.join(idle)} as a layer, so an adapter there has no effect.",
+            safe="Nothing was loaded or written.",
+            next_step="Name other layers in lora.target_modules.",
+        )
+    unpackable = _unpackable(name, templates, recorders)
+    side_door = next((f"layer {i} changes {r.side_door}" for i, r in enumerate(recorders) if r.side_door), "")
+    extras = tuple(recorder.extras for recorder in recorders)
+    return Walk(extras, side_door or _shared_tensors(templates), unpackable)
+
+
+def _unpackable(name: str, templates: Sequence[nn.Module], recorders: Sequence[_Recorder]) -> str:
+    """Why documents of one row would mix, empty where they would not."""
+    for i, (template, recorder) in enumerate(zip(templates, recorders, strict=True)):
+        if recorder.attended:
+            continue
+        kinds = [type(module).__name__ for module in template.modules()]
+        own = next((kind for kind in kinds if "Attention" in kind and "Linear" not in kind), None)
+        if own is not None:
+            raise _refused(name, f"{own} computes attention in a way of its own, whose mask would be lost")
+        return f"layer {i} ({kinds[0]}) carries state from one position to the next"
+    untold = next((i for i, recorder in enumerate(recorders) if not recorder.told), None)
+    return "" if untold is None else f"layer {untold} does not tell its attention where documents begin"
+
+
+def require_streamable(anatomy: Anatomy, found: Walk, tiers: Sequence[str], policies: Sequence[str]) -> None:
+    """Refuse to stream or recompute layers that are not on their own.
+
+    Raises:
+        UsageError: the placement streams or recomputes, and the walk has found an obstacle.
+    """
+    if not found.obstacle or (set(tiers) <= {"device", "dequantized"} and set(policies) == {"keep"}):
+        return
+    name = anatomy.architecture
+    raise UsageError(
+        f"{name} can be trained on the device, but its layers can be neither streamed nor recomputed one by one: "
+        f"{found.obstacle}.",
+        safe="Nothing was loaded or written.",
+        next_step="Set memory.weights: device and memory.activations: keep.",
+    )
+
+
+def _refused(name: str, why: str) -> UsageError:
+    return UsageError(
+        f"{name} cannot be carried out layer by layer: {why}.",
+        safe="Nothing was loaded or written.",
+        next_step="Choose a model such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
+
+
+def _needs_values(error: Exception) -> bool:
+    """Whether the code looked at values, which meta tensors do not have."""
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, NotImplementedError)) and ("meta" in text or "data-dependent" in text)
+
+
+def _contents(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the mutable arguments hold, by identity."""
+    return {
+        name: sorted(
+            (str(key), id(item)) for key, item in (value.items() if isinstance(value, dict) else enumerate(value))
+        )
+        for name, value in kwargs.items()
+        if isinstance(value, (dict, list))
+    }
+
+
+def _shared_tensors(templates: Sequence[nn.Module]) -> str:
+    seen: dict[int, int] = {}
+    for i, template in enumerate(templates):
+        for name, parameter in template.named_parameters():
+            if seen.setdefault(id(parameter), i) != i:
+                return f"layers {seen[id(parameter)]} and {i} share {name}"
+    return ""
+
+
+def _adapted(templates: Sequence[nn.Module]) -> Iterator[tuple[str, FrozenLinear]]:
+    for i, template in enumerate(templates):
+        for path, module in template.named_modules():
+            if isinstance(module, FrozenLinear) and module.rank:
+                yield f"{i}.{path}", module
+
+
+@contextmanager
+def _in_place_of(layers: nn.ModuleList, recorders: Sequence[nn.Module]) -> Iterator[None]:
+    originals = list(layers)
+    for i, recorder in enumerate(recorders):
+        layers[i] = recorder
+    try:
+        yield
+    finally:
+        for i, original in enumerate(originals):
+            layers[i] = original
+
+
+@contextmanager
+def _counting_calls(templates: Sequence[nn.Module]) -> Iterator[set[str]]:
+    """Names of the frozen linear layers that are called; they give meta tensors of the right shape meanwhile."""
+    called: set[str] = set()
+    linears = [
+        (f"{i}.{path}", module)
+        for i, template in enumerate(templates)
+        for path, module in template.named_modules()
+        if isinstance(module, FrozenLinear)
+    ]
+    for name, module in linears:
+        object.__setattr__(module, "forward", _shape_of_output(name, module, called))
+    try:
+        yield called
+    finally:
+        for _, module in linears:
+            object.__delattr__(module, "forward")
+
+
+def _shape_of_output(name: str, module: FrozenLinear, called: set[str]) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        called.add(name)
+        return x.new_empty((*x.shape[:-1], module.out_features))
+
+    return forward
