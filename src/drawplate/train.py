@@ -25,6 +25,7 @@ import torch
 
 from drawplate.data.batches import Batch, cut_packed, cut_padded, step_indices, steps_per_epoch
 from drawplate.errors import DoesNotFit, NumericError
+from drawplate.model.adapter import Adapter
 from drawplate.model.causal_lm import CausalLM
 from drawplate.recipe import TrainSection
 from drawplate.records import Evaluation, Plan, Sequence, StepRecord
@@ -142,6 +143,7 @@ class TrainTask:
         keep_best: remember the adapter of the lowest held-out loss.
         save: writes a checkpoint; None for none.
         save_steps: steps between checkpoints; the best evaluation so far is saved besides.
+        loraplus_lr_ratio: the B matrices' learning rate over that of everything else.
     """
 
     model: CausalLM
@@ -157,6 +159,7 @@ class TrainTask:
     keep_best: bool = True
     save: Callable[[TrainState], None] | None = None
     save_steps: int | None = None
+    loraplus_lr_ratio: float = 1.0
 
 
 def train(task: TrainTask, listener: Listener, state: TrainState) -> TrainState:
@@ -166,13 +169,13 @@ def train(task: TrainTask, listener: Listener, state: TrainState) -> TrainState:
         NumericError: a loss or gradient that is not finite.
         DoesNotFit: out of memory with the smallest micro-batch.
     """
-    optimizer = make_optimizer(task.model.adapter.parameters(), task.section)
+    optimizer = make_optimizer(rate_groups(task.model.adapter, task.loraplus_lr_ratio), task.section)
     cutting, started = task.cutting, time.monotonic() - state.seconds
     while state.step < task.schedule.steps and not state.stopped_because:
         step_started = time.monotonic()
         rate = task.schedule.rate(state.step, state.seconds)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_factor"]
         outcome, cutting = _step_within_memory(task, cutting, state, listener)
         applied = _apply(task, optimizer, outcome, state)
         state.seconds = time.monotonic() - started
@@ -187,8 +190,24 @@ def train(task: TrainTask, listener: Listener, state: TrainState) -> TrainState:
     return state
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], section: TrainSection) -> torch.optim.Optimizer:
-    """AdamW over the adapter's tensors; `adamw_8bit` keeps its moments in 8 bits (bitsandbytes)."""
+def rate_groups(adapter: Adapter, loraplus_lr_ratio: float) -> list[dict[str, Any]]:
+    """The adapter's tensors by the factor on their learning rate: `loraplus_lr_ratio` for the B matrices, else 1.
+
+    B starts at zero and is read through A, so that equal rates move it too little in wide layers (LoRA+, Hayou, Ghosh
+    and Yu 2024). One group where the ratio is 1.
+    """
+    if loraplus_lr_ratio == 1:
+        return [{"params": adapter.parameters(), "rate_factor": 1.0}]
+    named = adapter.named_tensors()
+    fast = [tensor for name, tensor in named.items() if ".lora_B." in name]
+    slow = [tensor for name, tensor in named.items() if ".lora_B." not in name]
+    return [{"params": slow, "rate_factor": 1.0}, {"params": fast, "rate_factor": loraplus_lr_ratio}]
+
+
+def make_optimizer(
+    parameters: list[torch.nn.Parameter] | list[dict[str, Any]], section: TrainSection
+) -> torch.optim.Optimizer:
+    """AdamW over tensors, or groups of them; `adamw_8bit` keeps its moments in 8 bits (bitsandbytes)."""
     options: dict[str, Any] = {
         "lr": 0.0,
         "betas": (section.adam_beta1, section.adam_beta2),
