@@ -223,7 +223,7 @@ class Workplace:
             )
         model = self.loaded[1]
         shapes = [{name: tuple(p.shape) for name, p in layer.items()} for layer in model.adapter.layers]
-        fresh = Adapter(model.adapter.config, model.adapter.layers_path, shapes, seed, self.device)
+        fresh = Adapter(model.adapter.config, model.adapter.layers_path, shapes, seed=seed, device=self.device)
         model.adapter.load_state(fresh.state(), "a fresh adapter")
         return model
 
