@@ -143,7 +143,7 @@ class CausalLM:
         """Rows of the embedding, looked up where the table is, on the device in the compute dtype."""
         table = next(self.embedding.parameters()).device
         rows = self.embedding(ids_BT.to(table, non_blocking=True)).detach()
-        if rows.device != self.placement.device:
+        if rows.device.type != self.placement.device.type:
             rows = rows.pin_memory().to(self.placement.device, non_blocking=True)
         return rows.to(self.placement.compute_dtype)
 
