@@ -7,7 +7,8 @@ import importlib.metadata
 from dataclasses import dataclass, field, replace
 
 from drawplate.compare import perplexity_change
-from drawplate.data.batches import steps_per_epoch
+from drawplate.data.accounts import data_ledger
+from drawplate.data.batches import counted_in_steps, steps_per_epoch
 from drawplate.device import PeakMeter, machine
 from drawplate.evaluate import total
 from drawplate.journal import Journal
@@ -52,7 +53,7 @@ class Outcome:
             drawplate=importlib.metadata.version("drawplate"),
             status=status,  # type: ignore[arg-type]
             model=self._model_facts(),
-            data=data_facts(prepared),
+            data=data_facts(prepared, self.state.step),
             evaluation=self._evaluation_facts(),
             training=self._training_facts(),
             memory=MemoryFacts(
@@ -132,8 +133,11 @@ class Outcome:
         )
 
 
-def data_facts(prepared: Prepared) -> DataFacts:
-    """What went in, and how much of it the loss saw."""
+def data_facts(prepared: Prepared, steps: int) -> DataFacts:
+    """What went in, and how much of it the loss saw in so many optimizer steps."""
+    seen = counted_in_steps(
+        prepared.train.sequences, steps, prepared.plan.effective_batch_size, prepared.recipe.train.seed
+    )
     intake, train, heldout = prepared.corpus.intake, prepared.train.ledger, prepared.heldout.ledger
     fingerprints = sorted(d.sha256 for d in (*prepared.split.train, *prepared.split.heldout))
     return DataFacts(
@@ -153,4 +157,5 @@ def data_facts(prepared: Prepared) -> DataFacts:
         sha256=hashlib.sha256("\n".join(fingerprints).encode()).hexdigest(),
         near_duplicate_documents=len(prepared.split.set_aside),
         leaks=prepared.split.leaks,
+        ledger=data_ledger(prepared.corpus, prepared.split, train, heldout, seen_tokens=seen),
     )
