@@ -170,6 +170,43 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceSpeed:
+    """How fast a device is: what the plan's cost divides by. Measured by drawplate/speed.py, or published figures.
+
+    Attributes:
+        name: of the device.
+        source: how the figures were come by.
+        product_rates: (FLOPs of one matrix product, FLOP/s it ran at), by rising size, in the arithmetic's dtype.
+        attention_rate: FLOP/s of causal attention, forward and backward together, the masked half not counted.
+        memory_rate: bytes per second read or written on the device.
+        to_device_rate, to_host_rate: bytes per second between page-locked host memory and the device.
+        dequantize_rate: 4-bit weights per second, double quantization included.
+        launch_seconds: host time to start one small operation.
+        context_bytes: device memory that CUDA takes outside torch's allocator.
+    """
+
+    name: str
+    source: str
+    product_rates: tuple[tuple[float, float], ...]
+    attention_rate: float
+    memory_rate: float
+    to_device_rate: float
+    to_host_rate: float
+    dequantize_rate: float
+    launch_seconds: float
+    context_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostLine:
+    """One named number of seconds of an optimizer step, with the formula that gave it."""
+
+    name: str
+    seconds: float
+    formula: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LedgerLine:
     """One named number of bytes, with the formula that gave it. `where` is device, host or disk."""
 

@@ -1,0 +1,221 @@
+"""How fast this machine is: a few seconds of measuring, once, kept in the cache folder.
+
+What is timed is what a step is made of: matrix products from small to large, causal attention, plain reads and writes,
+copies between page-locked host memory and the device, dequantization, and the launch of a small operation. Products run
+for a moment before the clock starts, because a GPU that is kept busy settles at a lower clock than its first
+milliseconds show.
+
+Left out: reduced-precision products (int8, fp8), the disk, and other devices than the current one. A figure is good to
+5 to 10 %, which is what the plan's times are good to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pynvml
+import torch
+import torch.nn.functional as F
+
+from drawplate.device import machine
+from drawplate.recipe import cache_folder
+from drawplate.records import DeviceSpeed, Machine, from_json, to_json
+from drawplate.units import MIB
+
+VERSION = 1
+PRODUCT_ROWS = {"cuda": (256, 1024, 4096, 16384), "cpu": (64, 256, 1024)}
+PRODUCT_WEIGHTS = {"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": ((192, 576), (1536, 576), (2048, 2048))}
+ATTENTION_SHAPE = {"cuda": (4, 32, 2048, 128), "cpu": (1, 8, 256, 64)}
+COPIED_BYTES = {"cuda": 512 * MIB, "cpu": 64 * MIB}
+DEQUANTIZED_SHAPE = {"cuda": (8192, 4096), "cpu": (1024, 1024)}
+WARM_UP_SECONDS = {"cuda": 0.3, "cpu": 0.02}
+TIMED_SECONDS = {"cuda": 0.03, "cpu": 0.02}
+FEWEST_CALLS = 6
+LAUNCHES = 300
+
+
+def measured_speed(device: torch.device, dtype: torch.dtype) -> DeviceSpeed:
+    """This device's speed with products in `dtype`: from the cache folder, else measured now and kept there."""
+    here = machine(device)
+    path = speed_path(here, dtype)
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return from_json(DeviceSpeed, json.loads(path.read_text(encoding="utf-8")))
+    speed = probe(device, dtype, here)
+    keep_speed(path, speed)
+    return speed
+
+
+def speed_path(here: Machine, dtype: torch.dtype) -> Path:
+    """Where the speed of a device is kept; another device, driver, torch, dtype or number of threads is another file."""
+    device = here.device_name or here.cpu
+    threads = torch.get_num_threads() if here.device == "cpu" else 0
+    facts = (VERSION, here.device, device, here.driver, torch.__version__, str(dtype), threads)
+    return cache_folder() / "speed" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
+
+
+def keep_speed(path: Path, speed: DeviceSpeed) -> None:
+    """Write it, whole or not at all; a cache that cannot be written only costs measuring again."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".tmp-{os.getpid()}")
+        partial.write_text(json.dumps(to_json(speed), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def probe(device: torch.device, dtype: torch.dtype, here: Machine) -> DeviceSpeed:
+    """Measure it now: about two seconds on a GPU, one on a CPU."""
+    timer = _Timer(device)
+    with torch.no_grad():
+        rates = _product_rates(timer, dtype)
+        memory_rate = _memory_rate(timer)
+        to_device, to_host = _bus_rates(timer) if device.type == "cuda" else (memory_rate / 2, memory_rate / 2)
+        dequantize_rate = _dequantize_rate(timer, dtype)
+        launch_seconds = _launch_seconds(device)
+    attention_rate = _attention_rate(timer, dtype)
+    return DeviceSpeed(
+        name=here.device_name or here.cpu,
+        source=f"measured with torch {torch.__version__} in {str(dtype).removeprefix('torch.')}",
+        product_rates=rates,
+        attention_rate=attention_rate,
+        memory_rate=memory_rate,
+        to_device_rate=to_device,
+        to_host_rate=to_host,
+        dequantize_rate=dequantize_rate,
+        launch_seconds=launch_seconds,
+        context_bytes=context_bytes(device),
+    )
+
+
+def context_bytes(device: torch.device) -> int:
+    """Device bytes that this process holds outside torch's allocator: CUDA's context, loaded kernels, libraries.
+
+    The driver's count for this process where it gives one; else all that is in use on the device less torch's own,
+    which takes other programs' memory for ours. 0 without CUDA.
+    """
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    reserved = torch.cuda.memory_reserved(device)
+    own = _driver_count_of_this_process(device)
+    if own:
+        return max(0, own - reserved)
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - reserved)
+
+
+def _driver_count_of_this_process(device: torch.device) -> int:
+    with suppress(pynvml.NVMLError, AttributeError):
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+            if process.pid == psutil.Process().pid:
+                return int(process.usedGpuMemory or 0)
+    return 0
+
+
+class _Timer:
+    """Seconds of one call, on the device's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.kind = device, device.type
+
+    def synchronize(self) -> None:
+        if self.kind == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def warm_up(self, call: Callable[[], object]) -> None:
+        end = time.perf_counter() + WARM_UP_SECONDS[self.kind]
+        while time.perf_counter() < end:
+            call()
+            self.synchronize()
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """The mean over as many calls as fill a moment; on a CPU the fastest, which others disturb least."""
+        call()
+        self.synchronize()
+        began, times = time.perf_counter(), []
+        while sum(times) < TIMED_SECONDS[self.kind] or len(times) < FEWEST_CALLS:
+            for _ in range(4 if self.kind == "cuda" else 1):
+                call()
+            self.synchronize()
+            now = time.perf_counter()
+            times.append(now - began)
+            began = now
+        return sum(times) / len(times) / 4 if self.kind == "cuda" else min(times)
+
+
+def _product_rates(timer: _Timer, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
+    kind, device = timer.kind, timer.device
+    rows, weights = PRODUCT_ROWS[kind], PRODUCT_WEIGHTS[kind]
+    found: dict[float, list[float]] = {}
+    for o, i in sorted(weights, reverse=True):
+        weight_OI = torch.randn(o, i, device=device, dtype=dtype)
+        x_MI = torch.randn(rows[-1], i, device=device, dtype=dtype)
+        if not found:
+            timer.warm_up(lambda x=x_MI, w=weight_OI: F.linear(x, w))  # type: ignore[misc]
+        for m in rows:
+            seconds = timer.seconds(lambda x=x_MI[:m], w=weight_OI: F.linear(x, w))  # type: ignore[misc]
+            found.setdefault(2.0 * m * o * i, []).append(2.0 * m * o * i / seconds)
+    return tuple((flops, sum(rates) / len(rates)) for flops, rates in sorted(found.items()))
+
+
+def _attention_rate(timer: _Timer, dtype: torch.dtype) -> float:
+    b, h, t, d = ATTENTION_SHAPE[timer.kind]
+    q, k, v = (torch.randn(b, h, t, d, device=timer.device, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def both_ways() -> None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(out, [q, k, v], out.detach())
+
+    forward_flops = 4 * b * h * t * t * d / 2
+    return 3.5 * forward_flops / timer.seconds(both_ways)
+
+
+def _memory_rate(timer: _Timer) -> float:
+    size = COPIED_BYTES[timer.kind]
+    source = torch.ones(size // 2, dtype=torch.uint8, device=timer.device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / timer.seconds(lambda: target.copy_(source))
+
+
+def _bus_rates(timer: _Timer) -> tuple[float, float]:
+    size = COPIED_BYTES[timer.kind] // 2
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(size, dtype=torch.uint8, device=timer.device)
+    there = timer.seconds(lambda: device.copy_(host, non_blocking=True))
+    back = timer.seconds(lambda: host.copy_(device, non_blocking=True))
+    return size / there, size / back
+
+
+def _dequantize_rate(timer: _Timer, dtype: torch.dtype) -> float:
+    from bitsandbytes import functional as bnb  # here: it takes a second to import, and a cached speed needs it not
+
+    shape = DEQUANTIZED_SHAPE[timer.kind]
+    packed, state = bnb.quantize_4bit(
+        torch.randn(shape, device=timer.device, dtype=dtype), quant_type="nf4", compress_statistics=True
+    )
+    seconds = timer.seconds(lambda: bnb.dequantize_4bit(packed, state))
+    return shape[0] * shape[1] / seconds
+
+
+def _launch_seconds(device: torch.device) -> float:
+    """Host time of a small operation, the device being ahead or not: what a walk of many small kernels is bound by."""
+    x = torch.zeros(16, device=device)
+    for _ in range(20):
+        x.add_(1)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(LAUNCHES):
+        x.add_(1)
+    seconds = (time.perf_counter() - began) / LAUNCHES
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return seconds
