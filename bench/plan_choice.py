@@ -1,7 +1,7 @@
 """What the plan predicts against what a GPU does: seconds of optimizer steps, on random weights of real shapes.
 
     python bench/plan_choice.py OUT.json probe
-    python bench/plan_choice.py OUT.json time SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:TOKENS/LENGTH:[packed|padded][:r=N][:all][:head=ROWS] ...
+    python bench/plan_choice.py OUT.json time SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:TOKENS/LENGTH[:packed][:r=N][:all] ...
 
 `time` loads each case, takes a few optimizer steps of one micro-batch each (TOKENS tokens in documents of LENGTH), and
 writes the seconds of its parts on the GPU's clock beside the host's. Cases share a process, and nothing else.
@@ -10,6 +10,7 @@ writes the seconds of its parts on the GPU's clock beside the host's. Cases shar
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import platform
@@ -105,9 +106,7 @@ def timed_steps(model: Any, batch: Any, steps: int = STEPS) -> dict[str, Any]:
         step(2 + i)
         issued.append(time.monotonic() - began)
         torch.cuda.synchronize()
-        rows.append(
-            [time.monotonic() - began, *(a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False))]
-        )
+        rows.append([time.monotonic() - began, *(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events))])
     middle = sorted(rows)[len(rows) // 2]
     names = ("step", "body_forward", "head", "backward", "optimizer")
     return {

@@ -53,7 +53,7 @@ def measured_speed(device: torch.device, dtype: torch.dtype) -> DeviceSpeed:
 
 
 def speed_path(here: Machine, dtype: torch.dtype) -> Path:
-    """Where the speed of a device is kept; another device, driver, torch, dtype or number of threads is another file."""
+    """Where a speed is kept; another device, driver, torch, dtype or number of threads is another file."""
     device = here.device_name or here.cpu
     threads = torch.get_num_threads() if here.device == "cpu" else 0
     facts = (VERSION, here.device, device, here.driver, torch.__version__, str(dtype), threads)
