@@ -140,7 +140,8 @@ class _Timer:
         """The mean over as many calls as fill a moment; on a CPU the fastest, which others disturb least."""
         call()
         self.synchronize()
-        began, times = time.perf_counter(), []
+        times: list[float] = []
+        began = time.perf_counter()
         while sum(times) < TIMED_SECONDS[self.kind] or len(times) < FEWEST_CALLS:
             for _ in range(4 if self.kind == "cuda" else 1):
                 call()
