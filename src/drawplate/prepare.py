@@ -22,13 +22,12 @@ from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.causal_lm import Placement
 from drawplate.model.frozen import Storage
 from drawplate.model.weights import Checkpoint, open_checkpoint
-from drawplate.plan.choose import CorpusShape, Situation, choose, choose_max_length
+from drawplate.plan.choose import CorpusShape, Situation, choose, choose_compute_dtype, choose_max_length
 from drawplate.plan.ledger import ModelShape
 from drawplate.recipe import Recipe
 from drawplate.records import Plan
+from drawplate.speed import measured_speed
 from drawplate.train import Cutting
-
-STREAMED_HEAD_ROWS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ def prepare(recipe: Recipe) -> Prepared:
     require_predictable(training, "training")
     require_predictable(heldout, "held-out")
     anatomy = build_anatomy(checkpoint.config)
-    chosen = choose_plan(recipe, checkpoint, anatomy, training, max_length)
+    chosen = choose_plan(recipe, checkpoint, anatomy, training, heldout, max_length)
     chosen = replace(chosen, warnings=sides.warnings + chosen.warnings)
     return Prepared(
         recipe=recipe,
@@ -126,12 +125,29 @@ def placement_of(chosen: Plan, device: torch.device) -> Placement:
         device=device,
         storage=Storage(chosen.precision, chosen.double_quant),
         compute_dtype=getattr(torch, chosen.compute_dtype),
-        weights=chosen.weights,
-        activations=chosen.activations,
-        head_rows=STREAMED_HEAD_ROWS if chosen.weights == "host" else 0,
+        weights=tiers_of(chosen),
+        activations=policies_of(chosen),
+        slots=chosen.slots,
+        head_rows=chosen.head_rows,
         compiled=chosen.compiled,
         dequantize=chosen.dequantize,
     )
+
+
+def tiers_of(chosen: Plan) -> tuple[str, ...]:
+    """The tier of each layer: the dequantized first, and the streamed spread evenly over the others.
+
+    A streamed layer's copy then hides behind all the layers since the streamed one before it.
+    """
+    first, others = chosen.dequantized_layers, chosen.device_layers + chosen.host_layers
+    host = chosen.host_layers
+    spread = ("host" if (i + 1) * host // others > i * host // others else "device" for i in range(others))
+    return ("dequantized",) * first + tuple(spread)
+
+
+def policies_of(chosen: Plan) -> tuple[str, ...]:
+    """The policy of each layer: the last keep their activations, of which backward lets go before it recomputes."""
+    return (chosen.policy,) * (chosen.layers - chosen.kept_layers) + ("keep",) * chosen.kept_layers
 
 
 def train_cutting(prepared: Prepared) -> Cutting:
@@ -141,7 +157,7 @@ def train_cutting(prepared: Prepared) -> Cutting:
         packing=chosen.packing,
         tokens=chosen.micro_batch_tokens,
         sequences=chosen.micro_batch_sequences,
-        pad_to_multiple_of=prepared.recipe.data.pad_to_multiple_of,
+        pad_to_multiple_of=chosen.row_multiple or prepared.recipe.data.pad_to_multiple_of,
         pad_id=pad_id(prepared.tokenizer),
     )
 
@@ -192,22 +208,33 @@ def model_shape(anatomy: Anatomy, recipe: Recipe) -> ModelShape:
     )
 
 
-def choose_plan(recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy, tokens: Tokenized, max_length: int) -> Plan:
+def choose_plan(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    training: Tokenized,
+    heldout: Tokenized | None,
+    max_length: int,
+) -> Plan:
     """The plan for tokens that have been counted."""
-    lengths = tuple(len(s) for s in tokens.sequences)
-    return plan_for_lengths(recipe, checkpoint, anatomy, lengths, max_length)
+    lengths, held = (tuple(len(s) for s in side.sequences) if side else () for side in (training, heldout))
+    return plan_for_lengths(recipe, checkpoint, anatomy, CorpusShape(lengths=lengths, heldout_lengths=held), max_length)
 
 
 def plan_for_lengths(
-    recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy, lengths: tuple[int, ...], max_length: int
+    recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy, corpus: CorpusShape, max_length: int
 ) -> Plan:
-    """The plan for windows of these lengths in tokens."""
+    """The plan for windows of these lengths in tokens, on this machine."""
+    device = pick_device(recipe.model.device_map)
+    here = machine(device)
+    dtype, _ = choose_compute_dtype(recipe, here)
     situation = Situation(
         recipe=recipe,
-        machine=machine(pick_device(recipe.model.device_map)),
+        machine=here,
         model=model_shape(anatomy, recipe),
         base_bytes=memory_sample().process_bytes,
         stored_precision=checkpoint.quantized_precision,
         stored_double_quant=checkpoint.quantized_doubly,
+        speed=measured_speed(device, getattr(torch, dtype)),
     )
-    return choose(situation, CorpusShape(lengths=lengths), max_length)
+    return choose(situation, corpus, max_length)

@@ -118,7 +118,7 @@ def evaluate(
         context = choose_context_tokens(recipe, max_length)
         tokens = tokenize(corpus.documents, tokenizer, max_length, context_tokens=context)
         require_predictable(tokens, "given")
-        chosen = choose_plan(recipe, checkpoint, build_anatomy(checkpoint.config), tokens, max_length)
+        chosen = choose_plan(recipe, checkpoint, build_anatomy(checkpoint.config), tokens, None, max_length)
     with journal.in_phase("load"):
         loaded = assemble(
             checkpoint,

@@ -11,7 +11,7 @@ from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.assemble import assemble
 from drawplate.model.weights import open_checkpoint
-from drawplate.plan.choose import choose_max_length
+from drawplate.plan.choose import CorpusShape, choose_max_length
 from drawplate.prepare import max_positions, placement_of, plan_for_lengths
 from drawplate.recipe import Recipe, Section, load_recipe
 
@@ -51,7 +51,9 @@ def prepare_model(  # noqa: PLR0913 - one keyword a section of the recipe
     seed = recipe.train.seed if seed is None else seed
     checkpoint = open_checkpoint(recipe.model)
     length = choose_max_length(recipe, max_positions(checkpoint))
-    chosen = plan_for_lengths(recipe, checkpoint, build_anatomy(checkpoint.config), (length,), length)
+    chosen = plan_for_lengths(
+        recipe, checkpoint, build_anatomy(checkpoint.config), CorpusShape(lengths=(length,)), length
+    )
     assembled = assemble(
         checkpoint,
         placement_of(chosen, pick_device(recipe.model.device_map)),

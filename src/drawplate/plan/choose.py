@@ -1,43 +1,52 @@
 """A recipe, a machine and a corpus -> a Plan: every `auto` decided, each with its reason, nothing the user set changed.
 
-Rules of thumb with their sources in the reasons; a search over measured costs can replace them behind the same call.
+What memory is spent on is found by the search (plan/search.py) over predicted bytes and seconds. The best precision
+wins whose predicted time is within a twentieth of the fastest; among choices of one precision the fastest wins. The
+learning rate and the effective batch are rules of thumb, with their sources in the reasons.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from drawplate.errors import UsageError
-from drawplate.plan.ledger import (
-    DTYPE_BYTES,
-    Choice,
-    ModelShape,
-    Surroundings,
-    kept_bytes_per_token_and_layer,
-    ledger,
-    stored_bits,
-)
+from drawplate.plan.cost import evaluation_seconds
+from drawplate.plan.explain import activation_words, explain, weight_words
+from drawplate.plan.frontier import does_not_fit, frontier_of
+from drawplate.plan.gpus import typical_speed
+from drawplate.plan.ledger import Choice, ModelShape, Surroundings
+from drawplate.plan.search import Budget, Found, MicroBatch, Search, Space
+from drawplate.plan.work import Cut, step_work
 from drawplate.recipe import Recipe
-from drawplate.records import Machine, Plan
-from drawplate.units import GIB, format_bytes, format_count
+from drawplate.records import DeviceSpeed, Machine, Plan, PlanTimes
+from drawplate.units import format_count
 
 DEFAULT_BATCH_SEQUENCES = 16
 FEWEST_USEFUL_STEPS = 50
 LONGEST_DEFAULT_WINDOW = 2048
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+ROW_TOKENS = {
+    "cpu": (512, 1024, 2048, 4096, 8192),
+    "cuda": (512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768),
+}
+SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+LARGEST_PADDED_TOKENS = {"cpu": 8192, "cuda": 32768}
+SHAPES_OF_ROWS = 4
+"""A compiled layer is compiled anew for every row width, so rows are padded to quarters of the widest."""
+
+PRECISION_TOLERANCE = 1.05
 SMALL_MODEL_PARAMETERS = 10**9
 USABLE_SHARE = 0.85
-LARGEST_WHOLE_LAYER_BYTES = GIB
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusShape:
-    """Lengths of the training windows in tokens."""
+    """Lengths of the training windows in tokens, and of the held-out ones where they are known."""
 
     lengths: tuple[int, ...]
+    heldout_lengths: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -55,14 +64,20 @@ class Situation:
     base_bytes: int = 0
     stored_precision: str | None = None
     stored_double_quant: bool | None = None
-    reasons: dict[str, str] = field(default_factory=dict)
+    speed: DeviceSpeed | None = None
+    assumptions: tuple[str, ...] = ()
 
     @property
-    def room_bytes(self) -> int:
-        """Bytes that the run may use where it computes."""
-        if self.machine.device == "cuda":
-            return self.recipe.memory.vram or int(self.machine.device_bytes * 0.95)
-        return int((self.recipe.memory.ram or self.machine.ram_bytes) * USABLE_SHARE) - self.base_bytes
+    def budget(self) -> Budget:
+        """What the run may use: as asked, else what the device has, and most of the machine's memory."""
+        asked = self.recipe.memory
+        ram = asked.ram or int(self.machine.ram_bytes * USABLE_SHARE)
+        return Budget(device_bytes=asked.vram or self.machine.device_bytes, host_bytes=ram)
+
+    @property
+    def known_speed(self) -> DeviceSpeed:
+        """As measured or published, else a typical device's."""
+        return self.speed or typical_speed(self.machine.device)
 
     @property
     def double_quant(self) -> bool:
@@ -116,76 +131,199 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
 
     Raises:
         UsageError: the recipe asks for another precision than the checkpoint is quantized to.
+        DoesNotFit: nothing fits; the nearest miss and one change that mends it are named.
     """
-    recipe, machine, model = situation.recipe, situation.machine, situation.model
+    recipe, machine = situation.recipe, situation.machine
     reasons: dict[str, str] = {}
     compute_dtype, reasons["compute_dtype"] = choose_compute_dtype(recipe, machine)
-    precision = _precision(situation, compute_dtype, reasons)
     batch = _batch(recipe, machine.device, corpus, reasons)
-    packing = batch.packing
+    search = search_of(situation, corpus, compute_dtype, batch)
+    found = fastest(search, situation.budget)
+    if found is None:
+        raise does_not_fit(situation, search, lambda changed: _would_fit(changed, corpus))
     if recipe.data.packing == "auto":
         reasons["packing"] = (
             "several documents share a row, so almost nothing is padding"
-            if packing
+            if batch.packing
             else "train.per_device_train_batch_size counts sequences, so each has a row of its own"
         )
-    tokens = batch.micro_tokens
-    weights = _weights(situation, precision, compute_dtype, reasons)
-    activations = _activations(situation, precision, compute_dtype, weights, tokens, reasons)
+    reasons |= explain(situation.recipe, search, found, situation.budget, stored=situation.stored_precision)
     steps_an_epoch = math.ceil(len(corpus.lengths) / batch.effective)
     steps = max(1, math.ceil(steps_an_epoch * recipe.train.num_train_epochs))
     steps = min(steps, recipe.train.max_steps or steps)
-    compiled = _compiled(situation, precision, weights, reasons)
-    predicted = ledger(
-        model,
-        Choice.in_words(
-            model.layers,
-            weights=weights,
-            activations=activations,
-            precision=precision,
-            double_quant=situation.double_quant,
-            compute_dtype=compute_dtype,
-            micro_batch_tokens=tokens,
-            packing=packing,
-            rows=1 if packing else batch.micro,
-            compiled=compiled,
-            dequantize=_dequantize(situation, compute_dtype),
-            device=machine.device,
-        ),
-        Surroundings(base_bytes=situation.base_bytes),
-    )
+    choice, model = found.choice, situation.model
+    micro = found.batch.sequences
     return Plan(
         device=machine.device,
-        precision=precision,
-        double_quant=situation.double_quant,
+        precision=choice.precision,
+        double_quant=choice.double_quant,
         compute_dtype=compute_dtype,
-        weights=weights,
-        activations=activations,
-        compiled=compiled,
-        dequantize=_dequantize(situation, compute_dtype),
-        packing=packing,
+        weights=weight_words(choice, model.layers),
+        activations=activation_words(choice, model.layers),
+        compiled=choice.compiled,
+        dequantize=choice.dequantize,
+        packing=batch.packing,
         max_length=max_length,
-        micro_batch_sequences=batch.micro,
-        micro_batch_tokens=tokens,
+        micro_batch_sequences=micro,
+        micro_batch_tokens=choice.micro_batch_tokens,
         effective_batch_size=batch.effective,
-        gradient_accumulation_steps=_accumulation(recipe, batch, corpus, reasons),
+        gradient_accumulation_steps=_accumulation(recipe, batch, found.batch, reasons),
         optimizer_steps=steps,
         epochs=recipe.train.num_train_epochs,
         learning_rate=_learning_rate(recipe, model, reasons),
-        eval_batch_sequences=_given(recipe.evaluation.per_device_eval_batch_size) or batch.micro,
+        eval_batch_sequences=_given(recipe.evaluation.per_device_eval_batch_size) or micro,
         reasons=reasons,
         warnings=_warnings(recipe, corpus, batch, steps),
-        ledger=predicted.lines,
-        phases=predicted.phases,
+        ledger=found.ledger.lines,
+        phases=found.ledger.phases,
+        dequantized_layers=choice.dequantized_layers,
+        device_layers=choice.device_layers,
+        host_layers=choice.host_layers(model.layers),
+        kept_layers=choice.kept_layers,
+        policy=choice.policy,
+        slots=choice.slots,
+        head_rows=choice.head_rows,
+        row_multiple=_row_multiple(recipe, machine.device, choice.micro_batch_tokens, batch),
+        times=_times(situation, corpus, found, batch, steps),
+        frontier=frontier_of(search, lambda budget: fastest(search, budget), situation.budget),
+        assumptions=situation.assumptions,
+    )
+
+
+def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, batch: _Batch) -> Search:
+    """The search over what the recipe leaves open."""
+    recipe, machine, model = situation.recipe, situation.machine, situation.model
+    again = recipe.train.gradient_checkpointing
+    activations = recipe.memory.activations
+    if activations == "auto" and again != "auto":
+        activations = "again" if again else "keep"  # type: ignore[assignment]
+    fixed = Choice(
+        precision="",
+        double_quant=situation.double_quant,
+        compute_dtype=compute_dtype,
+        device=machine.device,  # type: ignore[arg-type]
+        dequantized_layers=0,
+        device_layers=model.layers,
+        kept_layers=0,
+        policy="recompute",
+        micro_batch_tokens=0,
+        longest=max(corpus.lengths),
+        packing=batch.packing,
+        dropout=recipe.lora.lora_dropout,
+        eval_rows=_given(recipe.evaluation.per_device_eval_batch_size),
+        eval_tokens=(_given(recipe.evaluation.per_device_eval_batch_size) or 0) * batch.row_tokens or None,
+        optimizer="adamw_8bit" if recipe.train.optim == "adamw_8bit" else "adamw",
+    )
+    space = Space(
+        precisions=_precisions(situation, compute_dtype),
+        batches=_micro_batches(situation, corpus, batch),
+        weights=recipe.memory.weights,
+        activations=activations,
+        compiled=recipe.model.compile,
+        fixed=fixed,
+    )
+    speed = situation.known_speed
+    around = Surroundings(
+        base_bytes=situation.base_bytes, context_bytes=speed.context_bytes, dataset_bytes=5 * corpus.tokens
+    )
+    return Search(model, speed, space, around)
+
+
+def fastest(search: Search, budget: Budget) -> Found | None:
+    """The best precision whose time is within 5 % of the fastest that fits; None where none fits."""
+    found = [best for p in search.space.precisions if (best := search.best(p, budget)) is not None]
+    if not found:
+        return None
+    limit = PRECISION_TOLERANCE * min(best.seconds_per_token for best in found)
+    return next(best for best in found if best.seconds_per_token <= limit)
+
+
+def _would_fit(situation: Situation, corpus: CorpusShape) -> bool:
+    compute_dtype, _ = choose_compute_dtype(situation.recipe, situation.machine)
+    batch = _batch(situation.recipe, situation.machine.device, corpus, {})
+    return fastest(search_of(situation, corpus, compute_dtype, batch), situation.budget) is not None
+
+
+def _micro_batches(situation: Situation, corpus: CorpusShape, batch: _Batch) -> tuple[MicroBatch, ...]:
+    """The ways to cut a step that are looked at: packed rows of some sizes, or some sequences at a time."""
+    recipe, device = situation.recipe, situation.machine.device
+    step_tokens = min(batch.effective, len(corpus.lengths)) * corpus.tokens / len(corpus.lengths)
+    if batch.micro is not None:
+        sizes = [(batch.micro, batch.micro * batch.row_tokens)]
+    elif batch.packing:
+        rows = {max(n, batch.row_tokens) for n in ROW_TOKENS[device]}
+        enough = min((n for n in rows if n >= step_tokens), default=max(rows))
+        sizes = [(batch.effective, n) for n in sorted(rows) if n <= enough]
+    else:
+        limit = max(LARGEST_PADDED_TOKENS[device], batch.row_tokens)
+        sizes = [(n, n * batch.row_tokens) for n in SEQUENCES if n <= batch.effective and n * batch.row_tokens <= limit]
+    return tuple(
+        MicroBatch(
+            sequences=sequences,
+            tokens=tokens,
+            rows=1 if batch.packing else sequences,
+            work=step_work(
+                corpus.lengths,
+                batch.effective,
+                Cut(
+                    packing=batch.packing,
+                    tokens=tokens,
+                    sequences=sequences,
+                    multiple=_row_multiple(recipe, device, tokens, batch),
+                ),
+            ),
+        )
+        for sequences, tokens in sizes
+    )
+
+
+def _row_multiple(recipe: Recipe, device: str, tokens: int, batch: _Batch) -> int:
+    """Rows are as wide as a multiple of this: the recipe's, or on a GPU a quarter of the widest row."""
+    multiple = recipe.data.pad_to_multiple_of
+    if device != "cuda" or recipe.model.compile is False:
+        return multiple
+    widest = tokens if batch.packing else batch.row_tokens
+    return max(1, widest // SHAPES_OF_ROWS // multiple) * multiple
+
+
+def _times(situation: Situation, corpus: CorpusShape, found: Found, batch: _Batch, steps: int) -> PlanTimes:
+    """What the plan's steps and measurements take."""
+    recipe, speed = situation.recipe, situation.known_speed
+    seconds, cost = 0.0, found.cost
+    if corpus.heldout_lengths:
+        tokens = found.choice.eval_tokens or found.choice.micro_batch_tokens
+        multiple = _row_multiple(recipe, situation.machine.device, tokens, batch)
+        packing = batch.packing and found.choice.eval_rows is None
+        cut = Cut(
+            packing=packing, tokens=tokens, sequences=found.choice.eval_rows or found.batch.rows, multiple=multiple
+        )
+        work = step_work(corpus.heldout_lengths, len(corpus.heldout_lengths), cut)
+        seconds = evaluation_seconds(situation.model, found.choice, work, speed)
+    between = steps // recipe.evaluation.eval_steps if recipe.evaluation.eval_steps else 0
+    an_epoch = math.ceil(len(corpus.lengths) / batch.effective) * cost.seconds
+    training = steps * cost.seconds
+    if recipe.train.max_minutes:
+        training = min(training, recipe.train.max_minutes * 60)
+    return PlanTimes(
+        step_seconds=cost.seconds,
+        tokens_per_second=cost.tokens_per_second,
+        epoch_seconds=an_epoch,
+        training_seconds=training,
+        evaluation_seconds=seconds,
+        evaluations=2 + between,
+        lines=cost.lines,
+        speed=f"{speed.name}, {speed.source}",
     )
 
 
 @dataclass(frozen=True)
 class _Batch:
+    """What a step consists of. `micro`: sequences of a micro-batch where they were asked for."""
+
     effective: int
-    micro: int
+    micro: int | None
     packing: bool
-    micro_tokens: int
+    row_tokens: int
 
 
 def _given(value: Any) -> Any:
@@ -210,44 +348,17 @@ def _batch(recipe: Recipe, device: str, corpus: CorpusShape, reasons: dict[str, 
     multiple = recipe.data.pad_to_multiple_of
     row_tokens = -(-max(corpus.lengths) // multiple) * multiple
     packing = recipe.data.packing if recipe.data.packing != "auto" else micro is None
-    if micro is not None:
-        return _Batch(effective, micro, packing, micro * row_tokens)
-    if packing:
-        reasons["micro_batch"] = (
-            f"packed rows of {format_count(MICRO_BATCH_TOKENS[device])} tokens keep the device busy"
-        )
-        return _Batch(effective, effective, packing, max(row_tokens, MICRO_BATCH_TOKENS[device]))
-    if accumulation:
+    if micro is None and accumulation and not packing:
         micro = math.ceil(effective / accumulation)
         reasons["micro_batch"] = "the step's sequences over train.gradient_accumulation_steps"
-    else:
-        micro = max(1, min(effective, MICRO_BATCH_TOKENS[device] // row_tokens))
-        reasons["micro_batch"] = f"as many sequences as make {format_count(MICRO_BATCH_TOKENS[device])} tokens"
-    return _Batch(effective, micro, packing, micro * row_tokens)
+    return _Batch(effective, micro, packing, row_tokens)
 
 
-def _dequantize(situation: Situation, compute_dtype: str) -> str:
-    """A whole layer at once on a GPU, where launches cost time, unless a dequantized layer is very large."""
-    layer_bytes = situation.model.linear_parameters // situation.model.layers * DTYPE_BYTES[compute_dtype]
-    return "layer" if situation.machine.device == "cuda" and layer_bytes <= LARGEST_WHOLE_LAYER_BYTES else "product"
-
-
-def _compiled(situation: Situation, precision: str, weights: str, reasons: dict[str, str]) -> bool:
-    asked = situation.recipe.model.compile
-    if asked != "auto":
-        return asked
-    if situation.machine.device == "cuda" and precision == "int8" and weights != "dequantized":
-        reasons["compiled"] = "the compiler of torch 2.11 fails on int8 layers"
-        return False
-    return situation.machine.device == "cuda"
-
-
-def _accumulation(recipe: Recipe, batch: _Batch, corpus: CorpusShape, reasons: dict[str, str]) -> int:
+def _accumulation(recipe: Recipe, batch: _Batch, cut: MicroBatch, reasons: dict[str, str]) -> int:
     """Micro-batches in an optimizer step; packed, the expected number."""
     if not batch.packing:
-        return math.ceil(batch.effective / batch.micro)
-    expected = min(batch.effective, len(corpus.lengths)) * corpus.tokens / len(corpus.lengths)
-    count = max(1, math.ceil(expected / batch.micro_tokens))
+        return math.ceil(batch.effective / cut.sequences)
+    count = max(1, math.ceil(cut.work.micro_batches - 0.05))
     if recipe.train.gradient_accumulation_steps not in ("auto", count):
         reasons["gradient_accumulation_steps"] = (
             f"the step keeps its {format_count(batch.effective)} sequences, which packed make {format_count(count)} "
@@ -256,7 +367,12 @@ def _accumulation(recipe: Recipe, batch: _Batch, corpus: CorpusShape, reasons: d
     return count
 
 
-def _precision(situation: Situation, compute_dtype: str, reasons: dict[str, str]) -> str:
+def _precisions(situation: Situation, compute_dtype: str) -> tuple[str, ...]:
+    """Those to choose from, the best first.
+
+    Raises:
+        UsageError: the recipe asks for another than the checkpoint is quantized to.
+    """
     asked, stored = situation.recipe.quantization.chosen, situation.stored_precision
     if stored and asked not in ("auto", stored):
         raise UsageError(
@@ -264,57 +380,9 @@ def _precision(situation: Situation, compute_dtype: str, reasons: dict[str, str]
             safe="Nothing was loaded or written.",
             next_step=f"Set quantization.precision: {stored} or auto, or start from the unquantized model.",
         )
-    if asked != "auto":
-        return asked
-    if stored:
-        reasons["precision"] = "the checkpoint is already quantized so"
-        return stored
-    plain = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[compute_dtype]
-    need = situation.model.parameters * stored_bits(plain, False) / 8
-    if need < 0.5 * situation.room_bytes:
-        reasons["precision"] = f"{format_bytes(need)} of unquantized weights fit, and quantizing costs perplexity"
-        return plain
-    reasons["precision"] = f"{format_bytes(need)} of {plain} weights would take over half of the memory"
-    return "nf4"
-
-
-def _weights(situation: Situation, precision: str, compute_dtype: str, reasons: dict[str, str]) -> Any:
-    asked = situation.recipe.memory.weights
-    if asked != "auto":
-        return asked
-    quantized = precision in ("nf4", "fp4", "int8")
-    plain_bytes = situation.model.linear_parameters * (4 if compute_dtype == "float32" else 2)
-    if quantized and plain_bytes < 0.15 * situation.room_bytes:
-        reasons["weights"] = (
-            f"quantized, then kept dequantized: {format_bytes(plain_bytes)} fit, and no step has to dequantize again"
-        )
-        return "dequantized"
-    frozen = situation.model.linear_parameters * stored_bits(precision, True) / 8
-    if situation.machine.device == "cuda" and frozen > 0.6 * situation.room_bytes:
-        reasons["weights"] = f"{format_bytes(frozen)} of frozen weights leave too little room: streamed from the host"
-        return "host"
-    reasons["weights"] = f"{format_bytes(frozen)} of frozen weights fit"
-    return "device"
-
-
-def _activations(
-    situation: Situation, precision: str, compute_dtype: str, weights: str, tokens: int, reasons: dict[str, str]
-) -> Any:
-    recipe, model = situation.recipe, situation.model
-    if recipe.memory.activations != "auto":
-        return recipe.memory.activations
-    if recipe.train.gradient_checkpointing is not None and recipe.train.gradient_checkpointing != "auto":
-        return "recompute" if recipe.train.gradient_checkpointing else "keep"
-    size = 4 if compute_dtype == "float32" else 2
-    bits = stored_bits(precision, True) if weights == "device" else 8.0 * size
-    frozen = 0 if weights == "host" else model.linear_parameters * bits / 8
-    kept = kept_bytes_per_token_and_layer(model, size) * tokens * model.layers
-    room = situation.room_bytes - frozen - model.outside_parameters * size - model.trained_parameters * 16
-    if kept < 0.8 * room:
-        reasons["activations"] = f"{format_bytes(kept)} of activations fit, so nothing is computed twice"
-        return "keep"
-    reasons["activations"] = f"{format_bytes(kept)} of activations do not fit: only each layer's input is kept"
-    return "recompute"
+    if asked != "auto" or stored:
+        return (asked if asked != "auto" else str(stored),)
+    return ({"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[compute_dtype], "int8", "nf4")
 
 
 def _learning_rate(recipe: Recipe, model: ModelShape, reasons: dict[str, str]) -> float:

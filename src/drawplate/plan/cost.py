@@ -152,10 +152,8 @@ def _update_seconds(model: ModelShape, speed: DeviceSpeed) -> float:
     return 14 * 4 * model.trained_parameters / speed.memory_rate + UPDATE_LAUNCHES * speed.launch_seconds
 
 
-def evaluation_seconds(
-    model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed, micro_batches: float
-) -> float:
-    """A held-out measurement: forward alone, and the head's loss without its gradient."""
+def evaluation_seconds(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed) -> float:
+    """A held-out measurement, `work` being all of it: forward alone, and the head's loss without its gradient."""
     units, walk = units_of(model, choice, work, speed), Walk.of(model, choice)
     quantized = walk.quantized_kept + walk.quantized_rest
     device = walk.layers * units.forward.total + quantized * units.dequantize
@@ -163,4 +161,4 @@ def evaluation_seconds(
     device += _head_wait(model, choice, units.head_evaluated, speed)
     launches = walk.layers * LAUNCHES[choice.compiled]["forward"] + quantized * units.linears * DEQUANTIZE_LAUNCHES
     host = launches * speed.launch_seconds
-    return micro_batches * (device + host if choice.device == "cpu" else max(device, host))
+    return work.micro_batches * (device + host if choice.device == "cpu" else max(device, host))

@@ -128,6 +128,23 @@ def gpu_named(name: str) -> Gpu:
     )
 
 
+def typical_speed(device: str) -> DeviceSpeed:
+    """What is assumed of a device that was neither measured nor named: an RTX 4090, or two cores of a server."""
+    if device == "cuda":
+        return gpu_named("RTX 4090").speed("bfloat16")
+    return DeviceSpeed(
+        name="a CPU",
+        source="assumed: two cores of a server",
+        product_rates=((1e6, 5e9), (1e8, 5e10), (1e9, 8e10)),
+        attention_rate=4e10,
+        memory_rate=1e10,
+        to_device_rate=5e9,
+        to_host_rate=5e9,
+        dequantize_rate=5e8,
+        launch_seconds=4e-6,
+    )
+
+
 def _plain(name: str) -> str:
     words = name.lower().replace("-", " ").split()
     return "".join(word for word in words if word not in ("nvidia", "geforce", "tesla"))

@@ -1,0 +1,121 @@
+"""Why the search chose what it chose, in sentences that name the alternative and what it would have cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from drawplate.plan.cost import step_cost
+from drawplate.plan.ledger import Choice
+from drawplate.plan.search import Budget, Found, Search, is_compiled
+from drawplate.plan.unit_cost import QUANTIZED
+from drawplate.recipe import Recipe
+from drawplate.units import format_bytes, format_count
+
+SAME = 1.005
+"""Times closer than this are called the same."""
+
+
+def weight_words(choice: Choice, layers: int) -> str:
+    """Where the frozen layers live, in the recipe's words where one word is true of all."""
+    host = choice.host_layers(layers)
+    if host:
+        return "host" if host == layers else "partly host"
+    if choice.dequantized_layers:
+        return "dequantized" if choice.dequantized_layers == layers else "partly dequantized"
+    return "device"
+
+
+def activation_words(choice: Choice, layers: int) -> str:
+    """What becomes of activations, in the recipe's words where one word is true of all."""
+    if choice.kept_layers == layers:
+        return "keep"
+    return f"partly {choice.policy}" if choice.kept_layers else choice.policy
+
+
+def explain(recipe: Recipe, search: Search, found: Found, budget: Budget, *, stored: str | None) -> dict[str, str]:
+    """A reason for each decision that was the search's."""
+    reasons = {}
+    if recipe.quantization.chosen == "auto":
+        reasons["precision"] = "the checkpoint is already quantized so" if stored else _precision(search, found, budget)
+    if recipe.memory.weights == "auto":
+        reasons["weights"] = _weights(search, found)
+    if recipe.memory.activations == "auto" and recipe.train.gradient_checkpointing == "auto":
+        reasons["activations"] = _activations(search, found)
+    if len(search.space.batches) > 1:
+        reasons["micro_batch"] = _micro_batch(search, found, budget)
+    if found.choice.head_rows:
+        reasons["head_rows"] = "embedding and head stay in host memory and pass through two slots of so many rows"
+    dequantized = found.choice.dequantized_layers == search.model.layers
+    if search.space.compiled == "auto" and found.choice.precision == "int8" and not dequantized:
+        compiled = is_compiled(search.space, "int8", dequantized)
+        reasons |= {} if compiled else {"compiled": "the compiler of torch 2.11 fails on int8 layers"}
+    return reasons
+
+
+def _precision(search: Search, found: Found, budget: Budget) -> str:
+    chosen, parts = found.choice.precision, []
+    for other in search.space.precisions:
+        if other == chosen:
+            continue
+        best = search.best(other, budget)
+        if best is None:
+            parts.append(f"{other} does not fit")
+            continue
+        ratio = best.seconds_per_token / found.seconds_per_token
+        parts.append(f"{other} {_compared(ratio)}")
+    lossless = "" if chosen in QUANTIZED else "nothing is lost to quantization; "
+    return lossless + ", ".join(parts)
+
+
+def _compared(ratio: float) -> str:
+    if 1 / SAME < ratio < SAME:
+        return "takes as long"
+    return f"would take {100 * abs(ratio - 1):.0f} % {'longer' if ratio > 1 else 'less'}"
+
+
+def _seconds(search: Search, found: Found, changed: Choice) -> float:
+    return step_cost(search.model, changed, found.batch.work, search.speed, None).seconds
+
+
+def _weights(search: Search, found: Found) -> str:
+    choice, layers = found.choice, search.model.layers
+    host = choice.host_layers(layers)
+    if host:
+        resident = replace(choice, device_layers=layers - choice.dequantized_layers)
+        slower = _seconds(search, found, choice) / _seconds(search, found, resident)
+        price = "hidden behind the compute" if slower < SAME else f"{100 * (slower - 1):.0f} % of the time"
+        return f"{host} of {layers} layers are streamed from host memory: {price}, and the memory is better spent"
+    if choice.dequantized_layers:
+        packed = replace(choice, dequantized_layers=0, device_layers=layers)
+        saved = 1 - _seconds(search, found, choice) / _seconds(search, found, packed)
+        return (
+            f"{choice.dequantized_layers} of {layers} layers are quantized, then kept dequantized: "
+            f"no step has to do it again, which saves {100 * saved:.0f} %"
+        )
+    frozen = sum(line.bytes for line in found.ledger.lines if line.name.startswith("frozen"))
+    return f"{format_bytes(frozen)} of frozen layers fit"
+
+
+def _activations(search: Search, found: Found) -> str:
+    choice, layers = found.choice, search.model.layers
+    if choice.kept_layers == layers:
+        return "all activations fit, so nothing is computed twice"
+    price = _seconds(search, found, choice) / _seconds(search, found, replace(choice, kept_layers=layers)) - 1
+    where = "offloaded to the host" if choice.policy == "offload" else "kept"
+    again = f"{layers - choice.kept_layers} of {layers} layers are computed again from their inputs, {where}"
+    return f"{again}: {100 * price:.0f} % of the time, for activations that do not fit"
+
+
+def _micro_batch(search: Search, found: Found, budget: Budget) -> str:
+    """Compared with the neighbours that were looked at."""
+    sizes = [batch.tokens for batch in search.space.batches]
+    place = sizes.index(found.batch.tokens)
+    said = f"the fastest of {len(sizes)} sizes from {format_count(sizes[0])} to {format_count(sizes[-1])} tokens"
+    if place + 1 < len(sizes):
+        alone = replace(search.space, batches=(search.space.batches[place + 1],), precisions=(found.choice.precision,))
+        larger = Search(search.model, search.speed, alone, search.around).best(found.choice.precision, budget)
+        if larger is None:
+            return f"{said}; {format_count(sizes[place + 1])} would not fit"
+        ratio = larger.seconds_per_token / found.seconds_per_token
+        return f"{said}; {format_count(sizes[place + 1])} {_compared(ratio)}"
+    return said
