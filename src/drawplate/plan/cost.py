@@ -20,16 +20,20 @@ from drawplate.plan.unit_cost import QUANTIZED, Units, head_copy_seconds, units_
 from drawplate.plan.work import StepWork
 from drawplate.records import CostLine, DeviceSpeed
 
-LAUNCHES = {True: {"forward": 90.0, "backward": 150.0}, False: {"forward": 130.0, "backward": 220.0}}
-"""Host time of one layer's pass, in launches of a small operation, by `compiled`: the layer's kernels, and torch's and
-Python's own work around them."""
-DEQUANTIZE_LAUNCHES = 6.0
+LAUNCHES = {True: (130.0, 125.0), False: (190.0, 240.0)}
+"""Host time of one layer's forward and backward, in launches of a small operation, by `compiled`: the layer's kernels
+and what torch and Python do around them. Compiled: measured on an H100 (bench/results/plan-calibration-h100.json)."""
+DEQUANTIZE_LAUNCHES = 18.0
 """The same for dequantizing one weight matrix."""
 HEAD_LAUNCHES = 16.0
 """The same for a tile of the head."""
 UPDATE_LAUNCHES = 400.0
 """The same for clipping and the optimizer's step."""
 TILE_LOGITS = 2**28 / 6
+
+KERNELS = {True: (45, 65), False: (110, 150)}
+GAP_SECONDS = 4e-6
+"""Kernels of a layer's forward and backward, and the idle moment after each of them on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,37 @@ class Walk(NamedTuple):
         return self.layers - self.kept
 
 
+class MicroBatchSeconds(NamedTuple):
+    """Seconds of one micro-batch by what they are spent on, in the order of `FORMULAS`."""
+
+    products: float
+    adapter: float
+    attention: float
+    elementwise: float
+    recomputation: float
+    dequantization: float
+    head: float
+    gaps: float
+    streamed_layers: float
+    streamed_head: float
+    host: float
+
+
+FORMULAS = (
+    ("matrix products of the layers", "layers x 4 FLOPs x weights x positions / rate"),
+    ("adapter's products", "layers x bytes read and written / bandwidth"),
+    ("attention", "layers x 3.5 x 2 hidden x sum of squared lengths / rate"),
+    ("elementwise passes", "layers x bytes read and written / bandwidth"),
+    ("recomputation", "layers that do not keep their activations x one forward"),
+    ("dequantization", "passes x weights of a layer / rate"),
+    ("head and loss", "4 FLOPs x hidden x vocabulary x tokens / rate, and passes over the logits"),
+    ("gaps between kernels", "kernels x the device's idle moment"),
+    ("waiting for streamed layers", "copies, less the compute that hides them"),
+    ("waiting for the streamed head", "its copy, less the compute that hides it"),
+    ("waiting for the host", "launches of a micro-batch, less what the device takes"),
+)
+
+
 def step_cost(
     model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed, units: Units | None = None
 ) -> Cost:
@@ -86,28 +121,46 @@ def step_cost(
         speed: of the device.
         units: from `units_of` for the same precision, dtype and work, if at hand.
     """
-    units, walk = units or units_of(model, choice, work, speed), Walk.of(model, choice)
-    again = 1 if choice.dequantize == "layer" else 2
-    dequantized = 2 * walk.quantized_kept + (1 + again) * walk.quantized_rest
-    both, lines = [a + b for a, b in zip(units.forward, units.backward, strict=True)], []
-    lines += [
-        ("matrix products of the layers", walk.layers * both[0], "layers x 4 FLOPs x weights x positions / rate"),
-        ("adapter's products", walk.layers * both[1], "layers x bytes read and written / bandwidth"),
-        ("attention", walk.layers * both[2], "layers x 3.5 x 2 hidden x sum of squared lengths / rate"),
-        ("elementwise passes", walk.layers * both[3], "layers x bytes read and written / bandwidth"),
-        ("recomputation", walk.rest * units.forward.total, f"{walk.rest} layers x one forward"),
-        ("dequantization", dequantized * units.dequantize, f"{dequantized} layers' weights / rate"),
-        ("head and loss", units.head, "4 FLOPs x hidden x vocabulary x tokens / rate, and passes over the logits"),
-        ("waiting for streamed layers", _streaming_wait(choice, walk, units), "copies longer than what hides them"),
-        ("waiting for the streamed head", _head_wait(model, choice, units.head, speed), "its copy, less its compute"),
-    ]
-    device = sum(seconds for _, seconds, _ in lines)
-    host = _host_seconds(choice, walk, units, work, dequantized, model) * speed.launch_seconds
-    waiting = host if choice.device == "cpu" else max(0.0, host - device)
-    lines.append(("waiting for the host", waiting, "launches of a micro-batch, less what the device takes"))
-    lines = [(name, work.micro_batches * seconds, formula) for name, seconds, formula in lines]
-    lines.append(("optimizer step", _update_seconds(model, speed), "14 x 4 bytes x trained parameters / bandwidth"))
+    parts = micro_batch_seconds(model, choice, work, speed, units or units_of(model, choice, work, speed))
+    lines = [(name, work.micro_batches * s, formula) for s, (name, formula) in zip(parts, FORMULAS, strict=True)]
+    lines.append(("optimizer step", update_seconds(model, speed), "14 x 4 bytes x trained parameters / bandwidth"))
     return Cost(lines=tuple(CostLine(name=n, seconds=s, formula=f) for n, s, f in lines if s > 0), work=work)
+
+
+def step_seconds(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed, units: Units) -> float:
+    """The sum of `step_cost`'s lines."""
+    parts = micro_batch_seconds(model, choice, work, speed, units)
+    return work.micro_batches * sum(parts) + update_seconds(model, speed)
+
+
+def micro_batch_seconds(
+    model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed, units: Units
+) -> MicroBatchSeconds:
+    """One micro-batch: what the device computes, then what it waits for."""
+    walk = Walk.of(model, choice)
+    dequantized = 2 * walk.quantized_kept + (2 if choice.dequantize == "layer" else 3) * walk.quantized_rest
+    products, adapter, attention, elementwise = (
+        walk.layers * (a + b) for a, b in zip(units.forward, units.backward, strict=True)
+    )
+    again = walk.rest * units.forward.total
+    forward, backward = KERNELS[choice.compiled]
+    kernels = (walk.layers + walk.rest) * forward + walk.layers * backward
+    gaps = kernels * GAP_SECONDS if choice.device == "cuda" else 0.0
+    parts = MicroBatchSeconds(
+        products=products,
+        adapter=adapter,
+        attention=attention,
+        elementwise=elementwise,
+        recomputation=again,
+        dequantization=dequantized * units.dequantize,
+        head=units.head,
+        gaps=gaps,
+        streamed_layers=_streaming_wait(choice, walk, units),
+        streamed_head=_head_wait(model, choice, units.head, speed),
+        host=0.0,
+    )
+    host = _host_launches(model, choice, walk, units, work, dequantized) * speed.launch_seconds
+    return parts._replace(host=host if choice.device == "cpu" else max(0.0, host - sum(parts)))
 
 
 def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
@@ -137,17 +190,17 @@ def _head_wait(model: ModelShape, choice: Choice, computing: float, speed: Devic
     return first + max(0.0, copy - first - computing)
 
 
-def _host_seconds(
-    choice: Choice, walk: Walk, units: Units, work: StepWork, dequantized: int, model: ModelShape
+def _host_launches(
+    model: ModelShape, choice: Choice, walk: Walk, units: Units, work: StepWork, dequantized: int
 ) -> float:
     """Launches of one micro-batch: a walk forward, a walk back, what is computed again, dequantization, the head."""
-    launches = LAUNCHES[choice.compiled]
-    passes = (walk.layers + walk.rest) * launches["forward"] + walk.layers * launches["backward"]
+    forward, backward = LAUNCHES[choice.compiled]
+    passes = (walk.layers + walk.rest) * forward + walk.layers * backward
     tiles = math.ceil(work.tokens * model.vocab / TILE_LOGITS)
     return passes + dequantized * units.linears * DEQUANTIZE_LAUNCHES + tiles * HEAD_LAUNCHES
 
 
-def _update_seconds(model: ModelShape, speed: DeviceSpeed) -> float:
+def update_seconds(model: ModelShape, speed: DeviceSpeed) -> float:
     """Norm, clipping and AdamW read and write the gradient, the weight and two moments about 14 times in float32."""
     return 14 * 4 * model.trained_parameters / speed.memory_rate + UPDATE_LAUNCHES * speed.launch_seconds
 
@@ -159,6 +212,6 @@ def evaluation_seconds(model: ModelShape, choice: Choice, work: StepWork, speed:
     device = walk.layers * units.forward.total + quantized * units.dequantize
     device += max(0.0, walk.host * units.layer_copy - device) + units.head_evaluated
     device += _head_wait(model, choice, units.head_evaluated, speed)
-    launches = walk.layers * LAUNCHES[choice.compiled]["forward"] + quantized * units.linears * DEQUANTIZE_LAUNCHES
+    launches = walk.layers * LAUNCHES[choice.compiled][0] + quantized * units.linears * DEQUANTIZE_LAUNCHES
     host = launches * speed.launch_seconds
     return work.micro_batches * (device + host if choice.device == "cpu" else max(device, host))

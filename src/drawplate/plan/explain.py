@@ -111,11 +111,9 @@ def _micro_batch(search: Search, found: Found, budget: Budget) -> str:
     sizes = [batch.tokens for batch in search.space.batches]
     place = sizes.index(found.batch.tokens)
     said = f"the fastest of {len(sizes)} sizes from {format_count(sizes[0])} to {format_count(sizes[-1])} tokens"
-    if place + 1 < len(sizes):
-        alone = replace(search.space, batches=(search.space.batches[place + 1],), precisions=(found.choice.precision,))
-        larger = Search(search.model, search.speed, alone, search.around).best(found.choice.precision, budget)
-        if larger is None:
-            return f"{said}; {format_count(sizes[place + 1])} would not fit"
-        ratio = larger.seconds_per_token / found.seconds_per_token
-        return f"{said}; {format_count(sizes[place + 1])} {_compared(ratio)}"
-    return said
+    if place + 1 == len(sizes):
+        return said
+    larger = search.best(found.choice.precision, budget, tokens=sizes[place + 1])
+    if larger is None:
+        return f"{said}; {format_count(sizes[place + 1])} would not fit"
+    return f"{said}; {format_count(sizes[place + 1])} {_compared(larger.seconds_per_token / found.seconds_per_token)}"

@@ -69,7 +69,7 @@ def does_not_fit(situation: Situation, search: Search, would_fit: Callable[[Situ
     """The nearest miss, and the one change that would mend it."""
     budget = situation.budget
     near = search.nearest(budget)
-    missing = budget.missing(near.ledger)
+    missing = budget.missing(near.need)
     margins = {"device": DEVICE_MARGIN, "host": HOST_MARGIN}
     limits = {"device": budget.device_bytes, "host": budget.host_bytes}
     parts = [

@@ -12,11 +12,12 @@ more than two slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from drawplate.plan.cost import Cost, step_cost
+from drawplate.plan.cost import Cost, step_cost, step_seconds
 from drawplate.plan.ledger import Choice, Ledger, ModelShape, Surroundings, ledger
 from drawplate.plan.unit_cost import QUANTIZED, Units, units_of
 from drawplate.plan.work import StepWork
@@ -63,6 +64,13 @@ class Space:
     fixed: Choice
 
 
+class Need(NamedTuple):
+    """Peak bytes."""
+
+    device: int
+    host: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """Bytes at most."""
@@ -70,13 +78,19 @@ class Budget:
     device_bytes: int
     host_bytes: int
 
-    def missing(self, predicted: Ledger) -> dict[str, int]:
+    def missing(self, need: Need) -> dict[str, int]:
         """Bytes by which a prediction, with its margin, exceeds the budget; only places where it does."""
-        needs = {
-            "device": int(predicted.peak("device") * (1 + DEVICE_MARGIN)) - self.device_bytes,
-            "host": int(predicted.peak("host") * (1 + HOST_MARGIN)) - self.host_bytes,
+        excess = {
+            "device": int(need.device * (1 + DEVICE_MARGIN)) - self.device_bytes,
+            "host": int(need.host * (1 + HOST_MARGIN)) - self.host_bytes,
         }
-        return {where: missing for where, missing in needs.items() if missing > 0}
+        return {where: count for where, count in excess.items() if count > 0}
+
+    def excess(self, need: Need) -> int:
+        """The sum of what is missing; 0 where it fits."""
+        return max(0, int(need.device * (1 + DEVICE_MARGIN)) - self.device_bytes) + max(
+            0, int(need.host * (1 + HOST_MARGIN)) - self.host_bytes
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +103,11 @@ class Found:
     ledger: Ledger
 
     @property
+    def need(self) -> Need:
+        """Its peaks."""
+        return Need(self.ledger.peak("device"), self.ledger.peak("host"))
+
+    @property
     def seconds_per_token(self) -> float:
         """What is compared: a step's tokens are the same for every cut, but for sampling."""
         return self.cost.seconds / self.batch.work.step_tokens
@@ -96,48 +115,83 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
-    """A choice but for the layers that keep their activations, of which at least `fewest` and at most `most` do."""
+    """A choice but for the layers that keep their activations, of which at least `fewest` and at most `most` do.
+
+    `seconds` per token, by that number: those of both ends from the start.
+    """
 
     choice: Choice
     batch: MicroBatch
     units: Units
     fewest: int
     most: int
-    bound: float
+    seconds: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def bound(self) -> float:
+        """No number of layers that keep their activations is faster: time rises or falls with it."""
+        return min(self.seconds.values())
 
 
 @dataclass
 class Search:
-    """All candidates of a space, priced once; asked with any number of budgets."""
+    """All candidates of a space, priced once; asked with any number of budgets.
+
+    Whether a candidate fits is first estimated: what activations need does not depend on how many layers lie where, so
+    it is asked of the ledger once for each pattern of tiers, and the bytes that tiers differ by are added. A candidate
+    that would win is then asked of the ledger itself.
+    """
 
     model: ModelShape
     speed: DeviceSpeed
     space: Space
     around: Surroundings
     _priced: dict[str, list[_Candidate]] = field(default_factory=dict)
-    _ledgers: dict[Choice, Ledger] = field(default_factory=dict)
+    _won: dict[tuple[str, Budget], tuple[float, _Candidate, int]] = field(default_factory=dict)
+    _needs: dict[Choice, Need] = field(default_factory=dict)
+    _estimates: dict[tuple[Hashable, ...], Need] = field(default_factory=dict)
 
-    def best(self, precision: str, budget: Budget) -> Found | None:
-        """The fastest choice of a precision that fits; None where none does."""
-        best: Found | None = None
+    def best(
+        self, precision: str, budget: Budget, *, limit: float = math.inf, tokens: int | None = None
+    ) -> Found | None:
+        """The fastest choice of a precision that fits, None where none does.
+
+        Args:
+            precision: of the frozen weights.
+            budget: bytes at most.
+            limit: seconds per token that it must stay below.
+            tokens: of the micro-batch, if only those are to be looked at.
+        """
+        won = self._won_with_less(precision, budget) if tokens is None else None
         for candidate in self._candidates(precision):
-            if best is not None and candidate.bound >= best.seconds_per_token:
+            fastest = min(limit, won[0]) if won else limit
+            if candidate.bound >= fastest:
                 break
-            for kept in self._most_kept(candidate, budget):
-                found = self._priced_at(candidate, kept)
-                if best is None or found.seconds_per_token < best.seconds_per_token:
-                    best = found
-        return best
+            if tokens not in (None, candidate.batch.tokens):
+                continue
+            for kept in self._ends(candidate, budget, fastest):
+                seconds = self._seconds_per_token(candidate, kept)
+                if seconds < (won[0] if won else limit) and self._fits(candidate, kept, budget):
+                    won = (seconds, candidate, kept)
+        if won is None or won[0] >= limit:
+            return None
+        if tokens is None:
+            self._won[precision, budget] = won
+        return self._found(won[1], won[2])
+
+    def _won_with_less(self, precision: str, budget: Budget) -> tuple[float, _Candidate, int] | None:
+        """The fastest of what smaller budgets have found already, which fits here too."""
+        smaller = (
+            won
+            for (of, other), won in self._won.items()
+            if of == precision and other.device_bytes <= budget.device_bytes and other.host_bytes <= budget.host_bytes
+        )
+        return min(smaller, key=lambda won: won[0], default=None)
 
     def nearest(self, budget: Budget) -> Found:
         """The choice that exceeds the budget by least."""
-        candidates = [c for p in self.space.precisions for c in self._candidates(p)]
-        least = min(
-            (replace(c.choice, kept_layers=kept) for c in candidates for kept in {c.fewest, c.most}),
-            key=lambda choice: sum(budget.missing(self._ledger(choice)).values()),
-        )
-        candidate = next(c for c in candidates if replace(c.choice, kept_layers=least.kept_layers) == least)
-        return self._priced_at(candidate, least.kept_layers)
+        ends = [(c, k) for p in self.space.precisions for c in self._candidates(p) for k in {c.fewest, c.most}]
+        return self._found(*min(ends, key=lambda end: budget.excess(self._estimate(*end))))
 
     def _candidates(self, precision: str) -> list[_Candidate]:
         if precision not in self._priced:
@@ -151,38 +205,103 @@ class Search:
             key = (choice.compiled, choice.dequantize)
             if key not in units:
                 units[key] = units_of(self.model, choice, batch.work, self.speed)
-            ends = [
-                step_cost(self.model, replace(choice, kept_layers=k), batch.work, self.speed, units[key]).seconds
-                for k in (fewest, most)
-            ]
-            bound = min(ends) / batch.work.step_tokens
-            yield _Candidate(choice=choice, batch=batch, units=units[key], fewest=fewest, most=most, bound=bound)
+            candidate = _Candidate(choice=choice, batch=batch, units=units[key], fewest=fewest, most=most)
+            for kept in {fewest, most}:
+                self._seconds_per_token(candidate, kept)
+            yield candidate
 
-    def _most_kept(self, candidate: _Candidate, budget: Budget) -> tuple[int, ...]:
-        """The fewest and the most layers that may keep their activations within the budget; none where none may."""
+    def _seconds_per_token(self, candidate: _Candidate, kept: int) -> float:
+        """What is compared: a step's tokens are the same for every cut, but for sampling."""
+        if kept not in candidate.seconds:
+            work, choice = candidate.batch.work, _keeping(candidate.choice, kept)
+            seconds = step_seconds(self.model, choice, work, self.speed, candidate.units)
+            candidate.seconds[kept] = seconds / work.step_tokens
+        return candidate.seconds[kept]
+
+    def _ends(self, candidate: _Candidate, budget: Budget, limit: float) -> tuple[int, ...]:
+        """The most layers that may keep their activations within the budget, where so many take less than `limit`.
+
+        Time falls with that number, so the smallest that is fast enough is looked for first, and mostly does not fit.
+        """
 
         def fits(kept: int) -> bool:
-            return not budget.missing(self._ledger(replace(candidate.choice, kept_layers=kept)))
+            return not budget.excess(self._estimate(candidate, kept))
 
-        if fits(candidate.most):  # where all keep theirs nothing is recomputed, which may be the smaller peak
-            return (candidate.most, candidate.fewest) if fits(candidate.fewest) else (candidate.most,)
-        if not fits(candidate.fewest):
+        def fast(kept: int) -> bool:
+            return self._seconds_per_token(candidate, kept) < limit
+
+        fewest, most = candidate.fewest, candidate.most
+        if fits(most):  # where all keep theirs nothing is recomputed, which may be the smaller peak
+            return (most, fewest) if most > fewest and fits(fewest) else (most,)
+        if most == fewest:
             return ()
-        low, high = candidate.fewest, max(candidate.fewest, candidate.most - 1)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return (candidate.fewest, low)
+        low = fewest if fast(fewest) else _smallest(fewest + 1, most, fast)
+        if not fits(low):
+            return ()
+        return (_smallest(low + 1, most, lambda kept: not fits(kept)) - 1,)
 
-    def _priced_at(self, candidate: _Candidate, kept: int) -> Found:
-        choice = replace(candidate.choice, kept_layers=kept)
+    def _estimate(self, candidate: _Candidate, kept: int) -> Need:
+        """What the ledger would say, from what it says for the same pattern of tiers."""
+        choice = candidate.choice
+        shift, alike = self._tiers_shift(choice)
+        key = (
+            alike,
+            choice.precision,
+            choice.policy,
+            choice.head_rows,
+            choice.dequantize,
+            candidate.batch.tokens,
+            kept,
+        )
+        if key not in self._estimates:
+            dequantized, on_device = alike
+            like = replace(choice, dequantized_layers=dequantized, device_layers=on_device, kept_layers=kept)
+            self._estimates[key] = self._need(like)
+        need = self._estimates[key]
+        return Need(need.device + shift.device, need.host + shift.host)
+
+    def _tiers_shift(self, choice: Choice) -> tuple[Need, tuple[int, int]]:
+        """Bytes by which a choice's tiers need more than others of the same pattern, and those others."""
+        layers, dequantized, on_device = self.model.layers, choice.dequantized_layers, choice.device_layers
+        some, streamed = min(dequantized, 1), min(choice.host_layers(layers), choice.slots)
+        alike = (
+            layers if dequantized == layers else some,
+            0 if dequantized + on_device in (0, layers) and not on_device else layers - some - streamed,
+        )
+        key = (choice.precision, choice.head_rows, dequantized, on_device)
+        if key not in self._estimates:
+            here, there = (
+                self._need(replace(choice, dequantized_layers=d, device_layers=v, kept_layers=0))
+                for d, v in ((dequantized, on_device), alike)
+            )
+            self._estimates[key] = Need(here.device - there.device, here.host - there.host)
+        return self._estimates[key], alike
+
+    def _fits(self, candidate: _Candidate, kept: int, budget: Budget) -> bool:
+        return not budget.excess(self._need(_keeping(candidate.choice, kept)))
+
+    def _need(self, choice: Choice) -> Need:
+        if choice not in self._needs:
+            predicted = ledger(self.model, choice, self.around)
+            self._needs[choice] = Need(predicted.peak("device"), predicted.peak("host"))
+        return self._needs[choice]
+
+    def _found(self, candidate: _Candidate, kept: int) -> Found:
+        choice = _keeping(candidate.choice, kept)
         cost = step_cost(self.model, choice, candidate.batch.work, self.speed, candidate.units)
-        return Found(choice=choice, batch=candidate.batch, cost=cost, ledger=self._ledger(choice))
+        return Found(choice=choice, batch=candidate.batch, cost=cost, ledger=ledger(self.model, choice, self.around))
 
-    def _ledger(self, choice: Choice) -> Ledger:
-        if choice not in self._ledgers:
-            self._ledgers[choice] = ledger(self.model, choice, self.around)
-        return self._ledgers[choice]
+
+def _smallest(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The smallest number from `low` on that holds, `high` being known to; what holds for one holds for all above."""
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
+
+
+def _keeping(choice: Choice, kept: int) -> Choice:
+    return replace(choice, kept_layers=kept)
 
 
 def choices(model: ModelShape, space: Space, precision: str, batch: MicroBatch) -> Iterator[tuple[Choice, int, int]]:
