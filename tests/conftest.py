@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from pathlib import Path
 
@@ -29,12 +31,40 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a CUDA device")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """For fixtures that several tests share; never the user's own."""
+    os.environ["DRAWPLATE_CACHE"] = str(_cache_with_speeds(tmp_path_factory))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own, so that no test depends on what an earlier run left in the user's."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = _cache_with_speeds(tmp_path_factory)
     monkeypatch.setenv("DRAWPLATE_CACHE", str(folder))
     return folder
+
+
+def _cache_with_speeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A typical device's speed lies in it, so that no test waits for a probe or plans by how busy the machine is."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "speed").mkdir()
+    for name, text in _typical_speeds().items():
+        (folder / "speed" / name).write_text(text)
+    return folder
+
+
+@functools.cache
+def _typical_speeds() -> dict[str, str]:
+    import torch
+
+    from drawplate.device import machine
+    from drawplate.plan.gpus import typical_speed
+    from drawplate.records import to_json
+    from drawplate.speed import speed_path
+
+    here, text = machine(torch.device("cpu")), json.dumps(to_json(typical_speed("cpu")))
+    return {speed_path(here, dtype).name: text for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 @pytest.fixture(scope="session")

@@ -191,7 +191,7 @@ def stable(record: RunRecord) -> dict[str, Any]:
         del values[name]
     for part in (values["training"], *values["steps"]):
         del part["seconds"], part["tokens_per_second"]
-    del values["plan"]["ledger"]
+    del values["plan"]["ledger"], values["plan"]["phases"]
     return values
 
 

@@ -21,7 +21,7 @@ from drawplate.plan.ledger import Choice, ModelShape, Surroundings
 from drawplate.plan.search import Budget, Found, MicroBatch, Search, Space
 from drawplate.plan.work import Cut, step_work
 from drawplate.recipe import Recipe
-from drawplate.records import DeviceSpeed, Machine, Plan, PlanTimes
+from drawplate.records import DeviceSpeed, FrontierPoint, Machine, Plan, PlanTimes
 from drawplate.units import format_count
 
 DEFAULT_BATCH_SEQUENCES = 16
@@ -56,7 +56,7 @@ class CorpusShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """All that a choice rests on."""
+    """All that a choice rests on; with `frontier`, other budgets are looked at too."""
 
     recipe: Recipe
     machine: Machine
@@ -66,6 +66,7 @@ class Situation:
     stored_double_quant: bool | None = None
     speed: DeviceSpeed | None = None
     assumptions: tuple[str, ...] = ()
+    frontier: bool = False
 
     @property
     def budget(self) -> Budget:
@@ -185,9 +186,13 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         head_rows=choice.head_rows,
         row_multiple=_row_multiple(recipe, machine.device, choice.micro_batch_tokens, batch),
         times=_times(situation, corpus, found, batch, steps),
-        frontier=frontier_of(search, lambda budget: fastest(search, budget), situation.budget),
+        frontier=_frontier(situation, search),
         assumptions=situation.assumptions,
     )
+
+
+def _frontier(situation: Situation, search: Search) -> tuple[FrontierPoint, ...]:
+    return frontier_of(search, lambda budget: fastest(search, budget), situation.budget) if situation.frontier else ()
 
 
 def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, batch: _Batch) -> Search:

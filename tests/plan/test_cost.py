@@ -1,0 +1,220 @@
+"""Seconds as named lines: the laws they follow, and what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drawplate.data.batches import cut_packed, cut_padded
+from drawplate.errors import UsageError
+from drawplate.plan.cost import Cost, step_cost, step_seconds
+from drawplate.plan.gpus import GPUS, gpu_named, typical_speed
+from drawplate.plan.ledger import Choice
+from drawplate.plan.unit_cost import head_copy_seconds, layer_copy_seconds, product_seconds, units_of
+from drawplate.plan.work import Cut, StepWork, step_work
+from drawplate.records import Sequence
+from tests.plan.test_ledger import shape
+
+H100 = gpu_named("H100").speed("bfloat16")
+MODEL = shape()
+
+
+def choice_of(weights: str = "device", activations: str = "keep", **changes: Any) -> Choice:
+    values: dict[str, Any] = {
+        "precision": "bf16",
+        "double_quant": True,
+        "compute_dtype": "bfloat16",
+        "device": "cuda",
+        "micro_batch_tokens": 8192,
+        "compiled": True,
+        "dequantize": "layer",
+    }
+    return Choice.in_words(MODEL.layers, weights=weights, activations=activations, **{**values, **changes})
+
+
+def work_of(tokens: float = 8192, length: float = 2048, micro_batches: float = 1) -> StepWork:
+    return StepWork(micro_batches=micro_batches, positions=tokens, tokens=tokens, squares=tokens * length)
+
+
+def cost_of(weights: str = "device", activations: str = "keep", work: StepWork | None = None, **changes: Any) -> Cost:
+    return step_cost(MODEL, choice_of(weights, activations, **changes), work or work_of(), H100)
+
+
+def line(cost: Cost, name: str) -> float:
+    return next((x.seconds for x in cost.lines if x.name == name), 0.0)
+
+
+def test_products_take_four_flops_a_weight_and_token() -> None:
+    flops = 4 * MODEL.linear_parameters * 8192
+    assert line(cost_of(), "matrix products of the layers") == pytest.approx(
+        flops / H100.product_rates[-1][1], rel=0.05
+    )
+
+
+def test_recomputing_costs_one_more_forward_and_offloading_no_more() -> None:
+    kept, again = cost_of(), cost_of(activations="recompute")
+    assert 1.2 < again.seconds / kept.seconds < 1.5
+    assert cost_of(activations="offload").seconds == pytest.approx(again.seconds)
+
+
+def test_streaming_is_free_above_the_tokens_that_docs_streaming_names_and_not_below() -> None:
+    """T* = bytes per weight * FLOP/s / (2 * bytes/s); other work than products makes it smaller."""
+    rate = H100.product_rates[-1][1]
+    free = 2 * rate / (2 * H100.to_device_rate)
+    above, below = work_of(2 * free), work_of(free / 8)
+    name = "waiting for streamed layers"
+    assert line(cost_of("host", "offload", above), name) == 0
+    waiting = line(cost_of("host", "offload", below), name)
+    copies = 2 * (MODEL.layers - 2) * layer_copy_seconds(MODEL, choice_of(), H100)
+    assert 0 < waiting < copies
+
+
+def test_packed_documents_cost_the_sum_of_their_squares() -> None:
+    long, short = cost_of(work=work_of(length=2048)), cost_of(work=work_of(length=1024))
+    assert 1.5 < line(long, "attention") / line(short, "attention") < 2.0
+
+
+def test_a_small_micro_batch_waits_for_the_host() -> None:
+    small = cost_of(work=work_of(256))
+    assert line(small, "waiting for the host") > 0.3 * small.seconds
+    assert line(cost_of(work=work_of(32768)), "waiting for the host") == 0
+
+
+def test_dequantization_is_paid_at_every_pass_unless_the_layers_are_dequantized() -> None:
+    name = "dequantization"
+    assert line(cost_of(), name) == 0
+    assert line(cost_of("dequantized", precision="nf4"), name) == 0
+    whole = line(cost_of("device", "recompute", precision="nf4"), name)
+    assert whole == pytest.approx(2 * MODEL.linear_parameters / H100.dequantize_rate)
+    assert line(cost_of("device", "recompute", precision="nf4", dequantize="product"), name) == pytest.approx(
+        1.5 * whole
+    )
+
+
+def test_a_streamed_head_costs_what_its_copy_takes_longer_than_its_products() -> None:
+    work = work_of(64, 64)
+    copy = head_copy_seconds(MODEL, choice_of(head_rows=8192), H100)
+    assert 0.5 * copy < line(cost_of(work=work, head_rows=8192), "waiting for the streamed head") < copy
+    assert line(cost_of(work=work), "waiting for the streamed head") == 0
+
+
+@given(st.sampled_from(["device", "host"]), st.sampled_from(["keep", "recompute", "offload"]), st.integers(16, 40000))
+@settings(deadline=None, max_examples=30)
+def test_the_lines_sum_to_the_step(weights: str, activations: str, tokens: int) -> None:
+    choice, work = choice_of(weights, activations, precision="nf4"), work_of(tokens, 500, micro_batches=2.5)
+    cost = step_cost(MODEL, choice, work, H100)
+    assert cost.seconds == pytest.approx(step_seconds(MODEL, choice, work, H100, units_of(MODEL, choice, work, H100)))
+    assert cost.tokens_per_second == pytest.approx(work.step_tokens / cost.seconds)
+
+
+@given(st.integers(0, 27), st.integers(0, 28), st.sampled_from(["recompute", "offload"]), st.integers(128, 20000))
+@settings(deadline=None, max_examples=40)
+def test_more_layers_that_keep_their_activations_are_never_slower(
+    kept: int, host: int, policy: str, tokens: int
+) -> None:
+    """What the search halves on."""
+
+    def seconds(count: int) -> float:
+        choice = replace(choice_of(), kept_layers=count, device_layers=28 - host, policy=policy)  # type: ignore[arg-type]
+        return cost_of_choice(choice, work_of(tokens, 500))
+
+    assert seconds(kept + 1) <= seconds(kept) * (1 + 1e-12)
+
+
+def cost_of_choice(choice: Choice, work: StepWork) -> float:
+    return step_cost(MODEL, choice, work, H100).seconds
+
+
+def test_a_products_seconds_are_those_measured_at_its_size_and_between() -> None:
+    speed = replace(H100, product_rates=((1e9, 1e12), (1e11, 3e12)))
+    assert product_seconds(speed, 1000, 1000, 500) == pytest.approx(1e9 / 1e12)
+    assert product_seconds(speed, 1, 1, 1) == pytest.approx(1e9 / 1e12), "a tiny one takes as long as the smallest"
+    assert product_seconds(speed, 1000, 1000, 5000) == pytest.approx(1e10 / 2e12)
+    assert product_seconds(speed, 1e4, 1e4, 5000) == pytest.approx(1e12 / 3e12)
+
+
+# --- the work of a step ------------------------------------------------------------------------------------------
+
+
+def sequences_of(lengths: list[int]) -> list[Sequence]:
+    return [
+        Sequence(index=i, document=str(i), input_ids=np.zeros(n, np.int32), counted=np.ones(n, bool), text_bytes=n)
+        for i, n in enumerate(lengths)
+    ]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.booleans(), st.sampled_from([16, 64]))
+@settings(deadline=None, max_examples=40)
+def test_a_step_of_the_whole_corpus_is_cut_as_the_loop_cuts_it(
+    lengths: list[int], packing: bool, multiple: int
+) -> None:
+    work = step_work(lengths, len(lengths), Cut(packing=packing, tokens=512, sequences=5, multiple=multiple))
+    cut = (
+        cut_packed(sequences_of(lengths), 512, multiple, 0)
+        if packing
+        else cut_padded(sequences_of(lengths), 5, multiple, 0)
+    )
+    assert work.micro_batches == pytest.approx(len(cut))
+    assert work.positions * len(cut) == pytest.approx(sum(batch.input_ids_BT.numel() for batch in cut))
+    assert work.tokens * len(cut) == pytest.approx(sum(lengths))
+
+
+def test_a_large_corpus_is_sampled() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 2000, 100_000).tolist()
+    work = step_work(lengths, 64, Cut(packing=True, tokens=8192, sequences=64, multiple=16))
+    assert work.step_tokens == pytest.approx(64 * np.mean(lengths), rel=0.02)
+    assert work.tokens > 0.85 * 8192 * work.micro_batches / np.ceil(work.micro_batches)
+
+
+# --- cards that are not there ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090", "geforce rtx-4090"])
+def test_a_card_is_found_however_its_name_is_written(name: str) -> None:
+    assert gpu_named(name).name == "RTX 4090"
+
+
+def test_an_unknown_card_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"RTX 4095.*\n.*\n.*RTX 4090"):
+        gpu_named("RTX 4095")
+
+
+def test_every_card_has_a_source_and_figures_in_their_order() -> None:
+    for gpu in GPUS:
+        assert gpu.source
+        assert gpu.fp8 == 0 or gpu.fp8 >= gpu.fp16 >= gpu.bf16 > 0
+        speed = gpu.speed("float16")
+        assert speed.to_device_rate < speed.memory_rate
+        assert speed.product_rates[0][1] < speed.product_rates[-1][1]
+    assert (
+        gpu_named("T4").speed("bfloat16").product_rates[-1][1] < gpu_named("T4").speed("float16").product_rates[-1][1]
+    )
+    assert typical_speed("cpu").product_rates
+
+
+# --- what was measured -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("activations", "tokens", "length", "tokens_per_second"),
+    [("keep", 8192, 2048, 34295), ("keep", 8192, 512, 36415), ("recompute", 8192, 2048, 25569)],
+)
+def test_an_h100_is_predicted_within_a_tenth(
+    activations: str, tokens: int, length: int, tokens_per_second: float
+) -> None:
+    """bench/results/plan-calibration-h100.json; its speed was probed, so none of the published figures are used."""
+    probed = replace(
+        H100,
+        product_rates=((2.1e9, 7.9e13), (8.6e9, 3.1e14), (3.4e10, 6.15e14), (1.37e11, 7.2e14), (1.9e12, 6.9e14)),
+        attention_rate=4.1e14,
+        memory_rate=2.8e12,
+        launch_seconds=1.06e-5,
+    )
+    predicted = step_cost(MODEL, choice_of(activations=activations), work_of(tokens, length), probed)
+    assert predicted.tokens_per_second == pytest.approx(tokens_per_second, rel=0.1)

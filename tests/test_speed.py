@@ -1,0 +1,67 @@
+"""The probe: measured once, kept by device and dtype, and never in the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import drawplate.speed as speed
+from drawplate.device import machine
+from drawplate.plan.gpus import typical_speed
+from drawplate.recipe import cache_folder
+from drawplate.records import DeviceSpeed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that take a moment, not a second."""
+    monkeypatch.setattr(speed, "PRODUCT_ROWS", {"cpu": (8, 32)})
+    monkeypatch.setattr(speed, "PRODUCT_WEIGHTS", {"cpu": ((64, 64), (128, 64))})
+    monkeypatch.setattr(speed, "COPIED_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(speed, "DEQUANTIZED_SHAPE", {"cpu": (64, 64)})
+    monkeypatch.setattr(speed, "TIMED_SECONDS", {"cpu": 1e-4})
+
+
+@pytest.mark.usefixtures("_brief")
+def test_every_figure_is_measured_and_sizes_rise() -> None:
+    probed = speed.probe(CPU, torch.float32, machine(CPU))
+    sizes = [size for size, _ in probed.product_rates]
+    assert sizes == sorted(set(sizes))
+    figures = [rate for _, rate in probed.product_rates]
+    figures += [probed.attention_rate, probed.memory_rate, probed.dequantize_rate, probed.launch_seconds]
+    assert all(figure > 0 for figure in figures)
+    assert probed.context_bytes == 0
+    assert "float32" in probed.source
+
+
+def test_a_speed_is_measured_once_for_each_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (cache_folder() / "speed").iterdir():
+        path.unlink()
+    probed: list[torch.dtype] = []
+
+    def probe(device: torch.device, dtype: torch.dtype, here: object) -> DeviceSpeed:
+        probed.append(dtype)
+        return typical_speed("cpu")
+
+    monkeypatch.setattr(speed, "probe", probe)
+    first = [speed.measured_speed(CPU, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)]
+    assert probed == [torch.float32, torch.bfloat16]
+    assert first[0] == first[2]
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"name": 1}', "null"])
+def test_a_damaged_cache_is_measured_again(monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    path = speed.speed_path(machine(CPU), torch.float32)
+    path.write_text(damage)
+    monkeypatch.setattr(speed, "probe", lambda *_: typical_speed("cpu"))
+    assert speed.measured_speed(CPU, torch.float32) == typical_speed("cpu")
+    assert path.read_text() != damage
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    speed.keep_speed(tmp_path / "file" / "speed.json", typical_speed("cpu"))
