@@ -125,13 +125,17 @@ def placement_of(chosen: Plan, device: torch.device) -> Placement:
         device=device,
         storage=Storage(chosen.precision, chosen.double_quant),
         compute_dtype=getattr(torch, chosen.compute_dtype),
-        weights=tiers_of(chosen),
-        activations=policies_of(chosen),
+        weights=_one_word(tiers_of(chosen)),
+        activations=_one_word(policies_of(chosen)),
         slots=chosen.slots,
         head_rows=chosen.head_rows,
         compiled=chosen.compiled,
         dequantize=chosen.dequantize,
     )
+
+
+def _one_word(words: tuple[str, ...]) -> str | tuple[str, ...]:
+    return words[0] if len(set(words)) == 1 else words
 
 
 def tiers_of(chosen: Plan) -> tuple[str, ...]:
