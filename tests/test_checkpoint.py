@@ -1,82 +1,168 @@
-"""A folder is whole under its name, or it is not there."""
+"""A checkpoint is whole and verified under its name, or it is not there."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 
 import drawplate.checkpoint as module
-from drawplate.checkpoint import save_checkpoint, write_folder
-from drawplate.errors import StorageError
-from drawplate.model.adapter import read_adapter
-from tests.tiny import tiny_model
+from drawplate.checkpoint import (
+    MANIFEST_NAME,
+    Position,
+    finished,
+    good,
+    keep_only,
+    problem_of,
+    safetensors_pieces,
+    unfinished,
+    write_checkpoint,
+    write_folder,
+)
+from drawplate.errors import DiskFull, StorageError
+
+FILES = {"a.bin": [b"alpha", b"beta"], "b.json": [b"{}"]}
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_checkpoint_is_an_adapter_that_peft_reads_and_its_facts(base: Path, tmp_path: Path) -> None:
-    model = tiny_model(base)
-    target = save_checkpoint(tmp_path / "checkpoints", 120, model.adapter, {"tokens": 7})
-    assert target.name == "step-000120"
-    assert json.loads((target / "state.json").read_text()) == {"step": 120, "tokens": 7}
-    _, state = read_adapter(target)
-    assert all(torch.equal(state[name], tensor) for name, tensor in model.adapter.state().items())
+def test_a_checkpoint_holds_its_files_and_their_hashes(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "deep" / "checkpoints", Position(120, 7), FILES)
+    assert folder.name == "step-000120+000007"
+    assert (folder / "a.bin").read_bytes() == b"alphabeta"
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    assert manifest["files"].keys() == FILES.keys()
+    assert (manifest["schema"], manifest["step"], manifest["micro_batches"]) == (1, 120, 7)
+    assert problem_of(folder) is None
+    assert names(folder.parent) == [folder.name]
 
 
-def test_the_newest_and_the_best_are_kept(base: Path, tmp_path: Path) -> None:
-    adapter = tiny_model(base).adapter
-    for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5)):
-        save_checkpoint(tmp_path, step, adapter, {}, best_step=best)
-        kept = {f"step-{step:06d}"} | ({f"step-{best:06d}"} if best else set())
-        assert set(names(tmp_path)) == kept
-
-
-@pytest.mark.parametrize("where", ["fill", "flush", "rename"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_an_interrupted_write_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
-) -> None:
-    def fail(*_: object) -> None:
-        raise error
-
-    def fill(folder: Path) -> None:
-        (folder / "a").write_text("new")
-        if where == "fill":
-            raise error
-
-    write_folder(tmp_path / "x", lambda folder: (folder / "a").write_text("old"))
-    if where == "flush":
-        monkeypatch.setattr(module.os, "fsync", fail)
-    if where == "rename":
-        monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(StorageError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
-        write_folder(tmp_path / "y", fill)
-    assert names(tmp_path) == ["x"]
-    assert (tmp_path / "x" / "a").read_text() == "old"
-    if isinstance(error, OSError):
-        assert "No space left on device" in raised.value.what
-        assert raised.value.exit_code == 7
+def test_positions_are_ordered_and_read_back_from_names(tmp_path: Path) -> None:
+    positions = [Position(2), Position(2, 5), Position(10), Position(1_000_000)]
+    for position in reversed(positions):
+        write_checkpoint(tmp_path, position, FILES)
+    assert [Position.of(path) for path in finished(tmp_path)] == positions[::-1]
+    assert Position.of(Path("step-000120.tmp-7")) is None
+    assert str(Position(2, 5)) == "step 2 and 5 micro-batches"
 
 
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    flush, rename = module._flush, Path.rename
-    monkeypatch.setattr(module, "_flush", lambda path: (events.append(path.name), flush(path)))
-    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(f"to {to.name}"), rename(self, to)))
+    real_sync, real_rename = os.fsync, os.rename
 
+    def fsync(descriptor: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        real_sync(descriptor)
+
+    monkeypatch.setattr(module.os, "fsync", fsync)
+    monkeypatch.setattr(module.os, "rename", lambda a, b: (events.append(f"to {Path(b).name}"), real_rename(a, b)))
+    write_checkpoint(tmp_path, Position(3), FILES)
+    partial = f"sync step-000003.tmp-{os.getpid()}"
+    files = ["sync a.bin", "sync b.json", f"sync {MANIFEST_NAME}"]
+    assert events == [*files, partial, "to step-000003", f"sync {tmp_path.name}"]
+
+
+@pytest.mark.parametrize("call", ["mkdir", "write", "fsync", "rename"])
+@pytest.mark.parametrize("number", [5, 28])
+def test_a_refused_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    write_checkpoint(tmp_path, Position(1), FILES)
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(module.os, call, refuse)
+    with pytest.raises(StorageError) as raised:
+        write_checkpoint(tmp_path, Position(2), FILES)
+    monkeypatch.undo()
+    assert isinstance(raised.value, DiskFull) == (number == 28)
+    assert raised.value.exit_code == 7
+    assert os.strerror(number) in raised.value.what
+    assert names(tmp_path) == ["step-000001"]
+    assert problem_of(tmp_path / "step-000001") is None
+
+
+def test_a_disk_that_gives_back_other_bytes_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(module.os, "write", lambda d, data: real(d, bytes(len(data))))
+    with pytest.raises(StorageError, match="read back from the disk is not what was written"):
+        write_checkpoint(tmp_path, Position(2), FILES)
+    assert names(tmp_path) == []
+
+
+def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(module.os, "write", lambda d, data: real(d, data[:3]))
+    assert problem_of(write_checkpoint(tmp_path, Position(2), FILES)) is None
+
+
+def test_pieces_become_writes_of_a_sensible_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_BYTES", 10)
+    sizes: list[int] = []
+    real = os.write
+    monkeypatch.setattr(module.os, "write", lambda d, data: (sizes.append(len(data)), real(d, data))[1])
+    write_checkpoint(tmp_path, Position(1), {"a": [b"12345"] * 5, "b": [b"x" * 30]})
+    assert sizes[:4] == [10, 10, 5, 30]
+
+
+def test_newest_good_ones_are_found_and_the_rest_is_named(tmp_path: Path) -> None:
+    folders = [write_checkpoint(tmp_path, Position(step), FILES) for step in (1, 2, 3)]
+    (folders[2] / "a.bin").write_bytes(b"alphaBeta")
+    reasons: list[str] = []
+    assert good(tmp_path, 1, reasons.append) == [folders[1]]
+    assert reasons == ["step-000003/a.bin has other bytes than were written (its sha256 differs)."]
+    assert good(tmp_path, 5) == [folders[1], folders[0]]
+
+
+def test_only_what_is_kept_stays(tmp_path: Path) -> None:
+    folders = [write_checkpoint(tmp_path, Position(step), FILES) for step in (1, 2, 3)]
+    for name in ("step-000004.tmp-1", "step-000001.old-2", "notes"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in unfinished(tmp_path)] == ["step-000001.old-2", "step-000004.tmp-1"]
+    keep_only(tmp_path, folders[1:])
+    assert names(tmp_path) == ["notes", "step-000002", "step-000003"], "and nothing that is not a checkpoint"
+
+
+def test_a_checkpoint_of_that_name_is_replaced(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Position(1), {"old": [b"1"]})
+    write_checkpoint(tmp_path, Position(1), {"new": [b"2"]})
+    assert names(tmp_path) == ["step-000001"]
+    assert names(tmp_path / "step-000001") == [MANIFEST_NAME, "new"]
+
+
+def test_safetensors_of_every_kind_read_back_equal() -> None:
+    tensors = {
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "half": torch.randn(3, 5).to(torch.bfloat16),
+        "slice": torch.randn(4, 6).t()[1:4],
+        "long": torch.tensor([2**40]),
+        "double": torch.randn(2, dtype=torch.float64),
+    }
+    read = load(b"".join(bytes(piece) for piece in safetensors_pieces(tensors)))
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_folder_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
     def fill(folder: Path) -> None:
-        (folder / "a").write_text("1")
-        (folder / "b").write_text("2")
+        (folder / "a").write_text("new")
+        raise error
 
-    write_folder(tmp_path / "x", fill)
-    assert set(events[:2]) == {"a", "b"}
-    assert events[2].startswith("x.tmp-")
-    assert events[3:] == ["to x", tmp_path.name]
+    write_folder(tmp_path / "x", lambda folder: (folder / "a").write_text("old"))
+    with pytest.raises(DiskFull if isinstance(error, OSError) else KeyboardInterrupt):
+        write_folder(tmp_path / "x", fill)
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x" / "a").read_text() == "old"
 
 
 def test_a_folder_of_that_name_is_replaced(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import drawplate.train as loop
 from drawplate.data.batches import cut_padded, step_indices
-from drawplate.errors import DoesNotFit, NumericError
+from drawplate.errors import DoesNotFit, NumericError, StoppedSafely
+from drawplate.guards import StopSignals
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.frozen import FrozenLinear
 from drawplate.recipe import LoraSection, TrainSection
@@ -252,18 +253,56 @@ def test_a_loss_that_is_not_a_number_takes_no_step_and_names_the_documents(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(base)
-    poison(model, "doc-3", monkeypatch)
     task = task_of(model, effective_batch=1, schedule=replace(CONSTANT, steps=7))
     turn = [int(step_indices(i, 7, 1, task.section.seed)[0]) for i in range(7)].index(3)
     clean = tiny_model(base)
     run(replace(task, model=clean, schedule=replace(CONSTANT, steps=turn)))
-    state = TrainState()
-    with pytest.raises(NumericError, match=rf"loss of step {turn + 1} .* doc-3") as error:
-        train(task, Notes(), state)
-    assert error.value.exit_code == 6
-    assert state.step == turn > 0
+    poison(model, "doc-3", monkeypatch)
+    state, notes = TrainState(), _Stopping(turn + 1)
+    with pytest.raises(InterruptedError):
+        train(task, notes, state)
+    assert notes.warnings == [
+        f"The loss of step {turn + 1} is not a number. Documents in it: doc-3. The step is skipped."
+    ]
+    assert math.isnan(notes.steps.newest.loss), "and never smoothed"
+    assert (state.step, state.skipped_steps) == (turn + 1, 1)
+    assert state.last_loss is None or math.isfinite(state.last_loss)
     assert same(model.adapter.state(), clean.adapter.state()), "the adapter is that of the step before"
-    assert f"step {turn}" in error.value.safe
+
+
+class _Stopping(Notes):
+    """Ends the loop after a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.last = step
+
+    def on_step(self, record: StepRecord, progress: float) -> None:
+        super().on_step(record, progress)
+        if record.step == self.last:
+            raise InterruptedError
+
+
+def test_a_second_loss_that_is_not_a_number_ends_a_run_that_cannot_go_back(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(base)
+    poison(model, "doc-3", monkeypatch)
+    state = TrainState()
+    with pytest.raises(NumericError, match=r"loss of step \d+ is not a number. Documents in it: .*doc-3") as error:
+        train(task_of(model, effective_batch=7), Notes(), state)
+    assert error.value.exit_code == 6
+    assert state.step == 1
+    assert "step 1" in error.value.safe
+
+
+def test_a_strike_is_forgotten_after_enough_good_steps(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "STRIKE_FORGOTTEN_STEPS", 3)
+    model = tiny_model(base)
+    poison(model, "doc-3", monkeypatch)
+    task = task_of(model, effective_batch=1, schedule=replace(CONSTANT, steps=21))
+    _, state = run(task)
+    assert state.skipped_steps == 3, "once in each of three epochs"
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -271,9 +310,10 @@ def test_a_gradient_that_is_not_a_number_takes_no_step(base: Path, value: float)
     model = tiny_model(base)
     notes = spoil_gradient_of(model, 1, value)
     before = model.adapter.state()
-    with pytest.raises(NumericError, match=r"gradient of step 1 is not a number\. Documents in it: doc-"):
-        train(task_of(model), notes, TrainState())
+    train(task_of(model, schedule=replace(CONSTANT, steps=1)), notes, TrainState())
     assert same(model.adapter.state(), before)
+    assert notes.warnings[0].startswith("The gradient of step 1 is not a number. Documents in it: doc-")
+    assert [record.skipped for record in notes.steps] == [True]
 
 
 def test_without_the_guard_the_adapter_is_not_a_number_either(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +393,7 @@ def test_out_of_memory_at_the_smallest_micro_batch_says_so(base: Path, monkeypat
     with pytest.raises(DoesNotFit, match=r"Step 1 runs out of memory .* Tried to allocate 2.00 GiB") as error:
         run(task_of(model, cutting=padded(4)))
     assert error.value.exit_code == 5
-    assert "memory.activations: offload" in error.value.next_step
+    assert "memory.weights: host" in error.value.next_step
     assert same(model.adapter.state(), before)
 
 
@@ -392,7 +432,7 @@ def test_progress_never_falls_and_stays_within_bounds(seconds: float, step: int,
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The loop's own clock, which only moves when it is told to."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("drawplate.guards.time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -483,18 +523,56 @@ def test_early_stopping_is_off_unless_asked(base: Path) -> None:
     assert state.best_step == 1
 
 
-def test_checkpoints_are_asked_for_by_count_and_at_every_new_best(base: Path) -> None:
-    saved: list[int] = []
-    task = task_of(
-        tiny_model(base),
-        schedule=replace(CONSTANT, steps=8),
-        evaluate=scripted([3, 2, 2.5, 1]),
-        eval_steps=2,
-        save=lambda state: saved.append(state.step),
-        save_steps=3,
-    )
-    run(task)
-    assert saved == [2, 3, 4, 6, 8]
+class _Keeper:
+    """Is asked after every step, and remembers what it was asked to save."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.saved = every, []
+
+    def due(self, state: TrainState) -> bool:
+        return state.step % self.every == 0
+
+    def save(self, state: TrainState) -> None:
+        self.saved.append((state.step, state.micro_batches))
+
+    def rewind(self, state: TrainState) -> bool:
+        return False
+
+    def stopped(self, why: str) -> StoppedSafely:
+        return StoppedSafely(why, next_step="")
+
+    def where(self) -> str:
+        return ""
+
+
+def test_checkpoints_are_written_where_they_are_due(base: Path) -> None:
+    keeper = _Keeper(3)
+    run(task_of(tiny_model(base), schedule=replace(CONSTANT, steps=8), keeper=keeper))
+    assert keeper.saved == [(0, 0), (3, 0), (6, 0)]
+
+
+def test_a_stop_ends_a_short_step_and_leaves_a_long_one_in_between(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for finish_seconds, position in ((5.0, (2, 0)), (-1.0, (1, 1))):
+        monkeypatch.setattr("drawplate.accumulate.FINISH_SECONDS", finish_seconds)
+        keeper, stop = _Keeper(100), StopSignals()
+        stop.graceful = True
+        notes = _Signalling(stop, step=2)
+        task = task_of(tiny_model(base), keeper=keeper, stop=stop, cutting=padded(1))
+        with pytest.raises(StoppedSafely, match="SIGTERM"):
+            train(task, notes, TrainState())
+        assert keeper.saved[-1] == position
+
+
+class _Signalling(Notes):
+    """Asks for a stop in the first micro-batch of a step."""
+
+    def __init__(self, stop: StopSignals, step: int) -> None:
+        super().__init__()
+        self.stop, self.step = stop, step
+
+    def on_micro_batch(self, step: int, done: int, total: int, batch: Any) -> None:
+        if step == self.step:
+            self.stop.requested = "SIGTERM"
 
 
 def test_a_halved_cutting_ends_at_the_smallest() -> None:

@@ -180,7 +180,7 @@ def memory_sample() -> MemorySample:
     """
     resident = psutil.Process().memory_info().rss
     peak = max(resident, _lifetime_peak_bytes())
-    if not torch.cuda.is_initialized():
+    if not _cuda_answers():
         return MemorySample(process_bytes=resident, process_peak_bytes=peak)
     free, total = torch.cuda.mem_get_info()
     return MemorySample(
@@ -192,6 +192,23 @@ def memory_sample() -> MemorySample:
         device_free_bytes=free,
         device_total_bytes=total,
     )
+
+
+_LOST: list[bool] = []
+
+
+def lost() -> None:
+    """The device raised an error after which every call to it fails, or hangs: from now on nobody asks it anything."""
+    _LOST.append(True)
+
+
+def is_lost() -> bool:
+    """Whether `lost` was called in this process."""
+    return bool(_LOST)
+
+
+def _cuda_answers() -> bool:
+    return not _LOST and torch.cuda.is_initialized()
 
 
 class PeakMeter:
@@ -219,7 +236,7 @@ class PeakMeter:
         if self._thread is not None:
             raise RuntimeError("a PeakMeter measures one phase; make another for the next")
         self._fold_device_peak()
-        if torch.cuda.is_initialized():
+        if _cuda_answers():
             torch.cuda.reset_peak_memory_stats()
         PeakMeter._running.append(self)
         self._lifetime_peak_before = _lifetime_peak_bytes()
@@ -264,7 +281,7 @@ class PeakMeter:
     @staticmethod
     def _fold_device_peak() -> None:
         """Give every running meter the mark reached so far, before somebody resets it."""
-        if not torch.cuda.is_initialized():
+        if not _cuda_answers():
             return
         reserved = torch.cuda.max_memory_reserved()
         for meter in PeakMeter._running:

@@ -7,6 +7,11 @@ ordinary exception. The exit codes are part of the contract with scripts that ca
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class UserError(Exception):
     """Something the user can act on.
@@ -65,6 +70,10 @@ class StorageError(UserError):
     exit_code = 7
 
 
+class DiskFull(StorageError):
+    """No room on the disk now; there may be some later."""
+
+
 class IntegrityError(UserError):
     """A file that is not what it claims to be: a pickle, code to execute, a wrong hash, a missing tensor."""
 
@@ -81,3 +90,13 @@ class StoppedSafely(UserError):
     """The run was asked to stop, saved what it had, and can go on."""
 
     exit_code = 75
+
+
+def disk_refusal(path: Path, error: Exception) -> StorageError:
+    """The error of a disk that refuses to write `path`, as a person should read it."""
+    full = getattr(error, "errno", None) in FULL
+    return (DiskFull if full else StorageError)(
+        f"{path} could not be written: {getattr(error, 'strerror', None) or error}.",
+        safe="What was written before it is complete.",
+        next_step="Free some space on that disk, then start again." if full else "Look after that disk.",
+    )

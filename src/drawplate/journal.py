@@ -7,6 +7,7 @@ on takes every second one, so a run of any length keeps an even picture of itsel
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from typing import Any, Generic, TypeVar
 
 from drawplate.data.batches import Batch
 from drawplate.device import memory_sample
-from drawplate.records import Evaluation, EvaluationPoint, MemoryPoint, Progress, StepRecord, to_json
+from drawplate.errors import FULL
+from drawplate.records import Evaluation, EvaluationPoint, MemoryPoint, Progress, StepRecord, from_json, to_json
 from drawplate.units import format_bytes
 
 CURVE_POINTS = 2000
+LONGEST_LINE_BYTES = 2**16
 METRICS_NAME = "metrics.jsonl"
 Observer = Callable[[Progress], None]
 Event = StepRecord | EvaluationPoint | MemoryPoint
@@ -52,6 +55,47 @@ class Curve(Generic[Point]):
         if self._points and self._points[-1] is not self.newest:
             yield self.newest  # type: ignore[misc]
 
+    def kept(self) -> dict[str, Any]:
+        """The curve as plain JSON values."""
+        return {
+            "points": to_json(self._points),
+            "newest": to_json(self.newest),
+            "added": self._added,
+            "stride": self._stride,
+        }
+
+    def take_up(self, kind: type[Point], values: dict[str, Any]) -> None:
+        """Become the curve that `kept` described."""
+        self._points = [from_json(kind, point) for point in values["points"]]
+        self._added, self._stride, self.newest = values["added"], values["stride"], None
+        if values["newest"] is not None:
+            self.newest = from_json(kind, values["newest"])
+        if self._points and self.newest == self._points[-1]:
+            self.newest = self._points[-1]
+
+
+class _LineFile:
+    """Appends whole lines: what a killed process left of a line is cut off, and so is a line that the disk refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        size = os.fstat(self._descriptor).st_size
+        tail = os.pread(self._descriptor, LONGEST_LINE_BYTES, max(0, size - LONGEST_LINE_BYTES))
+        os.ftruncate(self._descriptor, size - len(tail) + tail.rfind(b"\n") + 1)
+
+    def write(self, line: str) -> None:
+        size = os.fstat(self._descriptor).st_size
+        left = memoryview(line.encode() + b"\n")
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except OSError:
+            os.ftruncate(self._descriptor, size)
+            raise
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
 
 class Journal:
     """The listener of a run; also usable without a folder, to show progress alone.
@@ -69,7 +113,9 @@ class Journal:
         self.trackers: Callable[[Event], None] = lambda _: None
         self._log_frequency = log_frequency
         self._started = time.monotonic()
-        self._file: Any = None
+        self._file: _LineFile | None = None
+        self._make_room: Callable[[], bool] = lambda: False
+        self._lines_lost = 0
         self.phase = ""
         self.phase_seconds: dict[str, float] = {}
         self.steps: Curve[StepRecord] = Curve()
@@ -81,9 +127,12 @@ class Journal:
         self._figures: dict[str, str] = {}
         self._share = 0.0
 
-    def open(self, folder: Path) -> None:
-        """Begin metrics.jsonl in the run's folder."""
-        self._file = (folder / METRICS_NAME).open("a", encoding="utf-8", buffering=1)
+    def open(self, folder: Path, make_room: Callable[[], bool] = lambda: False) -> None:
+        """Begin metrics.jsonl in the run's folder, or go on with it.
+
+        `make_room` is called when the disk is full, and says whether it could free something.
+        """
+        self._file, self._make_room = _LineFile(folder / METRICS_NAME), make_room
 
     def close(self) -> None:
         """Flush and close metrics.jsonl."""
@@ -100,7 +149,49 @@ class Journal:
         """One line of metrics.jsonl."""
         if self._file is not None:
             line = {"event": event, "time": round(self.seconds, 3), **to_json(record)}
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._write_line(json.dumps(line, ensure_ascii=False))
+
+    def _write_line(self, line: str) -> None:
+        """Training matters more than its log: a line that the disk refuses is lost, and the first is said."""
+        assert self._file is not None
+        try:
+            self._file.write(line)
+            return
+        except OSError as error:
+            reason = error
+        if reason.errno in FULL and self._make_room():
+            self._write_line(line)
+            return
+        self._lines_lost += 1
+        if self._lines_lost == 1:
+            said = f"{METRICS_NAME} could not be written ({reason.strerror}) and misses lines; training goes on."
+            self.warnings.append(said)
+            self.message(said)
+
+    def kept(self) -> dict[str, Any]:
+        """What a later process needs so that its record is that of one run, as plain JSON values."""
+        return {
+            "seconds": self.seconds,
+            "phase_seconds": dict(self.phase_seconds),
+            "steps": self.steps.kept(),
+            "evaluations": to_json(self.evaluations),
+            "memory": self.memory.kept(),
+            "warnings": list(self.warnings),
+        }
+
+    def take_up(self, values: dict[str, Any]) -> None:
+        """Go on where `kept` left off; the time since this process began is added."""
+        self._started -= values["seconds"]
+        for name, seconds in values["phase_seconds"].items():
+            self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
+        self.take_up_curves(values)
+        self.warnings = [*values["warnings"], *self.warnings]
+
+    def take_up_curves(self, values: dict[str, Any]) -> None:
+        """Only the curves: what was measured after that moment is done again."""
+        self.steps.take_up(StepRecord, values["steps"])
+        self.evaluations = [from_json(EvaluationPoint, point) for point in values["evaluations"]]
+        self.memory.take_up(MemoryPoint, values["memory"])
 
     @contextmanager
     def in_phase(self, name: str) -> Iterator[None]:
@@ -117,7 +208,17 @@ class Journal:
 
     def show(self, done: float, total: float, unit: str = "", figures: dict[str, str] | None = None) -> None:
         """Tell the observer how far the present phase is."""
-        self._observer(Progress(phase=self.phase, done=done, total=total, unit=unit, figures=figures or {}))
+        self._observe(Progress(phase=self.phase, done=done, total=total, unit=unit, figures=figures or {}))
+
+    def _observe(self, progress: Progress) -> None:
+        """Whoever watches may die; the run does not."""
+        try:
+            self._observer(progress)
+        except Exception as error:
+            self._observer = lambda _: None
+            said = f"The display failed ({type(error).__name__}: {error}) and shows nothing more; training goes on."
+            self.warnings.append(said)
+            self.write("warning", {"message": said})
 
     def sample_memory(self, step: int | None = None) -> None:
         """Note memory in use now."""
@@ -174,4 +275,4 @@ class Journal:
 
     def message(self, text: str) -> None:
         """A line that stays on the screen."""
-        self._observer(Progress(phase=self.phase, message=text))
+        self._observe(Progress(phase=self.phase, message=text))

@@ -1,16 +1,25 @@
-"""What a run measured, put into the words of record.json. Counts and divides; measures nothing itself."""
+"""What a run measured, put into the words of record.json. Counts and divides; measures nothing itself.
+
+`kept` is what a checkpoint holds of it beside the training state, and `take_up` puts that back in a later process, so
+that the record of a run that was interrupted is the record of one run.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from drawplate.compare import perplexity_change
-from drawplate.data.accounts import data_ledger
-from drawplate.data.batches import counted_in_steps, steps_per_epoch
+from drawplate.data.batches import steps_per_epoch
+from drawplate.data.tokens import Tokenized
 from drawplate.device import PeakMeter, machine
 from drawplate.evaluate import total
+from drawplate.guards import Clock, StopSignals
 from drawplate.journal import Journal
 from drawplate.model.causal_lm import CausalLM
 from drawplate.prepare import Prepared, choose_context_tokens
@@ -19,10 +28,13 @@ from drawplate.records import (
     DocumentChange,
     DocumentScore,
     EvaluationFacts,
+    Machine,
     MemoryFacts,
     ModelFacts,
     RunRecord,
     TrainingFacts,
+    from_json,
+    to_json,
 )
 from drawplate.train import TrainState
 
@@ -35,6 +47,11 @@ class Outcome:
 
     Attributes:
         scores: baseline and final, each document's sums.
+        machine: what it runs on; asked once, because a device that was lost does not answer.
+        stop: whether somebody asked the run to stop.
+        clock: of the training's seconds.
+        earlier_peaks: device and host bytes of the processes that ran before this one.
+        resumed: where this and earlier processes took the run up, in words.
     """
 
     prepared: Prepared
@@ -45,6 +62,50 @@ class Outcome:
     state: TrainState = field(default_factory=TrainState)
     self_check_difference: float | None = None
     scores: dict[str, tuple[DocumentScore, ...]] = field(default_factory=dict)
+    stop: StopSignals = field(default_factory=StopSignals)
+    clock: Clock = field(default_factory=Clock)
+    earlier_peaks: tuple[int, int] = (0, 0)
+    resumed: list[str] = field(default_factory=list)
+    machine: Machine = field(init=False)
+    fingerprints: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.machine = machine(self.prepared.device)
+        self.fingerprints = fingerprints(self.prepared)
+
+    @property
+    def peaks(self) -> tuple[int, int]:
+        """Highest device and host bytes of all processes of the run."""
+        device_bytes, host_bytes = self.earlier_peaks
+        return max(device_bytes, self.peak.device_peak_bytes), max(host_bytes, self.peak.host_peak_bytes)
+
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint holds of the run beside the training state, as plain JSON values."""
+        return {
+            "recipe": self.prepared.recipe.model_dump(mode="json"),
+            "plan": to_json(self.prepared.plan),
+            "fingerprints": self.fingerprints,
+            "machine": to_json(self.machine),
+            "versions": versions(),
+            "started": self.started,
+            "self_check_difference": self.self_check_difference,
+            "scores": to_json(self.scores),
+            "peaks": self.peaks,
+            "resumed": self.resumed,
+            "journal": self.journal.kept(),
+        }
+
+    def take_up(self, kept: dict[str, Any], *, measured: bool) -> None:
+        """Go on where `kept` left off; without `measured` what was measured before training is not believed."""
+        self.started, self.resumed = kept["started"], list(kept["resumed"])
+        self.earlier_peaks = (kept["peaks"][0], kept["peaks"][1])
+        self.journal.take_up(kept["journal"])
+        if measured:
+            self.self_check_difference = kept["self_check_difference"]
+            self.scores = {
+                name: tuple(from_json(DocumentScore, score) for score in scores)
+                for name, scores in kept["scores"].items()
+            }
 
     def record(self, status: str, error: str = "") -> RunRecord:
         """All that was measured, as record.json holds it."""
@@ -53,17 +114,17 @@ class Outcome:
             drawplate=importlib.metadata.version("drawplate"),
             status=status,  # type: ignore[arg-type]
             model=self._model_facts(),
-            data=data_facts(prepared, self.state.step),
+            data=data_facts(prepared),
             evaluation=self._evaluation_facts(),
             training=self._training_facts(),
             memory=MemoryFacts(
                 device_peak_predicted_bytes=prepared.plan.predicted_bytes("device"),
-                device_peak_bytes=self.peak.device_peak_bytes,
+                device_peak_bytes=self.peaks[0],
                 host_peak_predicted_bytes=prepared.plan.predicted_bytes("host"),
-                host_peak_bytes=self.peak.host_peak_bytes,
+                host_peak_bytes=self.peaks[1],
             ),
-            machine=machine(prepared.device),
-            versions={name: importlib.metadata.version(name) for name in VERSIONED},
+            machine=self.machine,
+            versions=versions(),
             seed=recipe.train.seed,
             started=self.started,
             plan=prepared.plan,
@@ -76,6 +137,8 @@ class Outcome:
             phase_seconds=dict(journal.phase_seconds),
             warnings=tuple(journal.warnings),
             error=error,
+            fingerprints=self.fingerprints,
+            resumed=tuple(self.resumed),
         )
 
     def _model_facts(self) -> ModelFacts:
@@ -92,6 +155,7 @@ class Outcome:
             trainable_parameters=adapter.parameter_count if adapter else 0,
             frozen_bytes=(self.model.residency.device_bytes + self.model.residency.host_bytes) if self.model else 0,
             self_check_difference=self.self_check_difference,
+            licence=licence_of(checkpoint.folder),
         )
 
     def _evaluation_facts(self) -> EvaluationFacts:
@@ -123,6 +187,8 @@ class Outcome:
             skipped_steps=state.skipped_steps,
             stopped_because=state.stopped_because,
             best_step=state.best_step,
+            corrections=tuple(state.corrections),
+            checkpoint_seconds=state.saving_seconds,
         )
 
     def _document_changes(self) -> tuple[DocumentChange, ...]:
@@ -133,11 +199,8 @@ class Outcome:
         )
 
 
-def data_facts(prepared: Prepared, steps: int) -> DataFacts:
-    """What went in, and how much of it the loss saw in so many optimizer steps."""
-    seen = counted_in_steps(
-        prepared.train.sequences, steps, prepared.plan.effective_batch_size, prepared.recipe.train.seed
-    )
+def data_facts(prepared: Prepared) -> DataFacts:
+    """What went in, and how much of it the loss saw."""
     intake, train, heldout = prepared.corpus.intake, prepared.train.ledger, prepared.heldout.ledger
     fingerprints = sorted(d.sha256 for d in (*prepared.split.train, *prepared.split.heldout))
     return DataFacts(
@@ -157,5 +220,41 @@ def data_facts(prepared: Prepared, steps: int) -> DataFacts:
         sha256=hashlib.sha256("\n".join(fingerprints).encode()).hexdigest(),
         near_duplicate_documents=len(prepared.split.set_aside),
         leaks=prepared.split.leaks,
-        ledger=data_ledger(prepared.corpus, prepared.split, train, heldout, seen_tokens=seen),
     )
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a result depends on."""
+    return {name: importlib.metadata.version(name) for name in VERSIONED}
+
+
+def fingerprints(prepared: Prepared) -> dict[str, str]:
+    """sha256 of what a run is made of: `recipe` (without its folder), `model`, and the windows of tokens in order."""
+    recipe = {key: value for key, value in prepared.recipe.model_dump(mode="json").items() if key != "output_dir"}
+    return {
+        "recipe": hashlib.sha256(yaml.safe_dump(recipe, sort_keys=True).encode()).hexdigest(),
+        "model": prepared.checkpoint.sha256(),
+        "data.train": _tokens_sha256(prepared.train),
+        "data.heldout": _tokens_sha256(prepared.heldout),
+    }
+
+
+def _tokens_sha256(tokens: Tokenized) -> str:
+    digest = hashlib.sha256()
+    for sequence in tokens.sequences:
+        digest.update(f"{sequence.index} {len(sequence)} ".encode())
+        digest.update(sequence.input_ids.tobytes())
+        digest.update(sequence.counted.tobytes())
+    return digest.hexdigest()
+
+
+def licence_of(folder: Path) -> str:
+    """The licence that a model folder's card names; empty where it names none."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        if text.startswith("---"):
+            header = yaml.safe_load(text.split("---", 2)[1])
+            return str(header.get("license_name") or header.get("license") or "")
+    except (OSError, ValueError, AttributeError, IndexError, yaml.YAMLError):
+        pass
+    return ""

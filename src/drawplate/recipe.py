@@ -166,6 +166,7 @@ class TrainSection(Section):
     bf16: bool | None = Field(None, description="bfloat16 arithmetic.")
     gradient_checkpointing: bool | Auto = Field("auto", description="Recompute activations in backward.")
     save_steps: Count | Auto = Field("auto", description="Optimizer steps between checkpoints; auto: a tenth of all.")
+    save_minutes: float = Field(5.0, gt=0, description="Minutes between checkpoints at most, within a long step too.")
     seed: int = Field(42, ge=0, description="Decides the split, the order, the dropout and the adapter's start.")
 
     @model_validator(mode="after")

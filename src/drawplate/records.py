@@ -42,11 +42,7 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Intake:
-    """What became of one file: a line of intake.jsonl. `status` is read, skipped or refused.
-
-    Every text that was met, a row, a file or a piece of one, is in one count: `texts` = documents + duplicates + empty
-    + short + refused rows.
-    """
+    """What became of one file: a line of intake.jsonl. `status` is read, skipped or refused."""
 
     file: str
     status: Literal["read", "skipped", "refused"]
@@ -58,7 +54,6 @@ class Intake:
     short_documents: int = 0
     refused_rows: int = 0
     reason: str = ""
-    texts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,7 +84,7 @@ class TokenLedger:
     """Where every token went; `tokens` of the documents = counted + first + masked + dropped, over all windows.
 
     `context_tokens` are read a second time, at the start of a window, and counted there in none of these; `text_bytes`
-    are of all documents. `dropped_windows` are beside `windows`, and `dropped_documents` are left without any.
+    are of all documents.
     """
 
     documents: int
@@ -102,8 +97,6 @@ class TokenLedger:
     cut_documents: int
     text_bytes: int
     context_tokens: int = 0
-    dropped_windows: int = 0
-    dropped_documents: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,6 +356,7 @@ class ModelFacts:
     trainable_parameters: int = 0
     frozen_bytes: int = 0
     self_check_difference: float | None = None
+    licence: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,34 +383,6 @@ class LeakReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataLedger:
-    """Files -> documents -> windows -> tokens that the loss saw; each level sums to the one above it.
-
-    files = read + refused + skipped
-    texts = documents + refused_rows + empty_texts + short_texts + duplicate_texts
-    documents = train.documents + heldout.documents + near_duplicate_documents + given_twice_documents
-    and within `train` and `heldout` as TokenLedger says; `seen_tokens` are the counted tokens of all optimizer
-    steps together, a token as often as it was read.
-    """
-
-    files: int
-    read_files: int
-    refused_files: int
-    skipped_files: int
-    texts: int
-    refused_rows: int
-    empty_texts: int
-    short_texts: int
-    duplicate_texts: int
-    documents: int
-    near_duplicate_documents: int
-    given_twice_documents: int
-    train: TokenLedger
-    heldout: TokenLedger
-    seen_tokens: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataFacts:
     """What went in, and how much of it the loss saw."""
 
@@ -436,7 +402,6 @@ class DataFacts:
     sha256: str = ""
     near_duplicate_documents: int = 0
     leaks: LeakReport | None = None
-    ledger: DataLedger | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,7 +422,12 @@ class EvaluationFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
-    """What the loop did."""
+    """What the loop did.
+
+    Attributes:
+        corrections: what running out of memory forced, in words; micro_batch_tokens is the plan's.
+        checkpoint_seconds: spent writing and verifying checkpoints; not part of `seconds`.
+    """
 
     optimizer_steps: int
     epochs: float
@@ -472,6 +442,8 @@ class TrainingFacts:
     skipped_steps: int = 0
     stopped_because: str = ""
     best_step: int | None = None
+    corrections: tuple[str, ...] = ()
+    checkpoint_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -533,7 +505,12 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """record.json: all that was measured. The report is made from it alone; curves are thinned to 2,000 points."""
+    """record.json: all that was measured. The report is made from it alone; curves are thinned to 2,000 points.
+
+    Attributes:
+        fingerprints: sha256 of the recipe, the base model's weights, and the training and held-out tokens in order.
+        resumed: where later processes took the run up, in words.
+    """
 
     drawplate: str
     status: Literal["finished", "stopped", "failed"]
@@ -556,6 +533,8 @@ class RunRecord:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     error: str = ""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    resumed: tuple[str, ...] = ()
     schema: int = SCHEMA
 
 

@@ -8,22 +8,24 @@ Each step is a call into a floor below; what is handed over is a record. `tune` 
 
 from __future__ import annotations
 
-import math
+import sys
 import time
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from drawplate.checkpoint import save_checkpoint, write_folder
+from drawplate.checkpoint import Position, finished, good
 from drawplate.data.batches import cut_padded
 from drawplate.data.documents import read_documents
 from drawplate.data.tokens import Tokenized, load_tokenizer, tokenize
-from drawplate.device import PeakMeter, pick_device
-from drawplate.errors import StorageError, UserError
+from drawplate.device import PeakMeter, is_lost, pick_device
+from drawplate.errors import StoppedSafely, UserError
 from drawplate.evaluate import score_documents, total
+from drawplate.guards import Clock, StopRequested, StopSignals, Watchdog, leave_at_once, write_stacks
 from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
 from drawplate.model.adapter import lora_config, read_adapter
@@ -49,12 +51,13 @@ from drawplate.prepare import (
 )
 from drawplate.recipe import DataSection, ModelSection, Recipe, expand
 from drawplate.records import DocumentScore, Evaluation, Plan, RunRecord
+from drawplate.reopen import Reopened, recipe_of, refuse_finished, reopen
 from drawplate.report.card import model_card
 from drawplate.report.html import render_report
-from drawplate.run_folder import RunFolder
-from drawplate.train import INITIAL_LOSS_SCALE, Cutting, TrainState, TrainTask, schedule_of, train
+from drawplate.run_folder import CHECKPOINTS_NAME, RECIPE_NAME, RunFolder
+from drawplate.saving import Saving, where
+from drawplate.train import INITIAL_LOSS_SCALE, Cutting, TrainTask, make_optimizer, schedule_of, train
 
-CHECKPOINTS_IN_A_RUN = 10
 SELF_CHECK_TOKENS = 64
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -67,22 +70,54 @@ def tune(recipe: Recipe, observer: Observer | None = None) -> RunRecord:
         observer: told the progress, often.
 
     Raises:
+        StoppedSafely: a signal came; what was trained is saved, and `resume` goes on with it.
         UserError: whatever a person can act on; the folder then holds what was safe to write.
     """
-    folder, started = RunFolder(expand(recipe.output_dir)), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    folder = RunFolder(expand(recipe.output_dir))
     folder.check_free()
+    return _run(recipe, folder, observer)
+
+
+def resume(path: str | Path, observer: Observer | None = None, *, accept: Collection[str] = ()) -> RunRecord:
+    """Go on with a run that ended early, from its newest good checkpoint, as if it had never stopped.
+
+    Args:
+        path: the run's folder.
+        observer: told the progress, often.
+        accept: keys of what was changed since and is accepted: recipe keys, `model`, `data`.
+
+    Raises:
+        IntegrityError: no checkpoint is good, or the base model or the data changed.
+        UsageError: there is no run, it is finished, or its recipe changed.
+        UserError: as `tune`.
+    """
+    folder = RunFolder(expand(str(path)))
+    refuse_finished(folder)
+    return _run(recipe_of(folder), folder, observer, accept)
+
+
+def _run(
+    recipe: Recipe, folder: RunFolder, observer: Observer | None, resuming: Collection[str] | None = None
+) -> RunRecord:
+    """Both of them; `resuming` holds the accepted changes of a run that is taken up again."""
+    started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), Clock()
     with ExitStack() as stack:
         stack.callback(folder.release)
+        stop = stack.enter_context(StopSignals(clock))
         peak = stack.enter_context(PeakMeter())
         journal = Journal(observer, log_frequency=recipe.memory.log_frequency)
         journal.trackers = stack.enter_context(open_trackers(recipe, journal.on_warning))
+        if resuming is not None:
+            folder.claim_again()
         with journal.in_phase("read"):
-            prepared = prepare(recipe)
-        folder.claim()
+            reopened = reopen(folder, recipe, resuming) if resuming is not None else None
+            prepared = reopened.prepared if reopened else prepare(recipe)
+        if resuming is None:
+            folder.claim()
         stack.callback(journal.close)
-        outcome = Outcome(prepared, journal, peak, started)
+        outcome = Outcome(prepared, journal, peak, started, stop=stop, clock=clock)
         try:
-            return _tell(outcome, folder)
+            return _tell(outcome, folder, reopened)
         except BaseException as error:
             _break_off(outcome, folder, error)
             raise
@@ -139,16 +174,17 @@ def evaluate(
     return results
 
 
-def _tell(outcome: Outcome, folder: RunFolder) -> RunRecord:
+def _tell(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> RunRecord:
     """Load, measure, train, measure, write."""
     journal = outcome.journal
-    _write_beginnings(outcome, folder)
+    _write_beginnings(outcome, folder, reopened)
     with journal.in_phase("load"):
         model = outcome.model = _load(outcome)
-    with journal.in_phase("baseline"):
-        _measure(outcome, model, "baseline", step=0)
+    if "baseline" not in outcome.scores:
+        with journal.in_phase("baseline"):
+            _measure(outcome, model, "baseline", step=0)
     with journal.in_phase("train"):
-        _train(outcome, model, folder)
+        _train(outcome, model, folder, reopened)
     with journal.in_phase("final"):
         _measure(outcome, model, "final", step=outcome.state.step)
         _keep_the_best(outcome, model)
@@ -160,15 +196,18 @@ def _tell(outcome: Outcome, folder: RunFolder) -> RunRecord:
 
 
 def _break_off(outcome: Outcome, folder: RunFolder, error: BaseException) -> None:
-    """Write what is known of a run that ends before its time; leave nothing, if it had not begun to train."""
+    """Write what is known of a run that ends before its time; leave nothing, if nothing of it was trained."""
     journal, state = outcome.journal, outcome.state
-    if state.step == 0 or outcome.model is None:
+    saved = any(Position.of(path) != Position(0) for path in finished(folder.checkpoints))
+    if outcome.model is None or (state.step == 0 and not saved):
         folder.abandon()
         return
-    stopped = isinstance(error, KeyboardInterrupt)
-    what = "interrupted" if stopped else error.what if isinstance(error, UserError) else type(error).__name__
+    stopped = isinstance(error, (KeyboardInterrupt, StoppedSafely))
+    what = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+    what = error.what if isinstance(error, UserError) else what
     try:
-        _save_adapter(outcome, folder, state.best_adapter)
+        if not is_lost():
+            _save_adapter(outcome, folder, state.best_adapter)
         _write(outcome.record("stopped" if stopped else "failed", error=what), folder)
     except (OSError, UserError) as second:
         journal.message(f"The record of this run could not be written: {second}")
@@ -183,7 +222,7 @@ def _save_adapter(outcome: Outcome, folder: RunFolder, state: dict[str, torch.Te
         model.adapter.save(partial, state)
         outcome.prepared.tokenizer.save_pretrained(partial)
 
-    write_folder(folder.path / "adapter", fill)
+    folder.write_folder("adapter", fill)
 
 
 def _write(record: RunRecord, folder: RunFolder) -> RunRecord:
@@ -192,14 +231,22 @@ def _write(record: RunRecord, folder: RunFolder) -> RunRecord:
     return record
 
 
-def _write_beginnings(outcome: Outcome, folder: RunFolder) -> None:
-    prepared = outcome.prepared
-    outcome.journal.open(folder.path)
-    folder.write_text("recipe.yaml", prepared.recipe.to_yaml())
+def _write_beginnings(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> None:
+    prepared, journal = outcome.prepared, outcome.journal
+    journal.open(folder.path, folder.make_room)
+    folder.write_text(RECIPE_NAME, prepared.recipe.to_yaml())
     folder.write_json("plan.json", prepared.plan)
     folder.write_lines("intake.jsonl", prepared.corpus.intake)
-    for warning in prepared.plan.warnings:
-        outcome.journal.on_warning(warning)
+    if reopened is None:
+        for warning in prepared.plan.warnings:
+            journal.on_warning(warning)
+        return
+    outcome.take_up(reopened.about, measured=reopened.measured)
+    outcome.resumed.append(f"after {Position.of(reopened.checkpoint)}")
+    journal.write("resumed", {"checkpoint": reopened.checkpoint.name})
+    journal.message(f"The run goes on after {Position.of(reopened.checkpoint)}.")
+    for note in reopened.notes:
+        journal.on_warning(note)
 
 
 def _load(outcome: Outcome) -> CausalLM:
@@ -213,6 +260,8 @@ def _load(outcome: Outcome) -> CausalLM:
         progress=lambda done, count: journal.show(done, count, "layers"),
         tell=journal.on_warning,
     )
+    if outcome.self_check_difference is not None:
+        return model
     sample = max(prepared.heldout.sequences, key=len)
     start = slice(0, SELF_CHECK_TOKENS)
     short = replace(sample, input_ids=sample.input_ids[start], counted=sample.counted[start])
@@ -226,50 +275,74 @@ def _load(outcome: Outcome) -> CausalLM:
 
 
 def _measure(outcome: Outcome, model: CausalLM, name: str, step: int) -> Evaluation:
-    prepared = outcome.prepared
-    scores = _scores(model, prepared.heldout, evaluation_cutting(prepared), outcome.journal)
+    try:
+        scores = _heldout_scores(outcome, model, outcome.journal)
+    except StopRequested as signal_name:
+        folder = outcome.prepared.recipe.output_dir
+        raise StoppedSafely(
+            f"The run was stopped by {signal_name} while the held-out documents were measured.",
+            safe=where(good(expand(folder) / CHECKPOINTS_NAME, 1)),
+            next_step=f"drawplate resume {folder}",
+        ) from None
     outcome.scores[name] = scores
     result = total(scores)
     outcome.journal.on_evaluation(step, result)
     return result
 
 
-def _train(outcome: Outcome, model: CausalLM, folder: RunFolder) -> None:
-    prepared, recipe = outcome.prepared, outcome.prepared.recipe
-    fp16 = prepared.plan.compute_dtype == "float16"
-    outcome.state.loss_scale = INITIAL_LOSS_SCALE if fp16 else 1.0
-    task = TrainTask(
+def _train(outcome: Outcome, model: CausalLM, folder: RunFolder, reopened: Reopened | None) -> None:
+    prepared, recipe, state = outcome.prepared, outcome.prepared.recipe, outcome.state
+    optimizer = make_optimizer(model.adapter.parameters(), recipe.train)
+    saving = Saving(folder, outcome, optimizer)
+    if reopened:
+        saving.take_up(reopened.checkpoint, state, same=reopened.same)
+    else:
+        state.loss_scale = INITIAL_LOSS_SCALE if prepared.plan.compute_dtype == "float16" else 1.0
+    task = replace(
+        train_task(prepared, model, optimizer),
+        evaluate=lambda: total(_heldout_scores(outcome, model, None)),
+        keeper=saving,
+        stop=outcome.stop,
+        clock=outcome.clock,
+    )
+    with Watchdog(outcome.clock, lambda waited, usual: _leave_hung(outcome, folder, saving, waited)) as watchdog:
+        saving.save(state)
+        outcome.stop.graceful = True
+        train(replace(task, watchdog=watchdog), outcome.journal, state)
+        saving.save(state)
+
+
+def train_task(prepared: Prepared, model: CausalLM, optimizer: torch.optim.Optimizer) -> TrainTask:
+    """What a prepared run trains on and how; nobody saves, measures or watches yet."""
+    recipe, chosen = prepared.recipe, prepared.plan
+    return TrainTask(
         model=model,
         sequences=prepared.train.sequences,
         cutting=train_cutting(prepared),
-        effective_batch=prepared.plan.effective_batch_size,
-        schedule=schedule_of(recipe.train, prepared.plan),
+        effective_batch=chosen.effective_batch_size,
+        schedule=schedule_of(recipe.train, chosen),
         section=recipe.train,
-        fp16=fp16,
-        evaluate=lambda: total(_scores(model, prepared.heldout, evaluation_cutting(prepared), None)),
+        fp16=chosen.compute_dtype == "float16",
+        optimizer=optimizer,
         eval_steps=recipe.evaluation.eval_steps,
         patience=recipe.evaluation.early_stopping_patience,
         keep_best=recipe.evaluation.load_best_model_at_end,
-        save=lambda state: _save_checkpoint(outcome, model, folder.path / "checkpoints", state),
-        save_steps=_save_steps(prepared),
+        ledger=chosen.ledger,
     )
-    train(task, outcome.journal, outcome.state)
 
 
-def _save_steps(prepared: Prepared) -> int:
-    """Optimizer steps between checkpoints: as asked, else a tenth of the run."""
-    asked = prepared.recipe.train.save_steps
-    return asked if asked != "auto" else math.ceil(prepared.plan.optimizer_steps / CHECKPOINTS_IN_A_RUN)
-
-
-def _save_checkpoint(outcome: Outcome, model: CausalLM, checkpoints: Path, state: TrainState) -> None:
-    """A checkpoint that cannot be written costs a warning and not the run: the one before is still there."""
-    facts = {"tokens": state.tokens, "seconds": state.seconds, "loss": state.last_loss}
-    facts |= {"best_step": state.best_step, "best_heldout_loss": state.best_loss}
-    try:
-        save_checkpoint(checkpoints, state.step, model.adapter, facts, best_step=state.best_step)
-    except StorageError as error:
-        outcome.journal.on_warning(f"{error.what} {error.safe}")
+def _leave_hung(outcome: Outcome, folder: RunFolder, saving: Saving, waited_seconds: float) -> None:
+    """The thread that trains does not answer: say where it hangs and leave without it."""
+    stacks = folder.path / "stacks.txt"
+    with suppress(OSError):
+        write_stacks(stacks)
+    error = saving.stopped(
+        f"Step {outcome.state.step + 1} hangs: nothing came of it for {waited_seconds:.0f} s. What every thread was "
+        f"doing is in {stacks}."
+    )
+    sys.stderr.write(f"\n{error}\n")
+    sys.stderr.flush()
+    leave_at_once(error.exit_code)
 
 
 def _keep_the_best(outcome: Outcome, model: CausalLM) -> None:
@@ -284,13 +357,27 @@ def _keep_the_best(outcome: Outcome, model: CausalLM) -> None:
     _measure(outcome, model, "final", step=step)
 
 
-def _scores(model: CausalLM, tokens: Tokenized, cutting: Cutting, journal: Journal | None) -> tuple[DocumentScore, ...]:
+def _heldout_scores(outcome: Outcome, model: CausalLM, journal: Journal | None) -> tuple[DocumentScore, ...]:
+    prepared = outcome.prepared
+    look = outcome.stop.raise_if_requested
+    return _scores(model, prepared.heldout, evaluation_cutting(prepared), journal, look=look)
+
+
+def _scores(
+    model: CausalLM,
+    tokens: Tokenized,
+    cutting: Cutting,
+    journal: Journal | None,
+    *,
+    look: Callable[[], None] = lambda: None,
+) -> tuple[DocumentScore, ...]:
     batches = cutting(tokens.sequences)
     done = 0
 
     def show(_: object) -> None:
         nonlocal done
         done += 1
+        look()
         if journal:
             journal.show(done, len(batches), "micro-batches")
 

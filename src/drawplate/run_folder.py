@@ -2,6 +2,9 @@
 
 Every file that others read is written beside its final name, flushed to the disk and renamed, so that a reader sees the
 old one or the new one and never half of either. metrics.jsonl is the exception: it grows by lines.
+
+A reserve of some MiB is held while the run goes. When the disk is full it is given up, so that the log and the report
+of a run that has to stop can still be written.
 """
 
 from __future__ import annotations
@@ -10,15 +13,23 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from drawplate.errors import StorageError
+from drawplate.checkpoint import write_folder
+from drawplate.errors import DiskFull, StorageError, UsageError, disk_refusal
 from drawplate.records import to_json
+from drawplate.units import MIB
 
 LOCK_NAME = "run.lock"
+RESERVE_NAME = ".reserve"
+RESERVE_BYTES = 8 * MIB
+RECIPE_NAME = "recipe.yaml"
+RECORD_NAME = "record.json"
+CHECKPOINTS_NAME = "checkpoints"
+OWN_NAMES = (LOCK_NAME, RESERVE_NAME)
 
 
 class RunFolder:
@@ -28,6 +39,7 @@ class RunFolder:
         self.path = path
         self._claimed = False
         self._abandoned = False
+        self._may_abandon = True
         self._made: list[Path] = []
 
     def check_free(self) -> None:
@@ -39,11 +51,17 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise self._refusal("is not a folder")
         if self.path.is_dir():
-            owner = self._living_owner()
-            if owner:
-                raise self._refusal(f"is in use by another run ({owner})")
-            if any(child.name != LOCK_NAME for child in self.path.iterdir()):
+            self._refuse_if_owned()
+            if any(child.name not in OWN_NAMES for child in self.path.iterdir()):
                 raise self._refusal("is not empty")
+        self._refuse_if_read_only()
+
+    def _refuse_if_owned(self) -> None:
+        owner = self._living_owner()
+        if owner:
+            raise self._refusal(f"is in use by another run ({owner})")
+
+    def _refuse_if_read_only(self) -> None:
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
             raise self._refusal("cannot be written")
@@ -56,6 +74,26 @@ class RunFolder:
         """
         self.check_free()
         self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self._lock()
+
+    def claim_again(self) -> None:
+        """Mark the folder of a run that ended early as in use by this process.
+
+        Raises:
+            UsageError: no run was begun there.
+            StorageError: a living process has it, or it cannot be written.
+        """
+        if not (self.path / RECIPE_NAME).is_file():
+            raise UsageError(
+                f"{self.path} is not the folder of a run: it holds no {RECIPE_NAME}.",
+                next_step="Name the folder that a run reported as its output_dir.",
+            )
+        self._refuse_if_owned()
+        self._refuse_if_read_only()
+        self._lock()
+        self._may_abandon = False
+
+    def _lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / LOCK_NAME).unlink(missing_ok=True)
@@ -63,6 +101,8 @@ class RunFolder:
                 json.dump(
                     {"pid": os.getpid(), "host": socket.gethostname(), "started": _process_start(os.getpid())}, lock
                 )
+            with (self.path / RESERVE_NAME).open("wb") as reserve:
+                os.posix_fallocate(reserve.fileno(), 0, RESERVE_BYTES)
         except FileExistsError:
             raise self._refusal("was claimed by another run just now") from None
         except OSError as error:
@@ -76,6 +116,7 @@ class RunFolder:
         self._claimed = False
         if self._abandoned:
             self._remove_contents()
+        self.make_room()
         (self.path / LOCK_NAME).unlink(missing_ok=True)
         if self._abandoned:
             with suppress(OSError):  # somebody has put something there meanwhile
@@ -84,7 +125,20 @@ class RunFolder:
 
     def abandon(self) -> None:
         """The run ended before anything of value was written: `release` will leave the disk as `claim` found it."""
-        self._abandoned = True
+        self._abandoned = self._may_abandon
+
+    def make_room(self) -> bool:
+        """Give up the reserve; whether there was one."""
+        try:
+            (self.path / RESERVE_NAME).unlink()
+        except OSError:
+            return False
+        return True
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints are."""
+        return self.path / CHECKPOINTS_NAME
 
     def _remove_contents(self) -> None:
         """All of it is this run's: `claim` found the folder empty."""
@@ -97,11 +151,19 @@ class RunFolder:
                 child.unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a whole file.
+        """Write a whole file; where the disk is full, the reserve is given up for it.
 
         Raises:
             StorageError: the disk refuses; an earlier file of that name is untouched.
         """
+        try:
+            return self._write_text(name, text)
+        except DiskFull:
+            if not self.make_room():
+                raise
+        return self._write_text(name, text)
+
+    def _write_text(self, name: str, text: str) -> Path:
         target = self.path / name
         temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
         try:
@@ -112,12 +174,18 @@ class RunFolder:
             os.replace(temporary, target)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise StorageError(
-                f"{target} could not be written: {error.strerror}.",
-                safe="Files written before it are complete.",
-                next_step="Free some space on that disk, then start again.",
-            ) from None
+            raise disk_refusal(target, error) from None
         return target
+
+    def write_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """Write a folder that is whole under its name, as `write_text` writes a file."""
+        try:
+            write_folder(self.path / name, fill)
+        except DiskFull:
+            if not self.make_room():
+                raise
+            write_folder(self.path / name, fill)
+        return self.path / name
 
     def write_json(self, name: str, record: Any) -> Path:
         """Write a record as indented JSON."""
@@ -139,10 +207,12 @@ class RunFolder:
         return f"process {pid} on {host}"
 
     def _refusal(self, why: str) -> StorageError:
+        unfinished = self.checkpoints.is_dir() and "in use" not in why
+        go_on = f"Go on with the run in it: drawplate resume {self.path}. Or choose" if unfinished else "Choose"
         return StorageError(
             f"The output folder {self.path} {why}.",
             safe="Nothing in it was touched.",
-            next_step="Choose another with --set output_dir=FOLDER, or move the old one away.",
+            next_step=f"{go_on} another with --set output_dir=FOLDER, or move the old one away.",
         )
 
 
