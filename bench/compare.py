@@ -1,0 +1,346 @@
+"""Drawplate and its peers on the same model, tokens, adapter and optimizer; a speed only behind the gate.
+
+    python bench/compare.py OUT.json --model 3b --cases 7x512,2x2048,7x2048 --systems drawplate,mission,liger,unsloth
+
+Each setting (bench/peers/cases.py) is a process of its own. Up to `--together` of them load, prove themselves and warm
+up side by side; steps are timed one process at a time while the others wait, in rounds whose order alternates. A speed
+is the case's tokens over the median of all timed steps. Peak memory is the most the allocator ever reserved in a case;
+the process's own device memory, which includes the CUDA context, is beside it. The gate is bench/peers/gate.py. Systems
+that are not installed, cases that do not fit and runs that the gate refused are listed with the reason.
+
+Left out: several GPUs, evaluation, whole runs. `first_step_seconds` (process start to the end of the first step,
+compilation included) is only comparable with `--together 1`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from bench.peers.cases import FULL_MEMORY, MISSION, REFERENCE, Setting, parse_case, settings  # noqa: E402
+from bench.peers.gate import Curve, Verdict, judge  # noqa: E402
+from bench.peers.table import table  # noqa: E402
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger_kernel", "unsloth", "unsloth_zoo", "trl")
+
+
+@dataclass
+class Process:
+    """One setting's process and all it has answered."""
+
+    setting: Setting
+    out: Path
+    loaded: dict[str, Any] = field(default_factory=dict)
+    curve: dict[str, Any] = field(default_factory=dict)
+    warm: dict[str, dict[str, Any]] = field(default_factory=dict)
+    timed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def start(self, folder: Path) -> None:
+        """Begin to import; nothing is loaded yet."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        job = {"setting": dataclasses.asdict(self.setting), "folder": str(folder), "out": str(self.out)}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.peers.worker", json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(self.out / "log.txt").open("w"),
+            text=True,
+            cwd=self.out,
+            env=environment,
+        )
+
+    def ask(self, *command: object) -> dict[str, Any]:
+        """One command, one answer; a process that died answers with an error."""
+        assert self.process.stdin
+        assert self.process.stdout
+        try:
+            self.process.stdin.write(" ".join(map(str, command)) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except OSError:
+            line = ""
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        return {"error": f"the process ended: {(self.out / 'log.txt').read_text()[-600:]}"}
+
+    def stop(self) -> None:
+        """End the process, which may be in any state."""
+        if self.process.poll() is None:
+            self.ask("quit")
+            self.process.kill()
+        self.process.wait()
+
+
+def failed(answer: dict[str, Any]) -> str:
+    """Why an answer is none; empty where it is one."""
+    return str(answer.get("memory") or answer.get("error") or ("" if answer else "not run"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The command line."""
+
+    cases: list[str]
+    folder: Path
+    work: Path
+    together: int
+    rounds: int
+    steps: int
+    gate_case: str
+    gate_steps: int
+
+
+def run_all(task: Task, chosen: Sequence[Setting], told: Callable[[str], None]) -> list[Process]:
+    """Reference first, then the settings, in groups that share the machine while nothing is timed."""
+    everyone = [Process(s, task.work / f"{i:02d}-{s.system}") for i, s in enumerate([REFERENCE, *chosen])]
+    for start in range(0, len(everyone), task.together):
+        group = everyone[start : start + task.together]
+        began = time.monotonic()
+        for process in group:
+            process.start(task.folder)
+        run_group(task, group)
+        for process in group:
+            process.stop()
+            told(f"{process.setting.label}: {_progress(process)}")
+        told(f"group of {len(group)} took {time.monotonic() - began:.0f} s")
+    return everyone
+
+
+def _progress(process: Process) -> str:
+    if failed(process.loaded):
+        return failed(process.loaded)
+    return failed(process.curve) or "; ".join(f"{case} {failed(warm) or 'ran'}" for case, warm in process.warm.items())
+
+
+def run_group(task: Task, group: Sequence[Process]) -> None:
+    """Load, gate curve and warm-up side by side, then time one at a time; out of memory is tried again alone."""
+    for process, answer in _side_by_side(group, "load"):
+        process.loaded = answer
+    alive = [p for p in group if not failed(p.loaded)]
+    for process, answer in _side_by_side(alive, "curve", task.gate_case, task.gate_steps):
+        process.curve = answer
+    alive = [p for p in alive if not failed(p.curve)]
+    for case in task.cases:
+        for process, answer in _side_by_side(alive, "warm", case):
+            process.warm[case] = answer
+        ready = [p for p in alive if p.setting is not REFERENCE and not failed(p.warm[case])]
+        for number in range(task.rounds):
+            for process in ready if number % 2 == 0 else reversed(ready):
+                process.timed.setdefault(case, []).append(process.ask("time", case, task.steps))
+
+
+def _side_by_side(group: Sequence[Process], *command: object) -> list[tuple[Process, dict[str, Any]]]:
+    with ThreadPoolExecutor(max(len(group), 1)) as pool:
+        answers = list(pool.map(lambda process: process.ask(*command), group))
+    again = [i for i, answer in enumerate(answers) if "memory" in answer and len(group) > 1 and command[0] != "load"]
+    for i in again:
+        answers[i] = group[i].ask(*command)
+    return list(zip(group, answers, strict=True))
+
+
+def results_of(task: Task, everyone: Sequence[Process]) -> list[dict[str, Any]]:
+    """One entry for each setting and case, speeds only where the gate passed."""
+    reference = everyone[0]
+    mission = next((p for p in everyone if p.setting == MISSION), None)
+    found = []
+    for process in everyone[1:]:
+        for case in task.cases:
+            entry = {
+                "system": process.setting.system,
+                "setting": process.setting.name,
+                "dropout": process.setting.dropout,
+                "budget_gib": process.setting.budget_gib,
+                "case": case,
+                "tokens": parse_case(case).tokens,
+                **process.loaded,
+            }
+            entry.pop("trace", None)
+            entry.update(_case_entry(process, case, reference, mission))
+            found.append(entry)
+    return found
+
+
+def _case_entry(process: Process, case: str, reference: Process, mission: Process | None) -> dict[str, Any]:
+    warm, timed = process.warm.get(case, {}), process.timed.get(case, [])
+    problem = failed(process.loaded) or failed(process.curve) or failed(warm)
+    problem = problem or next(filter(None, map(failed, timed)), "") or ("" if timed else "not timed")
+    if problem:
+        fits = not any("memory" in answer for answer in [process.loaded, process.curve, warm, *timed])
+        return {"refused": problem if fits else "does not fit into memory", "detail": problem}
+    whole = _verdict(process, reference, mission, lambda p: p.curve, "curve")
+    here = _verdict(process, reference, mission, lambda p: _first_step(p.warm.get(case, {})), case)
+    gate = {"gate": dataclasses.asdict(whole), "gate_of_case": dataclasses.asdict(here)}
+    numbers = {
+        "first_step_seconds": process.curve.get("first_step_seconds"),
+        "first_loss": timed[0]["losses"][0],
+        "last_loss": timed[0]["losses"][-1],
+        "gradient_norm": timed[0]["gradient_norms"][0],
+        "peak_reserved_bytes": max(a.get("peak_reserved_bytes", 0) for a in [warm, *timed]),
+        "peak_allocated_bytes": max(a.get("peak_allocated_bytes", 0) for a in [warm, *timed]),
+        "process_device_bytes": max((a.get("process_device_bytes") or 0 for a in timed), default=0) or None,
+        **({"kept_layers": warm["kept_layers"]} if "kept_layers" in warm else {}),
+    }
+    reason = whole.reason or here.reason
+    if reason:
+        return {"refused": f"gate: {reason}", **numbers, **gate}
+    seconds = [s for answer in timed for s in answer["step_seconds"]]
+    speed = parse_case(case).tokens / statistics.median(seconds)
+    rounds = [[round(s, 5) for s in answer["step_seconds"]] for answer in timed]
+    return {"tokens_per_second": round(speed, 1), "step_seconds": rounds, **numbers, **gate}
+
+
+def _first_step(answer: dict[str, Any]) -> dict[str, Any]:
+    return {key: value[:1] for key, value in answer.items() if key in ("losses", "gradient_norms")}
+
+
+def _verdict(
+    process: Process,
+    reference: Process,
+    mission: Process | None,
+    answer_of: Callable[[Process], dict[str, Any]],
+    gradient: str,
+) -> Verdict:
+    def curve_of(one: Process) -> Curve:
+        answer = answer_of(one)
+        return Curve(
+            losses=answer.get("losses", []),
+            gradient_norms=answer.get("gradient_norms", []),
+            gradient_error=gradient_error(one.out, reference.out, gradient),
+        )
+
+    yardstick = curve_of(mission) if mission is not None and answer_of(mission).get("losses") else None
+    return judge(curve_of(process), curve_of(reference), yardstick)
+
+
+def gradient_error(folder: Path, reference: Path, name: str) -> float | None:
+    """|g - reference| / |reference| over all trained tensors; None where either was not written."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    paths = [at / f"gradient-{name}.safetensors" for at in (folder, reference)]
+    if not all(path.is_file() for path in paths):
+        return None
+    own, true = map(load_file, paths)
+    distance = sum(float(np.sum((own[key] - true[key]).astype(np.float64) ** 2)) for key in true)
+    return float((distance / sum(float(np.sum(true[key].astype(np.float64) ** 2)) for key in true)) ** 0.5)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    systems = sorted({s.system for s in FULL_MEMORY})
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="3b", help="a shape of bench/shapes.py")
+    parser.add_argument("--layers", type=int, help="cut the model short")
+    parser.add_argument("--cases", default="7x512,2x2048,7x2048")
+    parser.add_argument("--systems", default=",".join(systems))
+    parser.add_argument("--budgets", default="full", help="full, or GiB, or both: full,6")
+    parser.add_argument("--only", default="", help="a regular expression that a setting's label must match")
+    parser.add_argument("--together", type=int, default=1, help="processes that load and warm up side by side")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5, help="timed, in each round")
+    parser.add_argument("--gate-case", help="default: the first case")
+    parser.add_argument("--gate-steps", type=int, default=8)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/drawplate-compare"))
+    parser.add_argument("--list", action="store_true", help="name the settings and stop")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run what was asked for; write the JSON after all, print the table."""
+    asked = parse_arguments(sys.argv[1:])
+    budgets = [None if b == "full" else float(b) for b in asked.budgets.split(",")]
+    chosen = [s for s in settings(asked.systems.split(","), budgets) if s == MISSION or re.search(asked.only, s.label)]
+    if asked.list:
+        print("\n".join(s.label for s in chosen))
+        return 0
+    cases = asked.cases.split(",")
+    task = Task(
+        cases=cases,
+        folder=asked.work / f"{asked.model}-{asked.layers or 'all'}",
+        work=asked.work / f"run-{os.getpid()}",
+        together=asked.together,
+        rounds=asked.rounds,
+        steps=asked.steps,
+        gate_case=asked.gate_case or cases[0],
+        gate_steps=asked.gate_steps,
+    )
+    for case in [*cases, task.gate_case]:
+        parse_case(case)
+    began = time.monotonic()
+    _make_material(task.folder, asked.model, asked.layers)
+    print(f"material after {time.monotonic() - began:.0f} s", flush=True)
+    everyone = run_all(task, chosen, lambda line: print(line, flush=True))
+    record = {
+        "command": " ".join(["python", "bench/compare.py", *sys.argv[1:]]),
+        "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
+        "model": {"shape": asked.model, "layers": asked.layers},
+        "gate": {"case": task.gate_case, "reference": everyone[0].curve, "reference_loaded": everyone[0].loaded},
+        "seconds": round(time.monotonic() - began, 1),
+        "machine": machine(),
+        "versions": versions(),
+        "results": results_of(task, everyone),
+    }
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(record, indent=1))
+    print(table([record]))
+    return 0
+
+
+def _make_material(folder: Path, shape: str, layers: int | None) -> None:
+    """In a process of its own: its memory must be free again before anybody is measured."""
+    code = (
+        "from pathlib import Path; from bench.peers.material import make_material; "
+        f"make_material(Path({str(folder)!r}), {shape!r}, {layers!r})"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

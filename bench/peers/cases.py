@@ -1,0 +1,160 @@
+"""What is compared: cases (which documents make up an optimizer step) and settings (who trains them, and how).
+
+No torch here: the driver and its tests read this file without it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DISTINCT_TOKENS = 512
+CLIMATE_LENGTHS = Path(__file__).resolve().parent.parent / "climate-lengths.json"
+CLIMATE_DOCUMENTS_A_STEP = 28
+CLIMATE_ROWS = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Micro-batches of one optimizer step, as lists of document lengths.
+
+    Attributes:
+        name: as the user wrote it.
+        micro_batches: lengths of the documents of each micro-batch, in tokens.
+        packed_tokens: positions of a packed row, 0 where each document has a row of its own.
+    """
+
+    name: str
+    micro_batches: tuple[tuple[int, ...], ...]
+    packed_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step that are not padding."""
+        return sum(map(sum, self.micro_batches))
+
+
+def parse_case(name: str) -> Case:
+    """`7x512`: 7 documents of 512 tokens. `climate-padded`, `climate-packed-4096`: documents of real lengths.
+
+    Raises:
+        ValueError: none of these.
+    """
+    kind, _, tokens = name.removeprefix("climate-").partition("-")
+    if name.startswith("climate-") and (kind, bool(tokens)) in (("padded", False), ("packed", True)):
+        lengths = json.loads(CLIMATE_LENGTHS.read_text(encoding="utf-8"))["lengths"]
+        order = np.random.default_rng(0).permutation(len(lengths))
+        return real_lengths(name, [lengths[i] for i in order], packed_tokens=int(tokens or 0))
+    rows, x, length = name.partition("x")
+    if not (x and rows.isdigit() and length.isdigit() and int(rows) > 0 and int(length) > 1):
+        raise ValueError(f"{name!r} is no case: write ROWSxLENGTH, climate-padded or climate-packed-TOKENS")
+    return Case(name=name, micro_batches=((int(length),) * int(rows),))
+
+
+def real_lengths(name: str, lengths: Sequence[int], *, packed_tokens: int) -> Case:
+    """The first documents of a corpus, 7 a padded micro-batch in the order they come, or all for packing."""
+    chosen = tuple(lengths[:CLIMATE_DOCUMENTS_A_STEP])
+    if packed_tokens:
+        return Case(name=name, micro_batches=(chosen,), packed_tokens=packed_tokens)
+    groups = tuple(chosen[i : i + CLIMATE_ROWS] for i in range(0, len(chosen), CLIMATE_ROWS))
+    return Case(name=name, micro_batches=groups)
+
+
+def documents(case: Case, step: int, vocab: int) -> list[list[np.ndarray]]:
+    """The token ids of a step's micro-batches; the same for every system.
+
+    Words are drawn from a few hundred ids with Zipf's frequencies, so that there is something to learn from them on
+    random weights: a gradient that is wrong shows in the losses of the next steps.
+    """
+    rng = np.random.default_rng([7, step])
+    words = np.random.default_rng(3).choice(vocab, min(DISTINCT_TOKENS, vocab), replace=False)
+    weights = 1 / np.arange(1, len(words) + 1)
+    weights /= weights.sum()
+    return [[rng.choice(words, size=n, p=weights).astype(np.int64) for n in lengths] for lengths in case.micro_batches]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way of one system to train.
+
+    Attributes:
+        system: drawplate, mission, liger, unsloth or trl; `reference` is the fp32 yardstick.
+        name: in the system's own words.
+        dropout: of the adapter's input, while timing.
+        budget_gib: the allocator may reserve no more; None for all of the card.
+        options: what the system's adapter needs to know.
+    """
+
+    system: str
+    name: str
+    dropout: float = 0.1
+    budget_gib: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Unique among the settings."""
+        budget = f", {self.budget_gib:g} GiB" if self.budget_gib else ""
+        return f"{self.system}: {self.name}, dropout {self.dropout:g}{budget}"
+
+
+REFERENCE = Setting(system="reference", name="fp32", dropout=0.0)
+MISSION = Setting(system="mission", name="nf4, fp16, checkpointing", options={"compute": "float16"})
+OWN_GC = {"bits": 4, "checkpointing": "unsloth"}
+UNSLOTH_KEPT = {"bits": 16, "checkpointing": False}
+FULL_MEMORY = [
+    MISSION,
+    Setting(system="mission", name="nf4, bf16, checkpointing"),
+    Setting(system="liger", name="nf4, bf16, checkpointing"),
+    Setting(system="liger", name="bf16, no checkpointing", options={"bits": 16, "checkpointing": False}),
+    Setting(system="unsloth", name="nf4, its checkpointing", options=OWN_GC),
+    Setting(system="unsloth", name="nf4, no checkpointing", dropout=0.0, options={**OWN_GC, "checkpointing": False}),
+    Setting(system="unsloth", name="bf16, no checkpointing", options=UNSLOTH_KEPT),
+    Setting(system="unsloth", name="bf16, no checkpointing", dropout=0.0, options=UNSLOTH_KEPT),
+    Setting(system="trl", name="SFTTrainer, liger, nf4, bf16, checkpointing"),
+    Setting(system="drawplate", name="bf16, all kept", options={"precision": "bf16"}),
+    Setting(system="drawplate", name="bf16, all kept", dropout=0.0, options={"precision": "bf16"}),
+]
+
+
+def settings(systems: Iterable[str], budgets_gib: Iterable[float | None]) -> list[Setting]:
+    """The settings to run: for the whole card (None), and for each budget those that were made for one.
+
+    Raises:
+        ValueError: an unknown system.
+    """
+    wanted = list(systems)
+    unknown = set(wanted) - {s.system for s in FULL_MEMORY}
+    if unknown:
+        raise ValueError(f"unknown systems: {', '.join(sorted(unknown))}")
+    found: list[Setting] = []
+    for budget in budgets_gib:
+        found += FULL_MEMORY if budget is None else within(budget)
+    chosen = [s for s in found if s.system in wanted]
+    return chosen if MISSION in chosen else [MISSION, *chosen]  # the gate measures by it
+
+
+def within(budget_gib: float) -> list[Setting]:
+    """What a system can do to use a small budget well: keep as many layers' activations as fit, recompute the others.
+
+    `keep: fit` measures how many fit, per case. What fits by itself is in FULL_MEMORY already.
+    """
+    fit: dict[str, Any] = {"keep": "fit"}
+    streamed = {**fit, "weights": "host", "head_rows": 8192}
+    return [
+        Setting(
+            system="unsloth", name="nf4, layers kept", dropout=0.0, budget_gib=budget_gib, options={**OWN_GC, **fit}
+        ),
+        Setting(system="drawplate", name="nf4", budget_gib=budget_gib, options={"precision": "nf4", **fit}),
+        Setting(
+            system="drawplate", name="nf4 streamed", budget_gib=budget_gib, options={"precision": "nf4", **streamed}
+        ),
+        Setting(
+            system="drawplate", name="bf16 streamed", budget_gib=budget_gib, options={"precision": "bf16", **streamed}
+        ),
+    ]

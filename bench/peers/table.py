@@ -1,0 +1,86 @@
+"""Results of bench/compare.py as Markdown tables. Formats, never computes more than a ratio. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+GIB = 2**30
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Every result of some records: one table for each model, refusals beneath it."""
+    parts = []
+    for record in records:
+        layers = record["model"]["layers"]
+        name = record["model"]["shape"] + (f", {layers} layers" if layers else "")
+        parts.append(f"### {name}, {record['machine']['gpu'] or 'CPU'}\n\n{_rows(record['results'])}")
+        refused = [r for r in record["results"] if "refused" in r]
+        if refused:
+            parts.append("\n".join(f"- {_label(r)}, {r['case']}: {_one_line(r['refused'])}" for r in refused))
+    return "\n\n".join(parts)
+
+
+def _rows(results: Iterable[dict[str, Any]]) -> str:
+    lines = [
+        "| system | setting | dropout | case | tokens/s | GiB (process) | first step s | loss | nats off (allowed) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in results:
+        if "refused" in r:
+            continue
+        process = r.get("process_device_bytes")
+        cells = [
+            r["system"],
+            _setting(r),
+            f"{r['dropout']:g}",
+            r["case"],
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['peak_reserved_bytes'] / GIB:.2f} ({process / GIB:.2f})"
+            if process
+            else f"{r['peak_reserved_bytes'] / GIB:.2f}",
+            f"{r['first_step_seconds']:.0f}",
+            f"{r['first_loss']:.3f} -> {r['last_loss']:.3f}",
+            f"{r['gate']['difference']:.4f} ({r['gate']['allowed']:.4f})",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def best_within(results: Iterable[dict[str, Any]], case: str, budget_gib: float | None) -> dict[str, dict[str, Any]]:
+    """Each system's fastest result of a case whose peak is within the budget (None: any); slower ones are dropped."""
+    best: dict[str, dict[str, Any]] = {}
+    for r in results:
+        fits = budget_gib is None or r.get("peak_reserved_bytes", 0) <= budget_gib * GIB
+        if r["case"] != case or "tokens_per_second" not in r or not fits:
+            continue
+        if r["system"] not in best or r["tokens_per_second"] > best[r["system"]]["tokens_per_second"]:
+            best[r["system"]] = r
+    return best
+
+
+def ratios(
+    results: Sequence[dict[str, Any]], peer: str, budget_gib: float | None
+) -> list[tuple[str, float, float, float]]:
+    """(case, Drawplate's tokens/s, the peer's best, their ratio) for each case that both ran within the budget."""
+    found = []
+    for case in dict.fromkeys(r["case"] for r in results):
+        best = best_within(results, case, budget_gib)
+        if "drawplate" in best and peer in best:
+            own, other = best["drawplate"]["tokens_per_second"], best[peer]["tokens_per_second"]
+            found.append((case, own, other, own / other))
+    return found
+
+
+def _setting(result: dict[str, Any]) -> str:
+    budget = f", {result['budget_gib']:g} GiB cap" if result["budget_gib"] else ""
+    kept = f", {result['kept_layers']} layers kept" if "kept_layers" in result else ""
+    return result["setting"] + budget + kept
+
+
+def _label(result: dict[str, Any]) -> str:
+    return f"{result['system']}: {_setting(result)}, dropout {result['dropout']:g}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(str(text).split())[:300]

@@ -1,0 +1,175 @@
+"""One system in a process of its own: reads a command a line, answers a line of JSON.
+
+    load                      import, load, put the adapter at its start
+    curve CASE STEPS          steps with dropout 0, for the gate
+    warm CASE                 compile and warm up; the first gradient is kept for the gate
+    time CASE STEPS           one step untimed, then STEPS timed
+    quit
+
+The driver (bench/compare.py) lets `load`, `curve` and `warm` of several processes overlap and runs `time` alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+BEGAN = time.monotonic()
+MODULES = {
+    "reference": "bench.peers.huggingface",
+    "mission": "bench.peers.huggingface",
+    "liger": "bench.peers.huggingface",
+    "trl": "bench.peers.sft_trainer",
+    "unsloth": "bench.peers.unsloth_model",
+    "drawplate": "bench.peers.drawplate_model",
+}
+
+
+class Worker:
+    """The loaded system and its measurements."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from bench.peers.cases import Setting
+
+        self.setting, self.folder, self.out = Setting(**job["setting"]), Path(job["folder"]), Path(job["out"])
+        self.peer: Any = None
+        self.first_step_seconds: float | None = None
+
+    def load(self) -> dict[str, Any]:
+        """Import and load; the allocator is capped first, so that loading must fit too."""
+        module = importlib.import_module(MODULES[self.setting.system])  # Unsloth wants to be imported before the rest
+        import torch
+
+        from bench.peers import material
+
+        imported = time.monotonic()
+        if torch.cuda.is_available():
+            if self.setting.budget_gib:
+                total = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(self.setting.budget_gib * 2**30 / total)
+            torch.cuda.reset_peak_memory_stats()
+        self.peer = module.load(self.folder, self.setting)
+        self.start = material.load_start(self.folder)
+        self.vocab = json.loads((self.folder / "config.json").read_text())["vocab_size"]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {
+            "import_seconds": round(imported - BEGAN, 2),
+            "load_seconds": round(time.monotonic() - imported, 2),
+            "load_peak_reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+        }
+
+    def curve(self, case: str, steps: str) -> dict[str, Any]:
+        """Losses and gradient norms without dropout."""
+        return self._steps(case, int(steps), dropout=0.0, kept_gradient="curve")
+
+    def warm(self, case: str) -> dict[str, Any]:
+        """The first step's loss and gradient, then one more step; memory is given back afterwards."""
+        fitted = self._fit(case) if self.setting.options.get("keep") == "fit" else {}
+        steps = 1 if self.setting.system == "reference" else 3
+        return {**self._steps(case, steps, dropout=self.setting.dropout, kept_gradient=case), **fitted}
+
+    def _fit(self, name: str) -> dict[str, Any]:
+        from bench.peers.cases import documents, parse_case
+        from bench.peers.fit import fit_kept_layers
+        from bench.peers.stepping import take_steps
+
+        case, dropout = parse_case(name), self.setting.dropout
+        steps = [documents(case, step, self.vocab) for step in range(2)]
+        budget_bytes = (self.setting.budget_gib or 0) * 2**30
+
+        def two_steps() -> None:
+            take_steps(self.peer, steps, dropout=dropout, packed_tokens=case.packed_tokens)
+
+        return {"kept_layers": fit_kept_layers(self.peer, two_steps, budget_bytes)}
+
+    def time(self, case: str, steps: str) -> dict[str, Any]:
+        """Seconds of steps on their own."""
+        return self._steps(case, int(steps) + 1, dropout=self.setting.dropout)
+
+    def _steps(self, name: str, count: int, *, dropout: float, kept_gradient: str = "") -> dict[str, Any]:
+        import torch
+
+        from bench.peers.cases import documents, parse_case
+        from bench.peers.stepping import set_adapter, take_steps
+
+        case, cuda = parse_case(name), torch.cuda.is_available()
+        steps = [documents(case, step, self.vocab) for step in range(count)]
+        gradient = self.out / f"gradient-{kept_gradient}.safetensors" if kept_gradient else None
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        set_adapter(self.peer, self.start)
+        take = getattr(self.peer, "take_steps", None) or (lambda *a, **k: take_steps(self.peer, *a, **k))
+        if self.first_step_seconds is None:
+            take(steps[:1], dropout=dropout, packed_tokens=case.packed_tokens)
+            self.first_step_seconds = round(time.monotonic() - BEGAN, 2)
+            set_adapter(self.peer, self.start)
+        taken = take(steps, dropout=dropout, packed_tokens=case.packed_tokens, gradient=gradient)
+        answer = {
+            "tokens": case.tokens,
+            "step_seconds": taken.seconds,
+            "losses": taken.losses,
+            "gradient_norms": taken.gradient_norms,
+            "first_step_seconds": self.first_step_seconds,
+        }
+        if cuda:
+            answer["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+            answer["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+            answer["process_device_bytes"] = _process_device_bytes()
+            gc.collect()
+            torch.cuda.empty_cache()
+        return answer
+
+
+def _process_device_bytes() -> int | None:
+    """Device memory of this process, context included, as the driver counts it; None where it does not say."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+        return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
+    except Exception:  # a figure beside the main one: its absence is recorded as null
+        return None
+
+
+def main() -> None:
+    """Answer commands until quit or the end of input."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not look like an answer
+    worker = Worker(json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        command, *arguments = line.split()
+        if command == "quit":
+            break
+        try:
+            answer = getattr(worker, command)(*arguments)
+        except BaseException as error:
+            kind = "memory" if "OutOfMemory" in type(error).__name__ else "error"
+            answer = {kind: f"{type(error).__name__}: {error}"[:600], "trace": traceback.format_exc()[-1500:]}
+            if worker.peer is not None:
+                _forget_failed(worker)
+        print(f"# {time.monotonic() - BEGAN:.1f} s: {line.strip()}", file=sys.stderr, flush=True)
+        answers.write(json.dumps(answer) + "\n")
+    os._exit(0)  # leave without the libraries' tear-down, which takes seconds
+
+
+def _forget_failed(worker: Worker) -> None:
+    import torch
+
+    for parameter in worker.peer.adapter.values():
+        parameter.grad = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
