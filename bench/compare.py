@@ -313,26 +313,32 @@ def main() -> int:
     for case in [*cases, task.gate_case]:
         parse_case(case)
     began = time.monotonic()
-    _make_material(task.folder, asked.model, asked.layers)
+    make_material(task.folder, asked.model, asked.layers)
     print(f"material after {time.monotonic() - began:.0f} s", flush=True)
-    everyone = run_all(task, chosen, lambda line: print(line, flush=True))
-    record = {
-        "command": " ".join(["python", "bench/compare.py", *sys.argv[1:]]),
-        "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
-        "model": {"shape": asked.model, "layers": asked.layers},
-        "gate": {"case": task.gate_case, "reference": everyone[0].curve, "reference_loaded": everyone[0].loaded},
-        "seconds": round(time.monotonic() - began, 1),
-        "machine": machine(),
-        "versions": versions(),
-        "results": results_of(task, everyone),
-    }
+    record = measure(task, chosen, {"shape": asked.model, "layers": asked.layers})
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(record, indent=1))
     print(table([record]))
     return 0
 
 
-def _make_material(folder: Path, shape: str, layers: int | None) -> None:
+def measure(task: Task, chosen: Sequence[Setting], model: dict[str, Any]) -> dict[str, Any]:
+    """Run everything; the record that is written."""
+    began = time.monotonic()
+    everyone = run_all(task, chosen, lambda line: print(line, flush=True))
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
+        "model": model,
+        "gate": {"case": task.gate_case, "reference": everyone[0].curve, "reference_loaded": everyone[0].loaded},
+        "seconds": round(time.monotonic() - began, 1),
+        "machine": machine(),
+        "versions": versions(),
+        "results": results_of(task, everyone),
+    }
+
+
+def make_material(folder: Path, shape: str, layers: int | None) -> None:
     """In a process of its own: its memory must be free again before anybody is measured."""
     code = (
         "from pathlib import Path; from bench.peers.material import make_material; "

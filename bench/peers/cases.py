@@ -15,8 +15,7 @@ import numpy as np
 
 DISTINCT_TOKENS = 512
 CLIMATE_LENGTHS = Path(__file__).resolve().parent.parent / "climate-lengths.json"
-CLIMATE_DOCUMENTS_A_STEP = 28
-CLIMATE_ROWS = 7
+CORPUS = "documents.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +25,14 @@ class Case:
     Attributes:
         name: as the user wrote it.
         micro_batches: lengths of the documents of each micro-batch, in tokens.
+        indices: of the same documents in the climate corpus; empty where lengths are made up.
         packed_tokens: positions of a packed row, 0 where each document has a row of its own.
     """
 
     name: str
     micro_batches: tuple[tuple[int, ...], ...]
     packed_tokens: int = 0
+    indices: tuple[tuple[int, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -40,37 +41,46 @@ class Case:
 
 
 def parse_case(name: str) -> Case:
-    """`7x512`: 7 documents of 512 tokens. `climate-padded`, `climate-packed-4096`: documents of real lengths.
+    """The case of a name.
+
+    `7x512`: 7 documents of 512 tokens. `climate-padded-7-28`: 28 documents of the climate corpus in micro-batches of 7
+    in the order they come, each padded to its longest. `climate-packed-4096-28`: the same documents in rows of at most
+    4096 positions.
 
     Raises:
         ValueError: none of these.
     """
-    kind, _, tokens = name.removeprefix("climate-").partition("-")
-    if name.startswith("climate-") and (kind, bool(tokens)) in (("padded", False), ("packed", True)):
+    kind, *numbers = name.split("-")[1:] if name.startswith("climate-") else [""]
+    if kind in ("padded", "packed") and len(numbers) == 2 and all(n.isdigit() and int(n) > 0 for n in numbers):
         lengths = json.loads(CLIMATE_LENGTHS.read_text(encoding="utf-8"))["lengths"]
-        order = np.random.default_rng(0).permutation(len(lengths))
-        return real_lengths(name, [lengths[i] for i in order], packed_tokens=int(tokens or 0))
+        return real_lengths(name, lengths, packed=kind == "packed", size=int(numbers[0]), count=int(numbers[1]))
     rows, x, length = name.partition("x")
     if not (x and rows.isdigit() and length.isdigit() and int(rows) > 0 and int(length) > 1):
-        raise ValueError(f"{name!r} is no case: write ROWSxLENGTH, climate-padded or climate-packed-TOKENS")
+        raise ValueError(f"{name!r} is no case: ROWSxLENGTH, climate-padded-ROWS-DOCUMENTS, climate-packed-TOKENS-...")
     return Case(name=name, micro_batches=((int(length),) * int(rows),))
 
 
-def real_lengths(name: str, lengths: Sequence[int], *, packed_tokens: int) -> Case:
-    """The first documents of a corpus, 7 a padded micro-batch in the order they come, or all for packing."""
-    chosen = tuple(lengths[:CLIMATE_DOCUMENTS_A_STEP])
-    if packed_tokens:
-        return Case(name=name, micro_batches=(chosen,), packed_tokens=packed_tokens)
-    groups = tuple(chosen[i : i + CLIMATE_ROWS] for i in range(0, len(chosen), CLIMATE_ROWS))
-    return Case(name=name, micro_batches=groups)
+def real_lengths(name: str, lengths: Sequence[int], *, packed: bool, size: int, count: int) -> Case:
+    """Some documents of a corpus in a fixed random order: `size` a padded micro-batch, or all in rows of `size`."""
+    chosen = [int(i) for i in np.random.default_rng(0).permutation(len(lengths))[:count]]
+    groups = [chosen] if packed else [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    return Case(
+        name=name,
+        micro_batches=tuple(tuple(lengths[i] for i in group) for group in groups),
+        packed_tokens=size if packed else 0,
+        indices=tuple(map(tuple, groups)),
+    )
 
 
-def documents(case: Case, step: int, vocab: int) -> list[list[np.ndarray]]:
+def documents(case: Case, step: int, vocab: int, corpus: Sequence[Sequence[int]] = ()) -> list[list[np.ndarray]]:
     """The token ids of a step's micro-batches; the same for every system.
 
-    Words are drawn from a few hundred ids with Zipf's frequencies, so that there is something to learn from them on
-    random weights: a gradient that is wrong shows in the losses of the next steps.
+    With a corpus (and a case of real lengths) its documents, the same at every step. Else words drawn from a few
+    hundred ids with Zipf's frequencies, so that there is something to learn from them on random weights: a gradient
+    that is wrong shows in the losses of the next steps.
     """
+    if corpus and case.indices:
+        return [[np.asarray(corpus[i], dtype=np.int64) for i in group] for group in case.indices]
     rng = np.random.default_rng([7, step])
     words = np.random.default_rng(3).choice(vocab, min(DISTINCT_TOKENS, vocab), replace=False)
     weights = 1 / np.arange(1, len(words) + 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.peers.cases import Setting
-from bench.peers.material import ALPHA, RANK, TARGETS
+from bench.peers.material import load_lora
 from bench.peers.stepping import Documents, Scale
 from drawplate.data.batches import Batch, cut_packed, cut_padded
 from drawplate.model.adapter import lora_config
@@ -104,6 +104,6 @@ def load(folder: Path, setting: Setting) -> DrawplatePeer:
         compiled=options.pop("compiled", device.type == "cuda"),
         **options,
     )
-    section = LoraSection(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), lora_dropout=setting.dropout)
+    section = LoraSection(**load_lora(folder), lora_dropout=setting.dropout)
     model = assemble(checkpoint, placement, lambda a: lora_config(section, a, "random", None), seed=0)
     return DrawplatePeer(model)

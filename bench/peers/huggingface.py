@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.peers.cases import Setting
-from bench.peers.material import ALPHA, RANK, TARGETS
+from bench.peers.material import load_lora
 from bench.peers.stepping import Documents, Scale, padded
 
 PAD_MULTIPLE = 16
@@ -96,7 +96,7 @@ def load(folder: Path, setting: Setting) -> PeftPeer:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    if reference or setting.options.get("bits") == 32:
+    if compute == torch.float32:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": device})
         quantized = False
     elif quantized:
@@ -106,14 +106,7 @@ def load(folder: Path, setting: Setting) -> PeftPeer:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing)
     else:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, device_map={"": device})
-    lora = LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        target_modules=list(TARGETS),
-        lora_dropout=setting.dropout,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    lora = LoraConfig(**load_lora(folder), lora_dropout=setting.dropout, bias="none", task_type="CAUSAL_LM")
     model = get_peft_model(base, lora)
     if not quantized and checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -16,8 +16,8 @@ from torch import Tensor
 from bench.shapes import shape_config
 
 SHARD_BYTES = 2 * 2**30
-RANK, ALPHA, TARGETS = 8, 32, ("q_proj", "v_proj")
-START = "start.safetensors"
+MISSION_LORA: dict[str, Any] = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
+LORA, START = "lora.json", "start.safetensors"
 WORDS = 1000
 
 
@@ -32,7 +32,7 @@ def make_material(folder: Path, shape: str, layers: int | None) -> None:
     config.save_pretrained(folder)
     _save_weights(folder, config)
     _save_tokenizer(folder)
-    save_file(initial_adapter(config), folder / START)
+    save_start(folder, config, MISSION_LORA)
     done.write_text(wanted)
 
 
@@ -81,19 +81,34 @@ def _save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def initial_adapter(config: Any) -> dict[str, Tensor]:
+def save_start(folder: Path, config: Any, lora: dict[str, Any]) -> None:
+    """Write the adapter's shape and its initial values, which every system starts from."""
+    (folder / LORA).write_text(json.dumps(lora))
+    save_file(initial_adapter(config, lora), folder / START)
+
+
+def initial_adapter(config: Any, lora: dict[str, Any]) -> dict[str, Tensor]:
     """PEFT's names -> fp32 values, as PEFT draws them: A uniform in +-1/sqrt(inputs) (Kaiming, a = sqrt(5)), B zero."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    outputs = {"q_proj": config.num_attention_heads * head_dim, "v_proj": config.num_key_value_heads * head_dim}
-    generator, bound = torch.Generator().manual_seed(13), config.hidden_size**-0.5
+    from transformers import AutoModelForCausalLM
+
+    generator = torch.Generator().manual_seed(13)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     start = {}
-    for layer in range(config.num_hidden_layers):
-        for target in TARGETS:
-            path = f"base_model.model.model.layers.{layer}.self_attn.{target}"
-            a = torch.empty(RANK, config.hidden_size).uniform_(-bound, bound, generator=generator)
-            start[f"{path}.lora_A.weight"] = a
-            start[f"{path}.lora_B.weight"] = torch.zeros(outputs[target], RANK)
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or path.rpartition(".")[2] not in lora["target_modules"]:
+            continue
+        bound = module.in_features**-0.5
+        a = torch.empty(lora["r"], module.in_features).uniform_(-bound, bound, generator=generator)
+        start[f"base_model.model.{path}.lora_A.weight"] = a
+        start[f"base_model.model.{path}.lora_B.weight"] = torch.zeros(module.out_features, lora["r"])
     return start
+
+
+def load_lora(folder: Path) -> dict[str, Any]:
+    """r, lora_alpha and target_modules."""
+    values: dict[str, Any] = json.loads((folder / LORA).read_text())
+    return values
 
 
 def load_start(folder: Path) -> dict[str, Tensor]:

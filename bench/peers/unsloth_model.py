@@ -22,7 +22,7 @@ from unsloth_zoo.block_swap import find_decoder_layers
 
 from bench.peers.cases import Setting
 from bench.peers.huggingface import PeftPeer
-from bench.peers.material import ALPHA, RANK, TARGETS
+from bench.peers.material import load_lora
 
 LONGEST = 2048
 
@@ -58,9 +58,7 @@ def load(folder: Path, setting: Setting) -> UnslothPeer:
     )
     model = unsloth.FastLanguageModel.get_peft_model(
         model,
-        r=RANK,
-        lora_alpha=ALPHA,
-        target_modules=list(TARGETS),
+        **load_lora(folder),
         lora_dropout=setting.dropout,
         bias="none",
         use_gradient_checkpointing=checkpointing,

@@ -48,6 +48,7 @@ class Worker:
         import torch
 
         from bench.peers import material
+        from bench.peers.cases import CORPUS
 
         imported = time.monotonic()
         if torch.cuda.is_available():
@@ -57,6 +58,8 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
         self.peer = module.load(self.folder, self.setting)
         self.start = material.load_start(self.folder)
+        corpus = self.folder / CORPUS
+        self.corpus = json.loads(corpus.read_text()) if corpus.is_file() else []
         self.vocab = json.loads((self.folder / "config.json").read_text())["vocab_size"]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -82,7 +85,7 @@ class Worker:
         from bench.peers.stepping import take_steps
 
         case, dropout = parse_case(name), self.setting.dropout
-        steps = [documents(case, step, self.vocab) for step in range(2)]
+        steps = [documents(case, step, self.vocab, self.corpus) for step in range(2)]
         budget_bytes = (self.setting.budget_gib or 0) * 2**30
 
         def two_steps() -> None:
@@ -101,7 +104,7 @@ class Worker:
         from bench.peers.stepping import set_adapter, take_steps
 
         case, cuda = parse_case(name), torch.cuda.is_available()
-        steps = [documents(case, step, self.vocab) for step in range(count)]
+        steps = [documents(case, step, self.vocab, self.corpus) for step in range(count)]
         gradient = self.out / f"gradient-{kept_gradient}.safetensors" if kept_gradient else None
         if cuda:
             torch.cuda.reset_peak_memory_stats()
