@@ -97,7 +97,7 @@ def failed(answer: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """The command line."""
+    """The command line; without `overlap` the processes of a group take turns in everything."""
 
     cases: list[str]
     folder: Path
@@ -107,6 +107,7 @@ class Task:
     steps: int
     gate_case: str
     gate_steps: int
+    overlap: bool = True
 
 
 def run_all(task: Task, chosen: Sequence[Setting], told: Callable[[str], None]) -> list[Process]:
@@ -133,14 +134,14 @@ def _progress(process: Process) -> str:
 
 def run_group(task: Task, group: Sequence[Process]) -> None:
     """Load, gate curve and warm-up side by side, then time one at a time; out of memory is tried again alone."""
-    for process, answer in _side_by_side(group, "load"):
+    for process, answer in _answers(task, group, "load"):
         process.loaded = answer
     alive = [p for p in group if not failed(p.loaded)]
-    for process, answer in _side_by_side(alive, "curve", task.gate_case, task.gate_steps):
+    for process, answer in _answers(task, alive, "curve", task.gate_case, task.gate_steps):
         process.curve = answer
     alive = [p for p in alive if not failed(p.curve)]
     for case in task.cases:
-        for process, answer in _side_by_side(alive, "warm", case):
+        for process, answer in _answers(task, alive, "warm", case):
             process.warm[case] = answer
         ready = [p for p in alive if p.setting is not REFERENCE and not failed(p.warm[case])]
         for number in range(task.rounds):
@@ -148,8 +149,8 @@ def run_group(task: Task, group: Sequence[Process]) -> None:
                 process.timed.setdefault(case, []).append(process.ask("time", case, task.steps))
 
 
-def _side_by_side(group: Sequence[Process], *command: object) -> list[tuple[Process, dict[str, Any]]]:
-    with ThreadPoolExecutor(max(len(group), 1)) as pool:
+def _answers(task: Task, group: Sequence[Process], *command: object) -> list[tuple[Process, dict[str, Any]]]:
+    with ThreadPoolExecutor(max(len(group), 1) if task.overlap else 1) as pool:
         answers = list(pool.map(lambda process: process.ask(*command), group))
     again = [i for i, answer in enumerate(answers) if "memory" in answer and len(group) > 1 and command[0] != "load"]
     for i in again:
@@ -187,7 +188,7 @@ def _case_entry(process: Process, case: str, reference: Process, mission: Proces
         fits = not any("memory" in answer for answer in [process.loaded, process.curve, warm, *timed])
         return {"refused": problem if fits else "does not fit into memory", "detail": problem}
     whole = _verdict(process, reference, mission, lambda p: p.curve, "curve")
-    here = _verdict(process, reference, mission, lambda p: _first_step(p.warm.get(case, {})), case)
+    here = _verdict(process, reference, mission, lambda p: _first_step(p, case), case)
     gate = {"gate": dataclasses.asdict(whole), "gate_of_case": dataclasses.asdict(here)}
     numbers = {
         "first_step_seconds": process.curve.get("first_step_seconds"),
@@ -208,8 +209,14 @@ def _case_entry(process: Process, case: str, reference: Process, mission: Proces
     return {"tokens_per_second": round(speed, 1), "step_seconds": rounds, **numbers, **gate}
 
 
-def _first_step(answer: dict[str, Any]) -> dict[str, Any]:
-    return {key: value[:1] for key, value in answer.items() if key in ("losses", "gradient_norms")}
+def _first_step(process: Process, case: str) -> dict[str, Any]:
+    """Of a case; of another one with the same documents where the process cannot run this (packed against padded)."""
+    same = sorted(n for lengths in parse_case(case).micro_batches for n in lengths)
+    for other in sorted(process.warm, key=lambda name: name != case):
+        answer = process.warm[other]
+        if not failed(answer) and sorted(n for ns in parse_case(other).micro_batches for n in ns) == same:
+            return {key: value[:1] for key, value in answer.items() if key in ("losses", "gradient_norms")}
+    return {}
 
 
 def _verdict(

@@ -85,6 +85,7 @@ def main() -> int:
         steps=asked.steps,
         gate_case=PADDED,
         gate_steps=asked.gate_steps,
+        overlap=False,
     )
     record = measure(task, [PEER, *OWN], {"shape": "SmolLM2-135M", "layers": None})
     record["ratios"] = ratios(record["results"])
