@@ -486,5 +486,5 @@ def test_the_missions_own_recipe_is_planned_and_its_batch_warned_of(base: Path, 
     assert plan.optimizer_steps == 3
     [warning] = plan.warnings
     assert "14,336 sequences" in warning
-    assert "leaves 3 optimizer steps" in warning
+    assert "3 optimizer steps, which teach next to nothing" in warning
     assert "Set train.effective_batch_size=" in warning

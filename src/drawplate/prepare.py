@@ -22,6 +22,7 @@ from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.causal_lm import Placement
 from drawplate.model.frozen import Storage
 from drawplate.model.weights import Checkpoint, open_checkpoint
+from drawplate.plan.advise import Learner, advise
 from drawplate.plan.choose import CorpusShape, Situation, choose, choose_compute_dtype, choose_max_length
 from drawplate.plan.ledger import ModelShape
 from drawplate.recipe import Recipe
@@ -32,7 +33,7 @@ from drawplate.train import Cutting
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Everything known before the model is loaded."""
+    """Everything known before the model is loaded; the recipe with what the adviser filled in."""
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -65,10 +66,12 @@ def prepare(recipe: Recipe) -> Prepared:
     require_predictable(training, "training")
     require_predictable(heldout, "held-out")
     anatomy = build_anatomy(checkpoint.config)
+    lengths = tuple(len(sequence) for sequence in training.sequences)
+    advised = advise(recipe, Learner(lengths=lengths, hidden=anatomy.config.hidden_size)).recipe
     chosen = choose_plan(recipe, checkpoint, anatomy, training, heldout, max_length)
     chosen = replace(chosen, warnings=sides.warnings + chosen.warnings)
     return Prepared(
-        recipe=recipe,
+        recipe=advised,
         checkpoint=checkpoint,
         anatomy=anatomy,
         tokenizer=tokenizer,

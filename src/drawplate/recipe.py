@@ -25,7 +25,9 @@ Precision = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["float16", "bfloat16", "float32"]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+USUAL_RANK = 16
+USUAL_TARGETS = "all-linear"
 
 
 def _off(value: Any) -> Any:
@@ -86,12 +88,31 @@ class QuantizationSection(Section):
 class LoraSection(Section):
     """The adapter, in LoraConfig's words."""
 
-    r: int = Field(16, ge=1, description="Rank.")
-    lora_alpha: float = Field(32, gt=0, description="The update is scaled by lora_alpha / r (or / sqrt(r), rslora).")
-    target_modules: list[str] | str = Field("all-linear", description="Names of linear layers, or all-linear.")
+    r: Count | Auto = Field("auto", description="Rank.")
+    lora_alpha: Positive | Auto = Field(
+        "auto", description="The update is scaled by lora_alpha / r (or / sqrt(r), rslora); auto: twice r."
+    )
+    target_modules: list[str] | str = Field(
+        "auto", description="Names of linear layers, or all-linear; auto: all-linear."
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's input set to zero in training.")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too.")
     use_rslora: bool = Field(False, description="Rank-stabilised scaling.")
+    loraplus_lr_ratio: float = Field(
+        1.0, gt=0, description="Learning rate of the B matrices over that of the A matrices (LoRA+)."
+    )
+
+    def filled(self) -> LoraSection:
+        """With the usual values where it says auto."""
+        rank = USUAL_RANK if self.r == "auto" else self.r
+        alpha = usual_alpha(rank) if self.lora_alpha == "auto" else self.lora_alpha
+        targets = USUAL_TARGETS if self.target_modules == "auto" else self.target_modules
+        return self.model_copy(update={"r": rank, "lora_alpha": alpha, "target_modules": targets})
+
+
+def usual_alpha(rank: int) -> float:
+    """Scales the update by two, whatever the rank."""
+    return 2.0 * rank
 
 
 class DataSection(Section):
@@ -143,17 +164,19 @@ class DataSection(Section):
 class TrainSection(Section):
     """The loop, in TrainingArguments' words."""
 
-    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training documents.")
+    num_train_epochs: Positive | Auto = Field("auto", description="Passes over the training documents.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps at most.")
     max_minutes: float | None = Field(None, gt=0, description="Minutes of training at most; the schedule adapts.")
     per_device_train_batch_size: Count | Auto = Field("auto", description="Sequences in a micro-batch.")
     gradient_accumulation_steps: Count | Auto = Field("auto", description="Micro-batches in an optimizer step.")
     effective_batch_size: Count | Auto = Field("auto", description="Sequences in an optimizer step.")
-    learning_rate: Rate | Auto = Field("auto", description="Peak learning rate.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="How the learning rate falls after the warmup."
+    learning_rate: Positive | Auto = Field("auto", description="Peak learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] | Auto = Field(
+        "auto", description="How the learning rate falls after the warmup."
     )
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises.")
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
+        "auto", description="Share of the steps in which the rate rises."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter's weights.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients longer than this are scaled down to it.")
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit"] = Field(

@@ -295,6 +295,8 @@ class Plan:
     epochs: float
     learning_rate: float
     eval_batch_sequences: int
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.05
     dequantize: str = "product"
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

@@ -56,7 +56,7 @@ from drawplate.report.card import model_card
 from drawplate.report.html import render_report
 from drawplate.run_folder import CHECKPOINTS_NAME, RECIPE_NAME, RunFolder
 from drawplate.saving import Saving, where
-from drawplate.train import INITIAL_LOSS_SCALE, Cutting, TrainTask, make_optimizer, schedule_of, train
+from drawplate.train import INITIAL_LOSS_SCALE, Cutting, TrainTask, make_optimizer, rate_groups, schedule_of, train
 
 SELF_CHECK_TOKENS = 64
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -292,7 +292,7 @@ def _measure(outcome: Outcome, model: CausalLM, name: str, step: int) -> Evaluat
 
 def _train(outcome: Outcome, model: CausalLM, folder: RunFolder, reopened: Reopened | None) -> None:
     prepared, recipe, state = outcome.prepared, outcome.prepared.recipe, outcome.state
-    optimizer = make_optimizer(model.adapter.parameters(), recipe.train)
+    optimizer = make_optimizer(rate_groups(model.adapter, recipe.lora.loraplus_lr_ratio), recipe.train)
     saving = Saving(folder, outcome, optimizer)
     if reopened:
         saving.take_up(reopened.checkpoint, state, same=reopened.same)

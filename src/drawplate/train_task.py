@@ -82,8 +82,8 @@ def schedule_of(section: TrainSection, plan: Plan) -> Schedule:
     return Schedule(
         steps=plan.optimizer_steps,
         peak_rate=plan.learning_rate,
-        kind=section.lr_scheduler_type,
-        warmup_ratio=section.warmup_ratio,
+        kind=plan.lr_scheduler_type,
+        warmup_ratio=plan.warmup_ratio,
         max_seconds=section.max_minutes * 60 if section.max_minutes else None,
     )
 

@@ -225,36 +225,6 @@ def test_no_row_is_longer_than_a_step_nor_shorter_than_the_longest_document() ->
 # --- warnings ----------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_larger_than_the_corpus_is_warned_of_with_what_to_set() -> None:
-    mission = {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 2048, "num_train_epochs": 3}
-    plan = plan_of(recipe_of(train=mission), lengths=(100,) * 906)
-    [warning] = plan.warnings
-    assert "14,336 sequences is 16 times the training corpus (906 sequences)" in warning
-    assert "leaves 3 optimizer steps" in warning
-    assert "Set train.effective_batch_size=16" in warning
-    assert "for 171 steps" in warning
-    mended = plan_of(recipe_of(train={"effective_batch_size": 16, "num_train_epochs": 3}), lengths=(100,) * 906)
-    assert mended.optimizer_steps == 171
-    assert mended.warnings == ()
-
-
-def test_one_step_is_not_called_steps() -> None:
-    plan = plan_of(recipe_of(train={"effective_batch_size": 1000, "num_train_epochs": 1}), lengths=(100,) * 20)
-    assert "leaves 1 optimizer step," in plan.warnings[0]
-
-
-@SLOW
-@given(effective=st.integers(1, 500), count=st.integers(1, 400), epochs=st.floats(0.5, 5))
-def test_the_advice_always_gives_more_steps(effective: int, count: int, epochs: float) -> None:
-    train = {"effective_batch_size": effective, "num_train_epochs": epochs}
-    plan = plan_of(recipe_of(train=train), lengths=(64,) * count, model=TINY)
-    for warning in plan.warnings:
-        better = int(warning.split("train.effective_batch_size=")[1].split()[0])
-        again = plan_of(recipe_of(train={**train, "effective_batch_size": better}), lengths=(64,) * count, model=TINY)
-        assert again.optimizer_steps > plan.optimizer_steps
-        assert f"for {again.optimizer_steps:,} steps" in warning
-
-
 def test_patience_without_evaluations_is_said_to_do_nothing() -> None:
     train = {"effective_batch_size": 10}
     plan = plan_of(recipe_of(train=train, evaluation={"early_stopping_patience": 3}))

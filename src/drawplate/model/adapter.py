@@ -36,10 +36,11 @@ def lora_config(section: LoraSection, anatomy: Anatomy, base_model: str, revisio
     Raises:
         UsageError: a target that no linear layer of the decoder layers has.
     """
-    targets = section.target_modules
+    section = section.filled()
+    targets, alpha = section.target_modules, cast(float, section.lora_alpha)
     config = LoraConfig(
-        r=section.r,
-        lora_alpha=cast(int, section.lora_alpha if section.lora_alpha % 1 else int(section.lora_alpha)),
+        r=cast(int, section.r),
+        lora_alpha=cast(int, alpha if alpha % 1 else int(alpha)),
         target_modules=targets,
         lora_dropout=section.lora_dropout,
         bias=section.bias,

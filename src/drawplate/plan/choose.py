@@ -1,18 +1,18 @@
 """A recipe, a machine and a corpus -> a Plan: every `auto` decided, each with its reason, nothing the user set changed.
 
 What memory is spent on is found by the search (plan/search.py) over predicted bytes and seconds. The best precision
-wins whose predicted time is within a twentieth of the fastest; among choices of one precision the fastest wins. The
-learning rate and the effective batch are rules of thumb, with their sources in the reasons.
+wins whose predicted time is within a twentieth of the fastest; among choices of one precision the fastest wins. What
+decides how well the model learns comes from `advise`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from drawplate.errors import UsageError
+from drawplate.plan.advise import Learner, advise
 from drawplate.plan.cost import evaluation_seconds
 from drawplate.plan.explain import activation_words, explain, weight_words
 from drawplate.plan.frontier import does_not_fit, frontier_of
@@ -24,8 +24,6 @@ from drawplate.recipe import Recipe
 from drawplate.records import DeviceSpeed, FrontierPoint, Machine, Plan, PlanTimes
 from drawplate.units import format_count
 
-DEFAULT_BATCH_SEQUENCES = 16
-FEWEST_USEFUL_STEPS = 50
 LONGEST_DEFAULT_WINDOW = 2048
 ROW_TOKENS = {
     "cpu": (512, 1024, 2048, 4096, 8192),
@@ -37,7 +35,6 @@ SHAPES_OF_ROWS = 4
 """A compiled layer is compiled anew for every row width, so rows are padded to quarters of the widest."""
 
 PRECISION_TOLERANCE = 1.05
-SMALL_MODEL_PARAMETERS = 10**9
 USABLE_SHARE = 0.85
 
 
@@ -134,10 +131,12 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         UsageError: the recipe asks for another precision than the checkpoint is quantized to.
         DoesNotFit: nothing fits; the nearest miss and one change that mends it are named.
     """
-    recipe, machine = situation.recipe, situation.machine
-    reasons: dict[str, str] = {}
+    advice = advise(situation.recipe, Learner(lengths=corpus.lengths, hidden=situation.model.hidden))
+    situation = replace(situation, recipe=advice.recipe)
+    recipe, machine, steps = situation.recipe, situation.machine, advice.optimizer_steps
+    reasons = dict(advice.reasons)
     compute_dtype, reasons["compute_dtype"] = choose_compute_dtype(recipe, machine)
-    batch = _batch(recipe, machine.device, corpus, reasons)
+    batch = _batch(recipe, corpus, reasons)
     search = search_of(situation, corpus, compute_dtype, batch)
     found = fastest(search, situation.budget)
     if found is None:
@@ -149,9 +148,6 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
             else "train.per_device_train_batch_size counts sequences, so each has a row of its own"
         )
     reasons |= explain(situation.recipe, search, found, situation.budget, stored=situation.stored_precision)
-    steps_an_epoch = math.ceil(len(corpus.lengths) / batch.effective)
-    steps = max(1, math.ceil(steps_an_epoch * recipe.train.num_train_epochs))
-    steps = min(steps, recipe.train.max_steps or steps)
     choice, model = found.choice, situation.model
     micro = found.batch.sequences
     return Plan(
@@ -170,11 +166,13 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         effective_batch_size=batch.effective,
         gradient_accumulation_steps=_accumulation(recipe, batch, found.batch, reasons),
         optimizer_steps=steps,
-        epochs=recipe.train.num_train_epochs,
-        learning_rate=_learning_rate(recipe, model, reasons),
+        epochs=advice.epochs,
+        learning_rate=advice.learning_rate,
+        lr_scheduler_type=advice.lr_scheduler_type,
+        warmup_ratio=advice.warmup_ratio,
         eval_batch_sequences=_given(recipe.evaluation.per_device_eval_batch_size) or micro,
         reasons=reasons,
-        warnings=_warnings(recipe, corpus, batch, steps),
+        warnings=advice.warnings + _idle_patience(recipe, steps),
         ledger=found.ledger.lines,
         phases=found.ledger.phases,
         dequantized_layers=choice.dequantized_layers,
@@ -245,7 +243,7 @@ def fastest(search: Search, budget: Budget) -> Found | None:
 
 def _would_fit(situation: Situation, corpus: CorpusShape) -> bool:
     compute_dtype, _ = choose_compute_dtype(situation.recipe, situation.machine)
-    batch = _batch(situation.recipe, situation.machine.device, corpus, {})
+    batch = _batch(situation.recipe, corpus, {})
     return fastest(search_of(situation, corpus, compute_dtype, batch), situation.budget) is not None
 
 
@@ -335,21 +333,13 @@ def _given(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-def _batch(recipe: Recipe, device: str, corpus: CorpusShape, reasons: dict[str, str]) -> _Batch:
+def _batch(recipe: Recipe, corpus: CorpusShape, reasons: dict[str, str]) -> _Batch:
+    """What an advised recipe says of a step."""
     micro, accumulation = (
         _given(recipe.train.per_device_train_batch_size),
         _given(recipe.train.gradient_accumulation_steps),
     )
-    effective = _given(recipe.train.effective_batch_size)
-    if micro and accumulation:
-        effective = micro * accumulation
-    if effective is None:
-        useful = max(1, int(len(corpus.lengths) * recipe.train.num_train_epochs) // FEWEST_USEFUL_STEPS)
-        effective = max(micro or 1, min(DEFAULT_BATCH_SEQUENCES, useful)) * (accumulation or 1)
-        reasons["effective_batch_size"] = (
-            f"{DEFAULT_BATCH_SEQUENCES} sequences a step learn well on small corpora, and a corpus of "
-            f"{format_count(len(corpus.lengths))} still gets {FEWEST_USEFUL_STEPS} steps or more where it can"
-        )
+    effective = int(recipe.train.effective_batch_size)
     multiple = recipe.data.pad_to_multiple_of
     row_tokens = -(-max(corpus.lengths) // multiple) * multiple
     packing = recipe.data.packing if recipe.data.packing != "auto" else micro is None
@@ -390,18 +380,6 @@ def _precisions(situation: Situation, compute_dtype: str) -> tuple[str, ...]:
     return ({"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[compute_dtype], "int8", "nf4")
 
 
-def _learning_rate(recipe: Recipe, model: ModelShape, reasons: dict[str, str]) -> float:
-    if recipe.train.learning_rate != "auto":
-        return recipe.train.learning_rate
-    small = model.parameters < SMALL_MODEL_PARAMETERS
-    reasons["learning_rate"] = "5e-4 for models under a billion parameters, 2e-4 above"
-    return 5e-4 if small else 2e-4
-
-
-def _warnings(recipe: Recipe, corpus: CorpusShape, batch: _Batch, steps: int) -> tuple[str, ...]:
-    return _too_few_steps(recipe, corpus, batch, steps) + _idle_patience(recipe, steps)
-
-
 def _idle_patience(recipe: Recipe, steps: int) -> tuple[str, ...]:
     section = recipe.evaluation
     if section.early_stopping_patience is None or (section.eval_steps or steps) < steps:
@@ -409,25 +387,4 @@ def _idle_patience(recipe: Recipe, steps: int) -> tuple[str, ...]:
     return (
         "evaluation.early_stopping_patience does nothing here: the held-out documents are not measured before the end. "
         f"Set evaluation.eval_steps, for example to {max(1, steps // 10)}.",
-    )
-
-
-def _too_few_steps(recipe: Recipe, corpus: CorpusShape, batch: _Batch, steps: int) -> tuple[str, ...]:
-    sequences: Sequence[int] = corpus.lengths
-    if steps >= FEWEST_USEFUL_STEPS or batch.effective <= 1 or recipe.train.max_steps:
-        return ()
-    epochs = recipe.train.num_train_epochs
-    better = max(1, min(DEFAULT_BATCH_SEQUENCES, int(len(sequences) * epochs) // FEWEST_USEFUL_STEPS))
-    if better >= batch.effective:
-        return ()
-    better_steps = math.ceil(math.ceil(len(sequences) / better) * epochs)
-    if better_steps <= steps:
-        return ()
-    share = batch.effective / len(sequences)
-    size = f"{share:.0f} times the training corpus" if share >= 2 else f"{100 * share:.0f} % of the training corpus"
-    return (
-        f"An effective batch of {format_count(batch.effective)} sequences is {size} "
-        f"({format_count(len(sequences))} sequences): it leaves {steps} optimizer step{'s' if steps > 1 else ''}, "
-        f"which teach next to nothing. Set train.effective_batch_size={better} (with per_device_train_batch_size and "
-        f"gradient_accumulation_steps on auto) for {format_count(better_steps)} steps.",
     )

@@ -1,0 +1,188 @@
+"""A corpus and a model's size -> what the recipe left `auto` about learning: batch, rate, schedule, epochs, adapter.
+
+The values come from a study on a small model and corpora of three kinds (docs/recipes.md, bench/recipe_study.py), the
+rate's dependence on the model's width from others' measurements on large ones. Nothing here refuses anything: what the
+user set stays, and what will probably not learn is said in a warning with the setting that would.
+
+Left out: what memory and time allow, which is `choose`'s business and changes no sum.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from drawplate.recipe import USUAL_RANK, Recipe
+from drawplate.units import format_count
+
+STEP_TOKENS = 2048
+LARGEST_STEP_TOKENS = 65_536
+MOST_SMALL_STEPS = 2000
+FEWEST_USEFUL_STEPS = 50
+RATE, RATE_WIDTH, RATE_EXPONENT = 1e-3, 576, 0.78
+FAR_OFF_RATE = 8.0
+MANY_EPOCHS = 8.0
+USUAL: dict[str, tuple[float | str, str]] = {
+    "num_train_epochs": (3.0, "held-out text still gains from the third pass"),
+    "lr_scheduler_type": ("cosine", "a rate that falls to zero leaves the least noise at the end"),
+    "warmup_ratio": (0.05, "Adam's averages settle in the first steps, at a small rate"),
+}
+ADAPTER_REASONS = {
+    "r": f"rank {USUAL_RANK} learns small corpora as well as larger ones do",
+    "lora_alpha": "twice the rank: the rate was tuned for it",
+    "target_modules": "all linear layers learn more than query and value alone",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What the advice rests on: lengths of the training windows in tokens, and the model's width (hidden size)."""
+
+    lengths: tuple[int, ...]
+    hidden: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """The recipe with no `auto` left in what it advises on, and the same values with their types.
+
+    Attributes:
+        recipe: complete.
+        effective_batch_size: windows in an optimizer step.
+        optimizer_steps: of the whole run; a time limit may end it sooner.
+        reasons: a line for each value that the user left open.
+        warnings: what will probably not learn, and what to set.
+    """
+
+    recipe: Recipe
+    epochs: float
+    effective_batch_size: int
+    optimizer_steps: int
+    learning_rate: float
+    lr_scheduler_type: str
+    warmup_ratio: float
+    reasons: dict[str, str]
+    warnings: tuple[str, ...]
+
+
+def advise(recipe: Recipe, learner: Learner) -> Advice:
+    """Fill what the recipe left open. Given a recipe that leaves nothing open, it is returned as it is."""
+    reasons = {name: reason for name, reason in ADAPTER_REASONS.items() if getattr(recipe.lora, name) == "auto"}
+    usual = {**USUAL, "learning_rate": _rate(learner.hidden)}
+    open_ones = {name: both for name, both in usual.items() if getattr(recipe.train, name) == "auto"}
+    reasons |= {name: reason for name, (_, reason) in open_ones.items()}
+    train = recipe.train.model_copy(update={name: value for name, (value, _) in open_ones.items()})
+    epochs = float(train.num_train_epochs)
+    batch = _batch(recipe, learner, epochs, reasons)
+    train = train.model_copy(update={"effective_batch_size": batch})
+    filled = recipe.model_copy(update={"lora": recipe.lora.filled(), "train": train})
+    steps = optimizer_steps(len(learner.lengths), batch, epochs, train.max_steps)
+    return Advice(
+        recipe=filled,
+        epochs=epochs,
+        effective_batch_size=batch,
+        optimizer_steps=steps,
+        learning_rate=float(train.learning_rate),
+        lr_scheduler_type=str(train.lr_scheduler_type),
+        warmup_ratio=float(train.warmup_ratio),
+        reasons=reasons,
+        warnings=_warnings(filled, learner, epochs, batch, steps),
+    )
+
+
+def optimizer_steps(windows: int, batch: int, epochs: float, max_steps: int | None = None) -> int:
+    """Steps in all; the last of an epoch may be smaller."""
+    steps = max(1, math.ceil(math.ceil(windows / batch) * epochs))
+    return min(steps, max_steps or steps)
+
+
+def advised_batch(lengths: tuple[int, ...], epochs: float) -> tuple[int, str]:
+    """Windows in an optimizer step, and why.
+
+    Small steps learn most from a given text, down to the size of the study's smallest. A long run takes larger ones,
+    which keep the device busy: LoRA bears them less well than full fine-tuning does, but thousands of steps are enough
+    (Schulman et al., "LoRA Without Regret", 2025). A corpus too small for either still gets 50 steps where it can.
+    """
+    windows, total = len(lengths), sum(lengths) * epochs
+    tokens = min(max(STEP_TOKENS, total / MOST_SMALL_STEPS), LARGEST_STEP_TOKENS)
+    wanted = max(1, round(tokens * windows / sum(lengths)))
+    useful = max(1, int(windows * epochs) // FEWEST_USEFUL_STEPS)
+    if useful < wanted:
+        return useful, f"as many windows as leave a corpus of {format_count(windows)} some {FEWEST_USEFUL_STEPS} steps"
+    if tokens > STEP_TOKENS:
+        return wanted, f"some {format_count(tokens)} tokens a step: {format_count(MOST_SMALL_STEPS)} steps are enough"
+    return wanted, f"some {format_count(tokens)} tokens a step: smaller steps learn more from the same text"
+
+
+def _batch(recipe: Recipe, learner: Learner, epochs: float, reasons: dict[str, str]) -> int:
+    """Sequences in an optimizer step: as asked in any of three keys, else as advised, in whole micro-batches."""
+    train = recipe.train
+    micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    if train.effective_batch_size != "auto":
+        return train.effective_batch_size
+    if micro != "auto" and accumulation != "auto":
+        return micro * accumulation
+    batch, reasons["effective_batch_size"] = advised_batch(learner.lengths, epochs)
+    if accumulation != "auto":
+        return accumulation * max(1, round(batch / accumulation))
+    return max(batch, 1 if micro == "auto" else micro)
+
+
+def _rate(hidden: int) -> tuple[float | str, str]:
+    """Peak learning rate, to two figures.
+
+    The study's best at its model's width, and falling with the width to the power 0.78, which Llama models of 1 to 70
+    billion parameters followed ("LoRA Without Regret" and its cookbook's formula, 2025). Wider than the study's model
+    it is an extrapolation.
+    """
+    rate = RATE * (RATE_WIDTH / hidden) ** RATE_EXPONENT
+    rate = float(f"{rate:.1e}")
+    if hidden == RATE_WIDTH:
+        return rate, "the best on three kinds of text for a model of this width"
+    return (
+        rate,
+        f"{RATE:g} was best at width {RATE_WIDTH}, and wider models want less: width {format_count(hidden)} here",
+    )
+
+
+def _warnings(recipe: Recipe, learner: Learner, epochs: float, batch: int, steps: int) -> tuple[str, ...]:
+    found = (_too_few_steps(recipe, learner, epochs, batch, steps), _far_off_rate(recipe, learner), _many(epochs))
+    return tuple(warning for warning in found if warning)
+
+
+def _too_few_steps(recipe: Recipe, learner: Learner, epochs: float, batch: int, steps: int) -> str:
+    if steps >= FEWEST_USEFUL_STEPS or batch <= 1 or recipe.train.max_steps:
+        return ""
+    windows = len(learner.lengths)
+    better, _ = advised_batch(learner.lengths, epochs)
+    better_steps = optimizer_steps(windows, better, epochs)
+    if better >= batch or better_steps <= steps:
+        return ""
+    share = batch / windows
+    size = f"your whole corpus {share:.0f} times" if share >= 2 else f"{100 * share:.0f} % of your corpus"
+    return (
+        f"{format_count(batch)} sequences a step is {size} ({format_count(windows)} sequences): {steps} optimizer "
+        f"step{'s' if steps > 1 else ''}, which teach next to nothing; with {better} you get "
+        f"{format_count(better_steps)}. Set train.effective_batch_size={better} (with per_device_train_batch_size and "
+        "gradient_accumulation_steps on auto)."
+    )
+
+
+def _far_off_rate(recipe: Recipe, learner: Learner) -> str:
+    usual = float(_rate(learner.hidden)[0])
+    asked = float(recipe.train.learning_rate)
+    if usual / FAR_OFF_RATE < asked < usual * FAR_OFF_RATE:
+        return ""
+    effect = "may undo what the model knows" if asked > usual else "learns very slowly"
+    return (
+        f"A learning rate of {asked:g} {effect}; {usual:g} is usual for LoRA on a model so wide (train.learning_rate)."
+    )
+
+
+def _many(epochs: float) -> str:
+    if epochs <= MANY_EPOCHS:
+        return ""
+    return (
+        f"{epochs:g} epochs make a model learn a small corpus by heart. Set evaluation.eval_steps, so that the best "
+        "adapter is kept and not the last one, or fewer epochs (train.num_train_epochs)."
+    )
