@@ -215,8 +215,8 @@ def test_a_command_that_cannot_be_meant_exits_2(arguments):
 def test_the_public_door_keeps_its_names_beside_the_submodules():
     code = (
         "import drawplate, drawplate.plan.ledger, drawplate.run, types\n"
-        "assert drawplate.__all__ == ['__version__', 'evaluate', 'plan', 'prepare_model', 'tune']\n"
-        "for name in ('tune', 'plan', 'evaluate', 'prepare_model'):\n"
+        "assert drawplate.__all__ == ['__version__', 'evaluate', 'plan', 'prepare_model', 'resume', 'tune']\n"
+        "for name in ('tune', 'resume', 'plan', 'evaluate', 'prepare_model'):\n"
         "    assert isinstance(getattr(drawplate, name), types.FunctionType), name\n"
         "from drawplate.evaluate import total\n"
         "assert isinstance(drawplate.evaluate, types.FunctionType)\n"

@@ -1,9 +1,9 @@
 """Drawplate fine-tunes open language models on a person's own documents, on the GPU they have.
 
-`tune`, `plan`, `evaluate` and `prepare_model` are the public door. What is behind them is imported on first use,
-because it imports torch and this module must not: `drawplate --help` reads it too.
+`tune`, `resume`, `plan`, `evaluate` and `prepare_model` are the public door. What is behind them is imported on first
+use, because it imports torch and this module must not: `drawplate --help` reads it too.
 
-Two of the four share their name with a submodule. `drawplate.plan` and `drawplate.evaluate` are always the functions;
+Two of them share their name with a submodule. `drawplate.plan` and `drawplate.evaluate` are always the functions;
 the modules are reached with `from drawplate.plan import ...`, as everywhere in this tree.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from drawplate.run import evaluate
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "plan", "prepare_model", "tune"]
+__all__ = ["__version__", "evaluate", "plan", "prepare_model", "resume", "tune"]
 
 # Here and nowhere later: telemetry and hub kernels are decided when the libraries are imported.
 forbid_hub_code()
@@ -42,6 +42,23 @@ def tune(recipe: str | Path | dict[str, Any] | Recipe, observer: Callable[[Progr
         UserError: bad input, no room, no device and the like; its three parts say what to do.
     """
     record: RunRecord = _behind_the_door("tune")(_as_recipe(recipe), observer)
+    return record
+
+
+def resume(
+    path: str | Path, observer: Callable[[Progress], None] | None = None, *, accept: Collection[str] = ()
+) -> RunRecord:
+    """Go on with a run that ended early, from its newest good checkpoint, as if it had never stopped.
+
+    Args:
+        path: the run's folder.
+        observer: as for `tune`.
+        accept: keys of what was changed since and is accepted: recipe keys, `model`, `data`.
+
+    Raises:
+        UserError: no good checkpoint, something changed, and whatever `tune` raises.
+    """
+    record: RunRecord = _behind_the_door("resume")(path, observer, accept=accept)
     return record
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drawplate import __version__
-from drawplate.errors import EnvironmentProblem, StoppedSafely, UserError
+from drawplate.errors import EnvironmentProblem, IntegrityError, StoppedSafely, UserError
 from drawplate.quiet import hush_libraries
 
 if TYPE_CHECKING:
@@ -78,6 +78,49 @@ def tune(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006 - type
         with LiveDisplay() as display:
             record = drawplate.tune(loaded, display)
         _print_table(summary_table(record, loaded.output_dir))
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that ended early.")],
+    accept: Annotated[
+        list[str], typer.Option("--accept", metavar="KEY", help="Go on although this was changed; may be repeated.")
+    ] = [],  # noqa: B006 - typer copies the default
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Only replay the last stretch and compare hashes, byte for byte.")
+    ] = False,
+) -> None:
+    """Go on with a run that was stopped, killed or failed, from its newest good checkpoint."""
+    with _ending() as ended:
+        import drawplate
+        from drawplate.report.live import LiveDisplay
+        from drawplate.report.summary import summary_table
+
+        if prove:
+            _print_proof(run)
+            return
+        ended.goes_on_in(run)
+        with LiveDisplay() as display:
+            record = drawplate.resume(run, display, accept=accept)
+        _print_table(summary_table(record, str(run)))
+
+
+def _print_proof(run: Path) -> None:
+    from drawplate.report.live import LiveDisplay
+    from drawplate.run import prove
+
+    with LiveDisplay() as display:
+        proof = prove(run, display)
+    for name, (saved, replayed) in proof.hashes.items():
+        sign = "=" if saved == replayed else "is not"
+        print(f"{proof.end}/{name}\n  written  {saved}\n  replayed {replayed}  {sign} written")
+    if not proof.equal:
+        raise IntegrityError(
+            f"The replay from {proof.start} to {proof.end} came to something else.",
+            safe="Nothing was changed.",
+            next_step="On a CPU in fp32 please report this; on a GPU some sums have no fixed order.",
+        )
+    print(f"Equal: from {proof.start} to {proof.end}, replayed by another process, every byte is the same.")
 
 
 @app.command()
@@ -220,6 +263,10 @@ class _Run:
         self.folder = folder
         self._there_before = frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
 
+    def goes_on_in(self, folder: Path) -> None:
+        """A run that was begun before: what is there is its own."""
+        self.folder, self._there_before = folder, frozenset()
+
     def wrote(self, name: str) -> bool:
         return self.folder is not None and name not in self._there_before and (self.folder / name).is_file()
 
@@ -269,8 +316,8 @@ def _stopped(run: _Run) -> UserError:
     if run.wrote("record.json"):
         return StoppedSafely(
             "The run was interrupted.",
-            safe=f"The adapter, the record and the report so far are in {run.folder}.",
-            next_step=f"Look at {run.folder}/report.html, or start over with --set output_dir=ANOTHER_FOLDER.",
+            safe=f"The last good checkpoint is {_last_checkpoint(run.folder)}; adapter and report so far lie beside.",
+            next_step=f"drawplate resume {run.folder}",
         )
     stopped = UserError(
         "Interrupted before there was anything to keep.",
@@ -279,6 +326,12 @@ def _stopped(run: _Run) -> UserError:
     )
     stopped.exit_code = EXIT_INTERRUPTED
     return stopped
+
+
+def _last_checkpoint(run: Path | None) -> Path:
+    from drawplate.checkpoint import good
+
+    return next(iter(good((run or Path()) / "checkpoints", 1)), run or Path())
 
 
 def _write_traceback(error: BaseException, run: _Run) -> str:

@@ -49,6 +49,8 @@ from drawplate.prepare import (
     require_predictable,
     train_cutting,
 )
+from drawplate.prove import Proof
+from drawplate.prove import prove as replay
 from drawplate.recipe import DataSection, ModelSection, Recipe, expand
 from drawplate.records import DocumentScore, Evaluation, Plan, RunRecord
 from drawplate.reopen import Reopened, recipe_of, refuse_finished, reopen
@@ -94,6 +96,25 @@ def resume(path: str | Path, observer: Observer | None = None, *, accept: Collec
     folder = RunFolder(expand(str(path)))
     refuse_finished(folder)
     return _run(recipe_of(folder), folder, observer, accept)
+
+
+def prove(path: str | Path, observer: Observer | None = None) -> Proof:
+    """Replay a run from its last checkpoint but one to its last, and compare what is trained, byte for byte.
+
+    Raises:
+        UserError: as `resume`; the run's files are only read.
+    """
+    folder = RunFolder(expand(str(path)))
+    with ExitStack() as stack:
+        stack.callback(folder.release)
+        folder.claim_again()
+        journal = Journal(observer)
+        return replay(
+            folder,
+            journal,
+            lambda prepared: _assembled(prepared, journal),
+            lambda prepared, model: train_task(prepared, model, None),
+        )
 
 
 def _run(
@@ -249,10 +270,9 @@ def _write_beginnings(outcome: Outcome, folder: RunFolder, reopened: Reopened | 
         journal.on_warning(note)
 
 
-def _load(outcome: Outcome) -> CausalLM:
-    prepared, journal = outcome.prepared, outcome.journal
+def _assembled(prepared: Prepared, journal: Journal) -> CausalLM:
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
-    model = assemble(
+    return assemble(
         checkpoint,
         placement_of(prepared.plan, prepared.device),
         lambda anatomy: lora_config(recipe.lora, anatomy, checkpoint.loadable_name, checkpoint.revision),
@@ -260,6 +280,11 @@ def _load(outcome: Outcome) -> CausalLM:
         progress=lambda done, count: journal.show(done, count, "layers"),
         tell=journal.on_warning,
     )
+
+
+def _load(outcome: Outcome) -> CausalLM:
+    prepared, journal = outcome.prepared, outcome.journal
+    model = _assembled(prepared, journal)
     if outcome.self_check_difference is not None:
         return model
     sample = max(prepared.heldout.sequences, key=len)
@@ -312,7 +337,7 @@ def _train(outcome: Outcome, model: CausalLM, folder: RunFolder, reopened: Reope
         saving.save(state)
 
 
-def train_task(prepared: Prepared, model: CausalLM, optimizer: torch.optim.Optimizer) -> TrainTask:
+def train_task(prepared: Prepared, model: CausalLM, optimizer: torch.optim.Optimizer | None) -> TrainTask:
     """What a prepared run trains on and how; nobody saves, measures or watches yet."""
     recipe, chosen = prepared.recipe, prepared.plan
     return TrainTask(
