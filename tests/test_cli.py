@@ -110,10 +110,11 @@ def test_a_wrong_recipe_is_refused_before_anything_is_loaded(monkeypatch, recipe
 
 def test_overrides_reach_the_run(monkeypatch, recipe_file):
     seen: list[Recipe] = []
-    monkeypatch.setattr(drawplate, "plan", lambda recipe: seen.append(recipe) or {})
-    done = invoke("plan", str(recipe_file), "--set", "train.seed=7", "--set", "lora.r=4", "--json")
+    monkeypatch.setattr(drawplate, "plan", lambda recipe, gpu: seen.append(recipe) or {})
+    options = ("--set", "train.seed=7", "--set", "lora.r=4", "--vram", "6GiB")
+    done = invoke("plan", str(recipe_file), *options, "--json")
     assert done.exit_code == 0, done.stderr
-    assert (seen[0].train.seed, seen[0].lora.r) == (7, 4)
+    assert (seen[0].train.seed, seen[0].lora.r, seen[0].memory.vram) == (7, 4, 6 * 2**30)
     assert json.loads(done.stdout) == {}
 
 

@@ -62,9 +62,14 @@ def resume(
     return record
 
 
-def plan(recipe: str | Path | dict[str, Any] | Recipe) -> Plan:
-    """What `tune` would do and need, without doing it; same argument and errors."""
-    made: Plan = _behind_the_door("plan")(_as_recipe(recipe))
+def plan(recipe: str | Path | dict[str, Any] | Recipe, gpu: str | None = None) -> Plan:
+    """What `tune` would do, need and take, without doing it; needs only the model's configuration.
+
+    Args:
+        recipe: as for `tune`.
+        gpu: name of a card to plan for that is not in this machine, like "RTX 4090".
+    """
+    made: Plan = _behind_the_door("plan")(_as_recipe(recipe), gpu)
     return made
 
 

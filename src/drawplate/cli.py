@@ -124,14 +124,20 @@ def _print_proof(run: Path) -> None:
 
 
 @app.command()
-def plan(recipe: RecipePath, set_: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """Say what `tune` would do and need, and why, without doing it."""
+def plan(
+    recipe: RecipePath,
+    set_: Overrides = [],  # noqa: B006 - typer copies the default
+    gpu: Annotated[str | None, typer.Option(help="Plan for a card that is not here, like 'RTX 4090'.")] = None,
+    vram: Annotated[str | None, typer.Option(help="Device memory at most, like 6GiB: the same as memory.vram.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what `tune` would do, need and take, and why; needs no weights and no GPU."""
     with _ending():
-        loaded = _load(recipe, set_)
+        loaded = _load(recipe, [*set_, *([f"memory.vram={vram}"] if vram else [])])
         import drawplate
-        from drawplate.report.summary import plan_table
+        from drawplate.report.plan_view import plan_table
 
-        made = drawplate.plan(loaded)
+        made = drawplate.plan(loaded, gpu)
         _show(made, as_json, plan_table)
 
 

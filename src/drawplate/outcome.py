@@ -32,6 +32,7 @@ from drawplate.records import (
     MemoryFacts,
     ModelFacts,
     RunRecord,
+    TimeFacts,
     TrainingFacts,
     from_json,
     to_json,
@@ -139,6 +140,7 @@ class Outcome:
             error=error,
             fingerprints=self.fingerprints,
             resumed=tuple(self.resumed),
+            times=self._time_facts(),
         )
 
     def _model_facts(self) -> ModelFacts:
@@ -189,6 +191,19 @@ class Outcome:
             best_step=state.best_step,
             corrections=tuple(state.corrections),
             checkpoint_seconds=state.saving_seconds,
+        )
+
+    def _time_facts(self) -> TimeFacts:
+        """Of the median step, which compiling and warming up do not count in."""
+        steps = sorted(self.journal.steps, key=lambda step: step.seconds)
+        middle = steps[len(steps) // 2] if steps else None
+        total = sum(step.seconds for step in steps)
+        seconds = self.journal.phase_seconds
+        return TimeFacts(
+            step_seconds=middle.seconds if middle else 0.0,
+            tokens_per_second=(sum(s.tokens for s in steps) / len(steps) / middle.seconds) if middle and total else 0.0,
+            training_seconds=self.state.step_seconds,
+            evaluation_seconds=seconds.get("final", 0.0),
         )
 
     def _document_changes(self) -> tuple[DocumentChange, ...]:

@@ -52,14 +52,7 @@ def prepare(recipe: Recipe) -> Prepared:
     device = pick_device(recipe.model.device_map)
     checkpoint = open_checkpoint(recipe.model)
     tokenizer = load_tokenizer(checkpoint.folder)
-    render = renderer_of(tokenizer)
-    corpus = read_documents(recipe.data, recipe.data.files, render)
-    if recipe.data.heldout_files:
-        given = read_documents(recipe.data, recipe.data.heldout_files, render)
-        sides = hold_out_given(corpus.documents, given.documents, recipe.data)
-        corpus = replace(corpus, intake=corpus.intake + given.intake)
-    else:
-        sides = split(corpus.documents, recipe.data)
+    corpus, sides = read_sides(recipe, renderer_of(tokenizer))
     max_length = choose_max_length(recipe, max_positions(checkpoint))
     training = tokenize(sides.train, tokenizer, max_length, append_eos=True)
     heldout = tokenize(sides.heldout, tokenizer, max_length, context_tokens=choose_context_tokens(recipe, max_length))
@@ -82,6 +75,16 @@ def prepare(recipe: Recipe) -> Prepared:
         plan=chosen,
         device=device,
     )
+
+
+def read_sides(recipe: Recipe, render: ChatRenderer) -> tuple[Corpus, Split]:
+    """The documents, and which of them are held out."""
+    corpus = read_documents(recipe.data, recipe.data.files, render)
+    if not recipe.data.heldout_files:
+        return corpus, split(corpus.documents, recipe.data)
+    given = read_documents(recipe.data, recipe.data.heldout_files, render)
+    sides = hold_out_given(corpus.documents, given.documents, recipe.data)
+    return replace(corpus, intake=corpus.intake + given.intake), sides
 
 
 def choose_context_tokens(recipe: Recipe, max_length: int) -> int:
@@ -224,18 +227,28 @@ def choose_plan(
     max_length: int,
 ) -> Plan:
     """The plan for tokens that have been counted."""
-    lengths, held = (tuple(len(s) for s in side.sequences) if side else () for side in (training, heldout))
-    return plan_for_lengths(recipe, checkpoint, anatomy, CorpusShape(lengths=lengths, heldout_lengths=held), max_length)
+    corpus = CorpusShape(lengths=lengths_of(training), heldout_lengths=lengths_of(heldout) if heldout else ())
+    return plan_for_lengths(recipe, checkpoint, anatomy, corpus, max_length)
+
+
+def lengths_of(tokens: Tokenized) -> tuple[int, ...]:
+    """Of all windows."""
+    return tuple(len(sequence) for sequence in tokens.sequences)
 
 
 def plan_for_lengths(
     recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy, corpus: CorpusShape, max_length: int
 ) -> Plan:
     """The plan for windows of these lengths in tokens, on this machine."""
+    return choose(situation_of(recipe, checkpoint, anatomy), corpus, max_length)
+
+
+def situation_of(recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy) -> Situation:
+    """What a plan for this machine rests on; a device whose speed is not known yet is measured."""
     device = pick_device(recipe.model.device_map)
     here = machine(device)
     dtype, _ = choose_compute_dtype(recipe, here)
-    situation = Situation(
+    return Situation(
         recipe=recipe,
         machine=here,
         model=model_shape(anatomy, recipe),
@@ -243,5 +256,5 @@ def plan_for_lengths(
         stored_precision=checkpoint.quantized_precision,
         stored_double_quant=checkpoint.quantized_doubly,
         speed=measured_speed(device, getattr(torch, dtype)),
+        frontier=True,
     )
-    return choose(situation, corpus, max_length)

@@ -459,6 +459,19 @@ class MemoryFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimeFacts:
+    """Measured seconds, in the words of `PlanTimes`; 0 where nothing was measured.
+
+    `step_seconds` is the median optimizer step, so that compiling in the first does not count.
+    """
+
+    step_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    training_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationPoint:
     """A held-out measurement during the run; step 0 is the baseline."""
 
@@ -537,6 +550,7 @@ class RunRecord:
     error: str = ""
     fingerprints: dict[str, str] = field(default_factory=dict)
     resumed: tuple[str, ...] = ()
+    times: TimeFacts = field(default_factory=TimeFacts)
     schema: int = SCHEMA
 
 

@@ -25,6 +25,7 @@ from drawplate.data.tokens import Tokenized, load_tokenizer, tokenize
 from drawplate.device import PeakMeter, is_lost, pick_device
 from drawplate.errors import StoppedSafely, UserError
 from drawplate.evaluate import score_documents, total
+from drawplate.forecast import forecast
 from drawplate.guards import Clock, StopRequested, StopSignals, Watchdog, leave_at_once, write_stacks
 from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
@@ -144,9 +145,9 @@ def _run(
             raise
 
 
-def plan(recipe: Recipe) -> Plan:
-    """What `tune` would do and need; loads no weights. Raises as `tune`."""
-    return prepare(recipe).plan
+def plan(recipe: Recipe, gpu: str | None = None) -> Plan:
+    """What `tune` would do, need and take, here or on a card that is not here; see forecast.py."""
+    return forecast(recipe, gpu)
 
 
 def evaluate(

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from drawplate.records import Evaluation, RunRecord
-from drawplate.report.summary import evaluation_table, plan_table, show, summary_table
+from drawplate.report.plan_view import plan_table
+from drawplate.report.summary import evaluation_table, show, summary_table
 
 
 def printed(renderable: RenderableType, terminal: bool = False, width: int = 80, encoding: str = "utf-8") -> str:

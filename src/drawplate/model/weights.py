@@ -27,6 +27,7 @@ from drawplate.model.frozen import BLOCK, SCALE_BLOCK, Storage
 from drawplate.recipe import ModelSection, cache_folder, expand
 
 INDEX_NAME = "model.safetensors.index.json"
+CONFIGURATION_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -136,6 +137,19 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def open_configuration(section: ModelSection) -> Checkpoint:
+    """The base model's configuration and tokenizer: of a hub repository no weights are fetched, and none need be there.
+
+    A GGUF file is opened as `open_checkpoint` does, because its configuration lies in it. Raises as that does.
+    """
+    folder, revision = _find_folder(section, CONFIGURATION_PATTERNS)
+    if section.gguf_file or _only_gguf(folder):
+        return open_checkpoint(section)
+    config = read_config(folder, section.name_or_path)
+    files = _tensor_files(folder, section.name_or_path) if _complete(folder) else {}
+    return Checkpoint(folder, section.name_or_path, revision, config, files)
+
+
 def open_checkpoint(section: ModelSection) -> Checkpoint:
     """The base model a recipe names, fetched if it is a hub repository, converted if it is a GGUF file.
 
@@ -186,7 +200,7 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
         ) from None
 
 
-def _find_folder(section: ModelSection) -> tuple[Path, str | None]:
+def _find_folder(section: ModelSection, patterns: list[str] | None = None) -> tuple[Path, str | None]:
     local = expand(section.name_or_path)
     if local.is_dir():
         return local, None
@@ -197,7 +211,7 @@ def _find_folder(section: ModelSection) -> tuple[Path, str | None]:
             safe="Nothing was loaded or written.",
             next_step="For the demo's model run `python examples/fetch_demo.py`; else mend model.name_or_path.",
         )
-    return _fetch(section)
+    return _fetch(section, patterns)
 
 
 def _only_gguf(folder: Path) -> str | None:
@@ -206,11 +220,13 @@ def _only_gguf(folder: Path) -> str | None:
     return files[0].name if len(files) == 1 and not (folder / "config.json").is_file() else None
 
 
-def _fetch(section: ModelSection) -> tuple[Path, str | None]:
+def _fetch(section: ModelSection, patterns: list[str] | None = None) -> tuple[Path, str | None]:
+    """The folder of a hub repository and its commit: all that is needed, or only what matches `patterns`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    name, patterns = section.name_or_path, [section.gguf_file] if section.gguf_file else HUB_PATTERNS
+    name, only_some = section.name_or_path, patterns is not None or section.gguf_file is not None
+    patterns = [section.gguf_file] if section.gguf_file else patterns or HUB_PATTERNS
     command = f"hf download {name}" + (f" --revision {section.revision}" if section.revision else "")
     try:
         for offline in (True, False):
@@ -218,7 +234,8 @@ def _fetch(section: ModelSection) -> tuple[Path, str | None]:
                 folder = snapshot_download(
                     name, revision=section.revision, allow_patterns=patterns, local_files_only=offline, etag_timeout=5
                 )
-                if not offline or _complete(Path(folder)) or section.gguf_file:
+                there = (Path(folder) / "config.json").is_file() or section.gguf_file
+                if not offline or _complete(Path(folder)) or (only_some and there):
                     return Path(folder), Path(folder).name
             except LocalEntryNotFoundError:
                 if not offline:

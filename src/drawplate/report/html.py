@@ -18,6 +18,7 @@ from drawplate.records import RunRecord
 from drawplate.report import sections
 from drawplate.report.chart import render_svg, swatch
 from drawplate.report.figures import Figure, loss_figure, memory_figure
+from drawplate.report.plan_view import plan_section
 from drawplate.report.visible import visible
 from drawplate.report.wording import (
     adapter_facts,
@@ -49,6 +50,7 @@ def render_report(record: RunRecord) -> str:
             improved=sections.improved(record),
             data=sections.data_account(record),
             plan=sections.plan_rows(record.plan) if record.plan else [],
+            planned=plan_section(record),
             warnings=sections.all_warnings(record),
             ledger=sections.ledger_groups(record),
             recipe=sections.recipe_text(record),

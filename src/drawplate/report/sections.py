@@ -150,9 +150,14 @@ def data_account(record: RunRecord) -> list[Fact]:
     return [Fact(label=name, value=format_count(n), note=note if n else "") for name, n, note in lines]
 
 
+_SHOWN_ELSEWHERE = {"reasons", "warnings", "ledger", "phases", "times", "frontier", "assumptions"} | {
+    *("dequantized_layers", "device_layers", "host_layers", "kept_layers", "policy", "slots", "row_multiple"),
+}
+
+
 def plan_rows(plan: Plan) -> list[PlanRow]:
     """Every decision of the plan with its reason; a reason about anything else gets a row of its own."""
-    names = [f.name for f in fields(plan) if f.name not in ("reasons", "warnings", "ledger", "phases")]
+    names = [f.name for f in fields(plan) if f.name not in _SHOWN_ELSEWHERE]
     rows = [PlanRow(name=n, value=_plain(getattr(plan, n)), reason=plan.reasons.get(n, "")) for n in names]
     others = [PlanRow(name=n, value="", reason=reason) for n, reason in plan.reasons.items() if n not in names]
     return rows + others

@@ -13,8 +13,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from drawplate.records import Evaluation, Plan, RunRecord
-from drawplate.report.sections import all_warnings, plan_rows
+from drawplate.records import Evaluation, RunRecord
+from drawplate.report.sections import all_warnings
 from drawplate.report.visible import visible
 from drawplate.report.wording import (
     Fact,
@@ -30,7 +30,7 @@ from drawplate.report.wording import (
     training_facts,
     verdict,
 )
-from drawplate.units import format_bytes, format_count, format_percent
+from drawplate.units import format_count, format_percent
 
 _TONES = {"better": "bold green", "worse": "bold red", "failed": "bold red", "stopped": "bold yellow"}
 
@@ -82,7 +82,7 @@ def summary_table(record: RunRecord, folder: Path | str) -> RenderableType:
         facts.append(Fact(label="Adapter", value=f"{folder}/adapter"))
     facts.append(Fact(label="Report", value=f"{folder}/report.html"))
     parts: list[RenderableType] = [*_verdict_lines(ruling), Text(), FactsTable(tuple(facts))]
-    parts += _warning_lines(all_warnings(record))
+    parts += warning_lines(all_warnings(record))
     if command := eval_command(record, str(folder)):
         parts += [Text(), Line("Next, measure it on documents of your own:"), *_command_lines(command)]
     return Group(*parts)
@@ -94,7 +94,8 @@ def _verdict_lines(ruling: Verdict) -> list[RenderableType]:
     return lines + ([Line(ruling.detail)] if ruling.detail else [])
 
 
-def _warning_lines(warnings: Iterable[str]) -> list[RenderableType]:
+def warning_lines(warnings: Iterable[str]) -> list[RenderableType]:
+    """One coloured line each, after an empty one."""
     lines: list[RenderableType] = [Line(f"Warning: {warning}", "yellow") for warning in warnings]
     return [Text(), *lines] if lines else []
 
@@ -102,15 +103,6 @@ def _warning_lines(warnings: Iterable[str]) -> list[RenderableType]:
 def _command_lines(parts: list[str]) -> list[RenderableType]:
     """The command over several lines that a shell takes as one, so that none is broken by a narrow terminal."""
     return [Line("  " + line, "bold") for line in " \\\n  ".join(parts).split("\n")]
-
-
-def plan_table(plan: Plan) -> RenderableType:
-    """Each decision with its reason, the predicted peaks and the warnings."""
-    facts = [Fact(label=row.name, value=row.value, note=row.reason) for row in plan_rows(plan)]
-    for where in ("device", "host", "disk"):
-        if predicted := plan.predicted_bytes(where):
-            facts.append(Fact(label=f"predicted on {where}", value=format_bytes(predicted)))
-    return Group(FactsTable(tuple(facts)), *_warning_lines(plan.warnings))
 
 
 def evaluation_table(results: Mapping[str, Evaluation], documents: int | None = None) -> RenderableType:

@@ -1,0 +1,122 @@
+"""`drawplate plan`: what a run would do, need and take, from the least that must be known.
+
+The model's config.json is needed; weights and a GPU are not. Documents and tokenizer are read where they are there, as
+a run would read them. Where they are not, lengths are assumed, and the plan says so. `gpu` plans for a card that is not
+there, from published figures (plan/gpus.py), with this machine's memory as the host's.
+
+Left out: what only a run can find, such as memory that other programs hold on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from drawplate.data.tokens import load_tokenizer, tokenize
+from drawplate.device import machine, memory_sample, pick_device
+from drawplate.errors import DataError, NeedsNetwork
+from drawplate.model.anatomy import build_anatomy
+from drawplate.model.weights import Checkpoint, open_configuration
+from drawplate.plan.choose import CorpusShape, Situation, choose, choose_compute_dtype, choose_max_length
+from drawplate.plan.gpus import gpu_named
+from drawplate.prepare import (
+    choose_context_tokens,
+    lengths_of,
+    max_positions,
+    model_shape,
+    read_sides,
+    renderer_of,
+    require_predictable,
+    situation_of,
+)
+from drawplate.recipe import Recipe
+from drawplate.records import Plan
+
+ASSUMED_WINDOWS, ASSUMED_HELDOUT_WINDOWS, ASSUMED_TOKENS = 1000, 100, 512
+CHARACTERS_OF_A_TOKEN = 4
+
+
+def forecast(recipe: Recipe, gpu: str | None = None) -> Plan:
+    """The plan of a run on this machine, or on a card that is not in it.
+
+    Raises:
+        UsageError: the recipe cannot be meant, the model has no configuration, or no figures are known for `gpu`.
+        NeedsNetwork: the configuration is not on this machine and cannot be fetched.
+        DoesNotFit: nothing fits.
+    """
+    checkpoint = open_configuration(recipe.model)
+    max_length = choose_max_length(recipe, max_positions(checkpoint))
+    corpus, assumptions, warnings = _corpus_shape(recipe, checkpoint, max_length)
+    anatomy = build_anatomy(checkpoint.config)
+    situation = _situation_on(gpu, recipe, checkpoint, anatomy) if gpu else situation_of(recipe, checkpoint, anatomy)
+    chosen = choose(replace(situation, assumptions=situation.assumptions + assumptions), corpus, max_length)
+    return replace(chosen, warnings=warnings + chosen.warnings)
+
+
+def _situation_on(gpu: str, recipe: Recipe, checkpoint: Checkpoint, anatomy: object) -> Situation:
+    """As `situation_of`, on a card of the table."""
+    card, here = gpu_named(gpu), machine(pick_device("cpu"))
+    there = replace(
+        here, device="cuda", device_name=card.name, device_bytes=card.bytes, driver="", bf16_native=card.bf16 > 0
+    )
+    speed = card.speed(choose_compute_dtype(recipe, there)[0])
+    return Situation(
+        recipe=recipe,
+        machine=there,
+        model=model_shape(anatomy, recipe),  # type: ignore[arg-type]
+        base_bytes=memory_sample().process_bytes,
+        stored_precision=checkpoint.quantized_precision,
+        stored_double_quant=checkpoint.quantized_doubly,
+        speed=speed,
+        assumptions=(f"{card.name} is not measured but planned for with {speed.source}.",),
+        frontier=True,
+    )
+
+
+def _corpus_shape(
+    recipe: Recipe, checkpoint: Checkpoint, max_length: int
+) -> tuple[CorpusShape, tuple[str, ...], tuple[str, ...]]:
+    """Lengths of the windows, what is assumed about them, and what a run would warn of."""
+    try:
+        tokenizer = load_tokenizer(checkpoint.folder)
+    except DataError as error:
+        return *_without_tokenizer(recipe, max_length, error), ()
+    try:
+        _, sides = read_sides(recipe, renderer_of(tokenizer))
+        training = tokenize(sides.train, tokenizer, max_length, append_eos=True)
+        context = choose_context_tokens(recipe, max_length)
+        heldout = tokenize(sides.heldout, tokenizer, max_length, context_tokens=context)
+        require_predictable(training, "training")
+        require_predictable(heldout, "held-out")
+    except (DataError, NeedsNetwork) as error:
+        return *_assumed(max_length, error), ()
+    return CorpusShape(lengths=lengths_of(training), heldout_lengths=lengths_of(heldout)), (), sides.warnings
+
+
+def _assumed(max_length: int, error: DataError | NeedsNetwork) -> tuple[CorpusShape, tuple[str, ...]]:
+    tokens = min(ASSUMED_TOKENS, max_length)
+    said = f"{error.what} {ASSUMED_WINDOWS:,} training windows of {tokens:,} tokens are assumed."
+    corpus = CorpusShape(lengths=(tokens,) * ASSUMED_WINDOWS, heldout_lengths=(tokens,) * ASSUMED_HELDOUT_WINDOWS)
+    return corpus, (said,)
+
+
+def _without_tokenizer(recipe: Recipe, max_length: int, error: DataError) -> tuple[CorpusShape, tuple[str, ...]]:
+    """Lengths from characters."""
+
+    def no_template(_: object) -> None:
+        raise DataError("A conversation needs the tokenizer's template.", next_step="Fetch the model's tokenizer.")
+
+    try:
+        _, sides = read_sides(recipe, no_template)  # type: ignore[arg-type]
+    except (DataError, NeedsNetwork) as second:
+        return _assumed(max_length, second)
+    train, held = (
+        tuple(n for document in side for n in _windows(len(document.text) // CHARACTERS_OF_A_TOKEN + 1, max_length))
+        for side in (sides.train, sides.heldout)
+    )
+    said = f"{error.what} A token is assumed to be {CHARACTERS_OF_A_TOKEN} characters."
+    return CorpusShape(lengths=train, heldout_lengths=held), (said,)
+
+
+def _windows(tokens: int, max_length: int) -> list[int]:
+    whole, rest = divmod(tokens, max_length)
+    return [max_length] * whole + ([rest] if rest else [])

@@ -1,0 +1,93 @@
+"""A plan from config.json alone: no weights, no GPU, no data; and what is assumed is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from drawplate import cli
+from drawplate.errors import UsageError
+from drawplate.forecast import forecast
+from drawplate.prepare import prepare
+from drawplate.recipe import Recipe, load_recipe
+from drawplate.records import Plan, from_json
+from drawplate.units import GIB
+from tests.tiny import recipe_values, tiny_recipe
+
+
+@pytest.fixture
+def bare(base: Path, tmp_path: Path) -> Path:
+    """A model folder that holds a configuration and nothing else."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    shutil.copy(base / "config.json", folder)
+    return folder
+
+
+def recipe_for(model: Path, files: Path, **sections: dict[str, Any]) -> Recipe:
+    return load_recipe(
+        {"model": {"name_or_path": str(model)}, "data": {"files": [str(files)], "heldout_fraction": 0.3}, **sections}
+    )
+
+
+def test_a_forecast_is_the_plan_that_a_run_makes(base: Path, corpus: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(base, corpus, tmp_path / "run", data={"heldout_fraction": 0.3})
+    told, made = forecast(recipe), prepare(recipe).plan
+    assert told.assumptions == ()
+    assert (told.micro_batch_tokens, told.optimizer_steps, told.times) == (
+        made.micro_batch_tokens, made.optimizer_steps, made.times
+    )  # fmt: skip
+    assert made.times is not None
+    assert made.times.evaluation_seconds > 0
+
+
+def test_configuration_alone_is_enough_and_lengths_are_said_to_be_assumed(bare: Path, tmp_path: Path) -> None:
+    plan = forecast(recipe_for(bare, tmp_path / "not there"))
+    assert "1,000 training windows of 128 tokens are assumed" in plan.assumptions[0]
+    assert plan.times is not None
+    assert plan.times.training_seconds > 0
+
+
+def test_without_a_tokenizer_lengths_come_from_characters(bare: Path, corpus: Path) -> None:
+    plan = forecast(recipe_for(bare, corpus))
+    assert "A token is assumed to be 4 characters" in plan.assumptions[0]
+
+
+def test_a_card_that_is_not_there_is_planned_for_with_its_source(bare: Path, corpus: Path) -> None:
+    plan = forecast(recipe_for(bare, corpus), gpu="RTX 4090")
+    assert plan.device == "cuda"
+    assert plan.compute_dtype == "bfloat16"
+    assert "Ada GPU Architecture whitepaper" in plan.assumptions[0]
+    assert 0 < plan.predicted_bytes("device") < 24 * GIB
+    assert forecast(recipe_for(bare, corpus), gpu="T4").compute_dtype == "float16", "it has no bf16"
+    with pytest.raises(UsageError, match="no figures are known"):
+        forecast(recipe_for(bare, corpus), gpu="Voodoo 2")
+
+
+def test_the_command_reads_as_text_and_as_json(base: Path, corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe_values(base, corpus, tmp_path / "run", data={"heldout_fraction": 0.3})))
+    options = ["plan", str(path), "--gpu", "RTX 3060", "--vram", "2GiB"]
+    done = CliRunner().invoke(cli.app, options)
+    assert done.exit_code == 0, done.stderr
+    for words in ("tokens/s", "Memory on the device", "Time of an optimizer step", "Decisions and reasons", "Assumed:"):
+        assert words in done.stdout, words
+    plan = from_json(Plan, json.loads(CliRunner().invoke(cli.app, [*options, "--json"]).stdout))
+    assert plan.predicted_bytes("device") <= 2 * GIB
+    assert plan.times is not None
+    assert plan.times.lines
+
+
+def test_a_plan_that_does_not_fit_ends_with_5(base: Path, corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe_values(base, corpus, tmp_path / "run", data={"heldout_fraction": 0.3})))
+    done = CliRunner().invoke(cli.app, ["plan", str(path), "--gpu", "T4", "--vram", "100MiB"])
+    assert done.exit_code == 5, done.stderr
+    assert "No plan fits. The nearest" in done.stderr
+    assert "memory.vram" in done.stderr
