@@ -1,4 +1,4 @@
-"""Whether measuring an 8B-shaped model takes more VRAM than training it did: one H100, random weights of the real shape.
+"""Whether measuring an 8B-shaped model takes more VRAM than training it did: one H100, random weights.
 
     python bench/evaluation_memory.py bench/results/evaluation-memory-h100.json [SHAPE]
 
