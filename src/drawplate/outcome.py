@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from drawplate.compare import perplexity_change
 from drawplate.data.batches import steps_per_epoch
 from drawplate.data.tokens import Tokenized
 from drawplate.device import PeakMeter, machine
-from drawplate.evaluate import total
 from drawplate.guards import Clock, StopSignals
 from drawplate.journal import Journal
+from drawplate.measure import Measured, evaluation_facts
 from drawplate.model.causal_lm import CausalLM
-from drawplate.prepare import Prepared, choose_context_tokens
+from drawplate.prepare import Prepared
 from drawplate.records import (
     DataFacts,
     DocumentChange,
     DocumentScore,
-    EvaluationFacts,
     Machine,
     MemoryFacts,
     ModelFacts,
@@ -47,7 +45,7 @@ class Outcome:
     """All that a run has come to so far; `record` may be asked for at any moment after loading.
 
     Attributes:
-        scores: baseline and final, each document's sums.
+        scores: each measurement's documents (measure.py).
         machine: what it runs on; asked once, because a device that was lost does not answer.
         stop: whether somebody asked the run to stop.
         clock: of the training's seconds.
@@ -62,7 +60,7 @@ class Outcome:
     model: CausalLM | None = None
     state: TrainState = field(default_factory=TrainState)
     self_check_difference: float | None = None
-    scores: dict[str, tuple[DocumentScore, ...]] = field(default_factory=dict)
+    scores: Measured = field(default_factory=dict)
     stop: StopSignals = field(default_factory=StopSignals)
     clock: Clock = field(default_factory=Clock)
     earlier_peaks: tuple[int, int] = (0, 0)
@@ -116,7 +114,7 @@ class Outcome:
             status=status,  # type: ignore[arg-type]
             model=self._model_facts(),
             data=data_facts(prepared),
-            evaluation=self._evaluation_facts(),
+            evaluation=evaluation_facts(recipe, prepared.plan.max_length, self.scores),
             training=self._training_facts(),
             memory=MemoryFacts(
                 device_peak_predicted_bytes=prepared.plan.predicted_bytes("device"),
@@ -159,18 +157,6 @@ class Outcome:
             self_check_difference=self.self_check_difference,
             licence=licence_of(checkpoint.folder),
         )
-
-    def _evaluation_facts(self) -> EvaluationFacts:
-        baseline, final = self.scores.get("baseline"), self.scores.get("final")
-        facts = EvaluationFacts(
-            baseline=total(baseline) if baseline else None,
-            final=total(final) if final else None,
-            context_tokens=choose_context_tokens(self.prepared.recipe, self.prepared.plan.max_length),
-        )
-        if not baseline or not final:
-            return facts
-        change = perplexity_change(baseline, final, seed=self.prepared.recipe.train.seed)
-        return replace(facts, perplexity_change_percent=change.percent, change_ci95_percent=change.ci95_percent)
 
     def _training_facts(self) -> TrainingFacts:
         state, plan_ = self.state, self.prepared.plan

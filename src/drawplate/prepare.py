@@ -13,9 +13,10 @@ import torch
 
 from drawplate.data.chat import ChatRenderer, chat_renderer
 from drawplate.data.documents import Corpus, read_documents
+from drawplate.data.general import general_documents, sample
 from drawplate.data.split import Split, hold_out_given, split
 from drawplate.data.tokens import Tokenized, Tokenizer, load_tokenizer, tokenize
-from drawplate.device import machine, memory_sample, pick_device
+from drawplate.device import available_ram_bytes, machine, memory_sample, pick_device
 from drawplate.errors import DataError, UsageError
 from drawplate.model.adapter import lora_config, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy
@@ -25,15 +26,22 @@ from drawplate.model.weights import Checkpoint, open_checkpoint
 from drawplate.plan.advise import Learner, advise
 from drawplate.plan.choose import CorpusShape, Situation, choose, choose_compute_dtype, choose_max_length
 from drawplate.plan.ledger import ModelShape
+from drawplate.plan.tax import plan_quantization_tax
 from drawplate.recipe import Recipe
-from drawplate.records import Plan
+from drawplate.records import Plan, Sequence
 from drawplate.speed import measured_speed
 from drawplate.train import Cutting
+
+GENERAL_TOKENS = {"cpu": 3072, "cuda": 65_536}  # some seconds of each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Everything known before the model is loaded; the recipe with what the adviser filled in."""
+    """Everything known before the model is loaded; the recipe with what the adviser filled in.
+
+    Attributes:
+        general: windows of text that is not of the domain; none where forgetting is not measured.
+    """
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -45,6 +53,7 @@ class Prepared:
     heldout: Tokenized
     plan: Plan
     device: torch.device
+    general: tuple[Sequence, ...] = ()
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -58,10 +67,18 @@ def prepare(recipe: Recipe) -> Prepared:
     heldout = tokenize(sides.heldout, tokenizer, max_length, context_tokens=choose_context_tokens(recipe, max_length))
     require_predictable(training, "training")
     require_predictable(heldout, "held-out")
+    general = _general_windows(recipe, tokenizer, max_length, device)
     anatomy = build_anatomy(checkpoint.config)
     lengths = tuple(len(sequence) for sequence in training.sequences)
     advised = advise(recipe, Learner(lengths=lengths, hidden=anatomy.config.hidden_size)).recipe
     chosen = choose_plan(recipe, checkpoint, anatomy, training, heldout, max_length)
+    chosen = plan_quantization_tax(
+        chosen,
+        model_shape(anatomy, recipe),
+        asked=recipe.evaluation.quantization_tax,
+        stored_precision=checkpoint.quantized_precision,
+        host_room_bytes=_host_room_bytes(recipe),
+    )
     chosen = replace(chosen, warnings=sides.warnings + chosen.warnings)
     return Prepared(
         recipe=advised,
@@ -74,6 +91,7 @@ def prepare(recipe: Recipe) -> Prepared:
         heldout=heldout,
         plan=chosen,
         device=device,
+        general=general,
     )
 
 
@@ -85,6 +103,27 @@ def read_sides(recipe: Recipe, render: ChatRenderer) -> tuple[Corpus, Split]:
     given = read_documents(recipe.data, recipe.data.heldout_files, render)
     sides = hold_out_given(corpus.documents, given.documents, recipe.data)
     return replace(corpus, intake=corpus.intake + given.intake), sides
+
+
+def _general_windows(
+    recipe: Recipe, tokenizer: Tokenizer, max_length: int, device: torch.device
+) -> tuple[Sequence, ...]:
+    if not recipe.evaluation.forgetting:
+        return ()
+    section = recipe.evaluation
+    documents = general_documents(section.general_files, recipe.data.text_field, renderer_of(tokenizer))
+    context = choose_context_tokens(recipe, max_length)
+    tokens = tokenize(documents, tokenizer, max_length, context_tokens=context)
+    require_predictable(tokens, "general")
+    return sample(tokens.sequences, documents, GENERAL_TOKENS[device.type])
+
+
+def _host_room_bytes(recipe: Recipe) -> int:
+    """What the process may still take of the host, with some to spare."""
+    available = available_ram_bytes()
+    if recipe.memory.ram is not None:
+        available = min(available, recipe.memory.ram - memory_sample().process_bytes)
+    return int(0.85 * available)
 
 
 def choose_context_tokens(recipe: Recipe, max_length: int) -> int:

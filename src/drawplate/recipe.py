@@ -115,6 +115,13 @@ def usual_alpha(rank: int) -> float:
     return 2.0 * rank
 
 
+def _listed(values: Any, *keys: str) -> Any:
+    """One file given as a string is a list of one."""
+    if not isinstance(values, dict):
+        return values
+    return {k: [v] if k in keys and isinstance(v, str) else v for k, v in values.items()}
+
+
 class DataSection(Section):
     """Which documents, and how they become training sequences."""
 
@@ -148,11 +155,7 @@ class DataSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_file_is_a_list(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            values = {
-                k: [v] if k in ("files", "heldout_files") and isinstance(v, str) else v for k, v in values.items()
-            }
-        return values
+        return _listed(values, "files", "heldout_files")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
@@ -216,9 +219,22 @@ class EvaluationSection(Section):
         "auto",
         description="Tokens that each window of a long document reads again, uncounted; auto: half a window, 0: none.",
     )
+    quantization_tax: Literal["auto", True, False] = Field(
+        "auto", description="Measure the base model unquantized too; auto: where its layers can be streamed or fit."
+    )
+    forgetting: bool = Field(True, description="Measure general text that is not of the domain, before and after.")
+    general_files: list[str] = Field(default=[], description="That text; none: English prose that Drawplate ships.")
+    forgetting_warn_percent: float = Field(
+        3.0, ge=0, description="Warn where perplexity of the general text rises by more than this."
+    )
     eval_steps: int | None = Field(None, ge=1, description="Optimizer steps between evaluations; none: only the end.")
     early_stopping_patience: int | None = Field(None, ge=1, description="Stop after so many evaluations without gain.")
     load_best_model_at_end: bool = Field(True, description="Keep the adapter with the lowest held-out loss.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, values: Any) -> Any:
+        return _listed(values, "general_files")
 
 
 class MemorySection(Section):

@@ -298,6 +298,7 @@ class Plan:
     lr_scheduler_type: str = "cosine"
     warmup_ratio: float = 0.05
     dequantize: str = "product"
+    quantization_tax: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     ledger: tuple[LedgerLine, ...] = ()
@@ -408,10 +409,16 @@ class DataFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFacts:
-    """Before and after, on the same held-out documents.
+    """Before and after, on the same documents; every change is paired and has its own 95 % interval.
 
     Attributes:
+        baseline, final: the held-out documents under the model as trained, before and after.
         context_tokens: that each window of a long document, but its first, reads again and does not count.
+        unquantized_baseline: the base model before quantization, on the held-out documents or a sample of them.
+        quantized_baseline: the base model as quantized, on the same `quantization_tax_documents` documents.
+        quantization_tax_percent: change of perplexity from the one to the other.
+        general_baseline, general_final: text that is not of the domain, before and after; what it was is in
+            `general_text`.
     """
 
     baseline: Evaluation | None = None
@@ -420,6 +427,16 @@ class EvaluationFacts:
     perplexity_change_percent: float | None = None
     change_ci95_percent: tuple[float, float] | None = None
     context_tokens: int = 0
+    quantized_baseline: Evaluation | None = None
+    quantization_tax_percent: float | None = None
+    quantization_tax_ci95_percent: tuple[float, float] | None = None
+    quantization_tax_documents: int = 0
+    general_text: str = ""
+    general_documents: int = 0
+    general_baseline: Evaluation | None = None
+    general_final: Evaluation | None = None
+    general_change_percent: float | None = None
+    general_ci95_percent: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -504,7 +521,7 @@ class Progress:
     """What a run tells whoever watches it, often; `figures` are shown beside the bar as they are.
 
     Attributes:
-        phase: read, load, baseline, train, evaluate, final or save.
+        phase: read, unquantized, load, baseline, train, evaluate, final or save.
         done, total: in `unit`s; total 0 where it is not known.
         figures: short name -> text, like {"loss": "2.31", "tokens/s": "812"}.
         message: a line worth keeping on the screen, such as a warning; empty most of the time.

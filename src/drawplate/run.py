@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +21,15 @@ import torch
 from drawplate.checkpoint import Position, finished, good
 from drawplate.data.batches import cut_padded
 from drawplate.data.documents import read_documents
-from drawplate.data.tokens import Tokenized, load_tokenizer, tokenize
+from drawplate.data.tokens import load_tokenizer, tokenize
 from drawplate.device import PeakMeter, is_lost, pick_device
 from drawplate.errors import StoppedSafely, UserError
-from drawplate.evaluate import score_documents, total
+from drawplate.evaluate import total
 from drawplate.forecast import forecast
 from drawplate.guards import Clock, StopRequested, StopSignals, Watchdog, leave_at_once, write_stacks
 from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
+from drawplate.measure import Scores, forgetting_warning, score, score_general, score_unquantized
 from drawplate.model.adapter import lora_config, read_adapter
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.assemble import assemble
@@ -53,7 +54,7 @@ from drawplate.prepare import (
 from drawplate.prove import Proof
 from drawplate.prove import prove as replay
 from drawplate.recipe import DataSection, ModelSection, Recipe, expand
-from drawplate.records import DocumentScore, Evaluation, Plan, RunRecord
+from drawplate.records import Evaluation, Plan, RunRecord
 from drawplate.reopen import Reopened, recipe_of, refuse_finished, reopen
 from drawplate.report.card import model_card
 from drawplate.report.html import render_report
@@ -188,11 +189,11 @@ def evaluate(
     cutting = Cutting(packing=True, tokens=chosen.micro_batch_tokens, pad_id=pad_id(tokenizer))
     results = {}
     with journal.in_phase("baseline"):
-        results["base model"] = total(_scores(loaded, tokens, cutting, journal))
+        results["base model"] = total(score(loaded, tokens.sequences, cutting, journal))
     if adapter:
         loaded.adapter.load_state(state, adapter)
         with journal.in_phase("evaluate"):
-            results["with adapter"] = total(_scores(loaded, tokens, cutting, journal))
+            results["with adapter"] = total(score(loaded, tokens.sequences, cutting, journal))
     return results
 
 
@@ -200,16 +201,20 @@ def _tell(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> Run
     """Load, measure, train, measure, write."""
     journal = outcome.journal
     _write_beginnings(outcome, folder, reopened)
+    if "baseline" not in outcome.scores:
+        outcome.scores["unquantized"] = score_unquantized(outcome.prepared, journal)
     with journal.in_phase("load"):
         model = outcome.model = _load(outcome)
     if "baseline" not in outcome.scores:
         with journal.in_phase("baseline"):
             _measure(outcome, model, "baseline", step=0)
+            _measure_general(outcome, model, "general baseline")
     with journal.in_phase("train"):
         _train(outcome, model, folder, reopened)
     with journal.in_phase("final"):
         _measure(outcome, model, "final", step=outcome.state.step)
         _keep_the_best(outcome, model)
+        _measure_general(outcome, model, "general final")
     with journal.in_phase("save"):
         _save_adapter(outcome, folder)
     record = outcome.record("finished")
@@ -301,15 +306,8 @@ def _load(outcome: Outcome) -> CausalLM:
 
 
 def _measure(outcome: Outcome, model: CausalLM, name: str, step: int) -> Evaluation:
-    try:
+    with _stopping_safely(outcome):
         scores = _heldout_scores(outcome, model, outcome.journal)
-    except StopRequested as signal_name:
-        folder = outcome.prepared.recipe.output_dir
-        raise StoppedSafely(
-            f"The run was stopped by {signal_name} while the held-out documents were measured.",
-            safe=where(good(expand(folder) / CHECKPOINTS_NAME, 1)),
-            next_step=f"drawplate resume {folder}",
-        ) from None
     outcome.scores[name] = scores
     result = total(scores)
     outcome.journal.on_evaluation(step, result)
@@ -383,28 +381,29 @@ def _keep_the_best(outcome: Outcome, model: CausalLM) -> None:
     _measure(outcome, model, "final", step=step)
 
 
-def _heldout_scores(outcome: Outcome, model: CausalLM, journal: Journal | None) -> tuple[DocumentScore, ...]:
-    prepared = outcome.prepared
-    look = outcome.stop.raise_if_requested
-    return _scores(model, prepared.heldout, evaluation_cutting(prepared), journal, look=look)
+def _heldout_scores(outcome: Outcome, model: CausalLM, journal: Journal | None) -> Scores:
+    prepared, look = outcome.prepared, outcome.stop.raise_if_requested
+    return score(model, prepared.heldout.sequences, evaluation_cutting(prepared), journal, look=look)
 
 
-def _scores(
-    model: CausalLM,
-    tokens: Tokenized,
-    cutting: Cutting,
-    journal: Journal | None,
-    *,
-    look: Callable[[], None] = lambda: None,
-) -> tuple[DocumentScore, ...]:
-    batches = cutting(tokens.sequences)
-    done = 0
+def _measure_general(outcome: Outcome, model: CausalLM, name: str) -> None:
+    """Text that is not of the domain; a rise beyond the recipe's limit is warned of."""
+    with _stopping_safely(outcome):
+        outcome.scores[name] = score_general(
+            outcome.prepared, model, outcome.journal, look=outcome.stop.raise_if_requested
+        )
+    if warning := forgetting_warning(outcome.prepared.recipe, outcome.scores):
+        outcome.journal.on_warning(warning)
 
-    def show(_: object) -> None:
-        nonlocal done
-        done += 1
-        look()
-        if journal:
-            journal.show(done, len(batches), "micro-batches")
 
-    return score_documents(model, tokens.sequences, batches, on_batch=show)
+@contextmanager
+def _stopping_safely(outcome: Outcome) -> Iterator[None]:
+    try:
+        yield
+    except StopRequested as signal_name:
+        folder = outcome.prepared.recipe.output_dir
+        raise StoppedSafely(
+            f"The run was stopped by {signal_name} while the held-out documents were measured.",
+            safe=where(good(expand(folder) / CHECKPOINTS_NAME, 1)),
+            next_step=f"drawplate resume {folder}",
+        ) from None

@@ -29,6 +29,7 @@ from drawplate.units import format_count, format_seconds
 PLAIN_SECONDS = 5.0
 _NAMES = {
     "read": "Reading documents",
+    "unquantized": "Measuring unquantized",
     "load": "Loading the model",
     "baseline": "Measuring before",
     "train": "Training",

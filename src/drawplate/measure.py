@@ -1,0 +1,183 @@
+"""What a run measures: held-out documents, the unquantized base model, general text; and the record's words for it.
+
+Each measurement is a tuple of documents' sums, kept under a name (`Measured`), so that every change can be paired by
+document. The unquantized model is loaded, measured and released before the run's own model is loaded: the memory is
+used one after the other and not together.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+
+from drawplate.compare import Change, perplexity_change
+from drawplate.data.general import SHIPPED_NAME, sample
+from drawplate.errors import DoesNotFit, EnvironmentProblem
+from drawplate.evaluate import score_documents, total
+from drawplate.journal import Journal
+from drawplate.model.adapter import lora_config
+from drawplate.model.assemble import assemble
+from drawplate.model.causal_lm import CausalLM, Placement
+from drawplate.model.frozen import Storage
+from drawplate.plan.tax import HEAD_ROWS, PLAIN_PRECISION, SAMPLE_TOKENS, window_tokens
+from drawplate.prepare import Prepared, choose_context_tokens, evaluation_cutting, pad_id
+from drawplate.recipe import LoraSection, Recipe
+from drawplate.records import DocumentScore, EvaluationFacts, Sequence
+from drawplate.train import Cutting
+
+Scores = tuple[DocumentScore, ...]
+Measured = dict[str, Scores]
+"""baseline, final, unquantized, general baseline, general final -> documents' sums; what was not measured is absent."""
+
+
+def score(
+    model: CausalLM,
+    sequences: Seq[Sequence],
+    cutting: Cutting,
+    journal: Journal | None = None,
+    *,
+    look: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Documents' sums under the model as it is now; progress is shown, and `look` called, after each micro-batch."""
+    batches = cutting(sequences)
+    done = 0
+
+    def show(_: object) -> None:
+        nonlocal done
+        done += 1
+        look()
+        if journal:
+            journal.show(done, len(batches), "micro-batches")
+
+    return score_documents(model, sequences, batches, on_batch=show)
+
+
+def score_general(prepared: Prepared, model: CausalLM, journal: Journal, *, look: Callable[[], None]) -> Scores:
+    """General text under the model as it is now; nothing where forgetting is not measured."""
+    if not prepared.general:
+        return ()
+    return score(model, prepared.general, evaluation_cutting(prepared), journal, look=look)
+
+
+def score_unquantized(prepared: Prepared, journal: Journal) -> Scores:
+    """A sample of the held-out documents under the unquantized base model; nothing where the plan leaves it out.
+
+    What goes wrong here costs a warning and not the run: the measurement is a help, not a need.
+    """
+    if not prepared.plan.quantization_tax:
+        reason = prepared.plan.reasons.get("quantization_tax")
+        if reason:
+            journal.message(f"What quantization costs is {reason}.")
+        return ()
+    scores: Scores = ()
+    problem = ""
+    with journal.in_phase("unquantized"):
+        try:
+            scores = _score_unquantized(prepared, journal)
+        except (DoesNotFit, EnvironmentProblem, torch.OutOfMemoryError) as error:
+            problem = str(error).partition("\n")[0]
+    gc.collect()  # the model has cycles; its memory is for the quantized one
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if problem:
+        journal.on_warning(f"What quantization costs was not measured: {problem}")
+    return scores
+
+
+def _score_unquantized(prepared: Prepared, journal: Journal) -> Scores:
+    plan, recipe, checkpoint = prepared.plan, prepared.recipe, prepared.checkpoint
+    on_gpu = prepared.device.type == "cuda"
+    placement = Placement(
+        device=prepared.device,
+        storage=Storage(PLAIN_PRECISION[plan.compute_dtype]),
+        compute_dtype=getattr(torch, plan.compute_dtype),
+        weights="host" if on_gpu else "device",
+        head_rows=HEAD_ROWS if on_gpu else 0,
+    )
+    idle = LoraSection(r=1, target_modules=recipe.lora.target_modules)  # B starts at zero: it changes nothing
+    model = assemble(
+        checkpoint,
+        placement,
+        lambda anatomy: lora_config(idle, anatomy, checkpoint.loadable_name, checkpoint.revision),
+        seed=recipe.train.seed,
+        progress=lambda done, count: journal.show(done, count, "layers"),
+        tell=journal.on_warning,
+    )
+    chosen = sample(prepared.heldout.sequences, prepared.split.heldout, SAMPLE_TOKENS[plan.device])
+    cutting = Cutting(packing=True, tokens=window_tokens(plan), pad_id=pad_id(prepared.tokenizer))
+    return score(model, chosen, cutting, journal)
+
+
+def evaluation_facts(recipe: Recipe, max_length: int, measured: Measured) -> EvaluationFacts:
+    """The record's evaluation part: sums, changes and intervals of whatever was measured."""
+    facts: dict[str, object] = {"context_tokens": choose_context_tokens(recipe, max_length)}
+    for name in ("baseline", "final"):
+        if scores := measured.get(name):
+            facts[name] = total(scores)
+    if change := change_between(measured, "baseline", "final", recipe.train.seed):
+        facts |= {"perplexity_change_percent": change.percent, "change_ci95_percent": change.ci95_percent}
+    facts |= _tax_facts(recipe, measured) | _general_facts(recipe, measured)
+    return EvaluationFacts(**facts)  # type: ignore[arg-type]
+
+
+def change_between(measured: Measured, before: str, after: str, seed: int) -> Change | None:
+    """Paired change of perplexity over the documents that both hold; None where there are none.
+
+    Every measurement scores the same tokens of a document, so that documents are all that has to be matched.
+    """
+    if not measured.get(before) or not measured.get(after):
+        return None
+    later = {score.document: score for score in measured[after]}
+    pairs = [(score, later[score.document]) for score in measured[before] if score.document in later]
+    return perplexity_change([a for a, _ in pairs], [b for _, b in pairs], seed=seed)
+
+
+def _tax_facts(recipe: Recipe, measured: Measured) -> dict[str, object]:
+    change = change_between(measured, "unquantized", "baseline", recipe.train.seed)
+    if change is None:
+        return {}
+    unquantized = measured["unquantized"]
+    names = {score.document for score in unquantized}
+    return {
+        "unquantized_baseline": total(unquantized),
+        "quantized_baseline": total(score for score in measured["baseline"] if score.document in names),
+        "quantization_tax_percent": change.percent,
+        "quantization_tax_ci95_percent": change.ci95_percent,
+        "quantization_tax_documents": len(unquantized),
+    }
+
+
+def _general_facts(recipe: Recipe, measured: Measured) -> dict[str, object]:
+    before, after = measured.get("general baseline"), measured.get("general final")
+    if not before:
+        return {}
+    facts: dict[str, object] = {
+        "general_text": ", ".join(recipe.evaluation.general_files) or SHIPPED_NAME,
+        "general_documents": len(before),
+        "general_baseline": total(before),
+    }
+    if change := change_between(measured, "general baseline", "general final", recipe.train.seed):
+        assert after is not None
+        facts |= {
+            "general_final": total(after),
+            "general_change_percent": change.percent,
+            "general_ci95_percent": change.ci95_percent,
+        }
+    return facts
+
+
+def forgetting_warning(recipe: Recipe, measured: Measured) -> str:
+    """What to say, and to try, where general text became harder by more than the recipe accepts; empty otherwise."""
+    change = change_between(measured, "general baseline", "general final", recipe.train.seed)
+    limit = recipe.evaluation.forgetting_warn_percent
+    if change is None or change.percent <= limit or change.word == "same":
+        return ""
+    return (
+        f"The model forgets: perplexity of {', '.join(recipe.evaluation.general_files) or SHIPPED_NAME} went up, "
+        f"{change.in_figures()}, and evaluation.forgetting_warn_percent is {limit:g}. Less of it is forgotten with a "
+        "lower train.learning_rate, fewer train.num_train_epochs, a smaller lora.r, or some general text among "
+        "data.files."
+    )

@@ -1,0 +1,112 @@
+"""Whether the unquantized base model is measured before the quantized one is loaded, and what that phase holds.
+
+It runs first and alone, so it costs time and never adds to the peak of training: on a GPU its layers are streamed from
+the host and only a ring of two is on the device; on a CPU they are all in memory. Left to `auto` it is done where that
+takes no more of the device than the run does anyway, and no more of the host than there is. A CPU measures a sample of
+the held-out documents and a GPU many more (`SAMPLE_TOKENS`), which bounds the time: seconds on the demo's two cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from drawplate.plan.ledger import DTYPE_BYTES, Ledger, ModelShape, kept_bytes_per_token_and_layer
+from drawplate.recipe import Auto
+from drawplate.records import LedgerLine, PhaseLedger, Plan
+from drawplate.units import MIB, format_bytes, format_count
+
+PHASE = "unquantized baseline"
+PLAIN_PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+SAMPLE_TOKENS = {"cpu": 4096, "cuda": 65_536}
+HEAD_ROWS = 8192
+_SHARED = ("CUDA context", "process before the model", "token windows")
+_KEY = "quantization_tax"
+
+
+def plan_quantization_tax(
+    plan: Plan,
+    model: ModelShape,
+    *,
+    asked: Literal[True, False] | Auto,
+    stored_precision: str | None,
+    host_room_bytes: int,
+) -> Plan:
+    """The plan, with the decision, its reason and, if it is yes, the phase's lines in the ledger.
+
+    Args:
+        plan: for the run without it.
+        model: the base model's numbers.
+        asked: evaluation.quantization_tax.
+        stored_precision: what the checkpoint itself is quantized to, None where it is not.
+        host_room_bytes: what the process may still take of the host.
+    """
+    if plan.precision in PLAIN_PRECISION.values():
+        return plan
+    phase = _phase(plan, model)
+    why_not = _why_not(plan, phase, asked, stored_precision, host_room_bytes)
+    if why_not:
+        return replace(plan, reasons={**plan.reasons, _KEY: f"not measured: {why_not}"})
+    name = PLAIN_PRECISION[plan.compute_dtype]
+    how = "streamed from the host" if plan.device == "cuda" else "before the quantized one is loaded"
+    reason = f"the base model in {name}, {how}, on up to {format_count(SAMPLE_TOKENS[plan.device])} held-out tokens"
+    phases = (*plan.phases, phase)
+    return replace(
+        plan,
+        quantization_tax=True,
+        phases=phases,
+        ledger=Ledger(phases=phases).lines if plan.phases else plan.ledger,
+        reasons={**plan.reasons, _KEY: reason},
+    )
+
+
+def _why_not(
+    plan: Plan, phase: PhaseLedger, asked: bool | Auto, stored_precision: str | None, host_room_bytes: int
+) -> str:
+    if asked is False:
+        return "evaluation.quantization_tax is off"
+    if stored_precision:
+        return "the checkpoint itself is quantized, so there are no unquantized weights"
+    if asked is True:
+        return ""
+    on_device, planned = phase.bytes("device"), plan.predicted_bytes("device")
+    if on_device > planned:
+        return f"it would take {format_bytes(on_device)} of the device, more than the run's {format_bytes(planned)}"
+    process = sum(line.bytes for line in phase.lines if line.name in _SHARED and line.where == "host")
+    needed, room = phase.bytes("host") - process, host_room_bytes
+    if plan.device == "cpu":
+        room = min(room, plan.predicted_bytes("host") - process)
+    if needed > room:
+        return f"the unquantized model would take {format_bytes(needed)} of the host, where {format_bytes(room)} may go"
+    return ""
+
+
+def _phase(plan: Plan, model: ModelShape) -> PhaseLedger:
+    size, on_cpu = DTYPE_BYTES[plan.compute_dtype], plan.device == "cpu"
+    layers, layer = model.linear_parameters * size, model.linear_parameters // model.layers * size
+    tokens = window_tokens(plan)
+    rows: list[tuple[str, str, int, str]] = [
+        ("unquantized layers", "host", layers, f"parameters x {size} bytes"),
+        ("embedding, head and norms", "host", model.outside_parameters * size, f"parameters x {size} bytes"),
+    ]
+    if not on_cpu:
+        head = 2 * min(HEAD_ROWS, model.vocab) * model.hidden * size
+        rows.append(("ring slots", "device", 2 * layer, "2 x largest layer"))
+        rows.append(
+            ("slots of the head", "device", head, f"2 x {format_count(HEAD_ROWS)} rows x hidden x {size} bytes")
+        )
+    kept = kept_bytes_per_token_and_layer(model, size) * tokens
+    workspace = (32 if on_cpu else 256) * MIB + tokens * model.hidden * 8
+    rows.append(("one layer evaluated", "device", kept, "tokens x kept bytes"))
+    rows.append(("loss workspace", "device", workspace, "a tile of logits and 8 bytes x tokens x hidden"))
+    own = tuple(
+        LedgerLine(name=n, where="host" if on_cpu else where, bytes=count, formula=formula)  # type: ignore[arg-type]
+        for n, where, count, formula in rows
+    )
+    held = plan.phases[0].lines if plan.phases else plan.ledger
+    return PhaseLedger(phase=PHASE, lines=own + tuple(line for line in held if line.name in _SHARED))
+
+
+def window_tokens(plan: Plan) -> int:
+    """Tokens of its micro-batches: a window on a GPU, where memory is dear; a training micro-batch on a CPU."""
+    return plan.micro_batch_tokens if plan.device == "cpu" else min(plan.max_length, plan.micro_batch_tokens)
