@@ -1,0 +1,96 @@
+"""Tokens per second against peak GiB, every system, from results of bench/compare.py; and their tables as Markdown.
+
+python bench/plot_compare.py docs/pictures/compare.png bench/results/compare-3b-h100.json ...    (needs matplotlib)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from bench.peers.table import GIB, ratios, table  # noqa: E402
+
+LOOKS = {
+    "drawplate": ("#2a6fb0", "o", "Drawplate"),
+    "unsloth": ("#b8460e", "s", "Unsloth"),
+    "liger": ("#6b8e23", "^", "transformers + PEFT + Liger"),
+    "trl": ("#8a63a8", "v", "TRL SFTTrainer + Liger"),
+    "mission": ("#777777", "D", "transformers + PEFT"),
+}
+
+
+def panel(axes: Any, results: list[dict[str, Any]], title: str) -> None:
+    """One model and case; hollow markers are runs without dropout."""
+    for system, (colour, marker, _) in LOOKS.items():
+        for r in results:
+            if r["system"] != system or "tokens_per_second" not in r:
+                continue
+            axes.plot(
+                r["peak_reserved_bytes"] / GIB,
+                r["tokens_per_second"],
+                marker,
+                color=colour,
+                markerfacecolor=colour if r["dropout"] else "white",
+                markersize=7,
+            )
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("peak reserved, GiB")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def merged(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Model -> all its results, from several files."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in paths:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault(record["model"]["shape"], []).extend(record["results"])
+    return found
+
+
+def main() -> None:
+    """Draw one picture, print the tables and Drawplate's ratios."""
+    picture, paths = Path(sys.argv[1]), [Path(p) for p in sys.argv[2:]]
+    models = merged(paths)
+    panels = [(model, case) for model, results in models.items() for case in dict.fromkeys(r["case"] for r in results)]
+    panels = [(model, case) for model, case in panels if not case.startswith("climate")]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.5 * rows), squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (model, case) in zip(grid.flat, panels, strict=False):
+        panel(axes, [r for r in models[model] if r["case"] == case], f"{model}, {case.replace('x', ' x ')} tokens")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("tokens per second")
+    handles = [
+        plt.Line2D([], [], linestyle="", marker=marker, color=colour, label=name)
+        for colour, marker, name in LOOKS.values()
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(picture, dpi=120)
+    print(table([json.loads(p.read_text(encoding="utf-8")) for p in paths]))
+    for model, results in models.items():
+        for peer in ("unsloth", "liger", "mission"):
+            for budget in (None, 6, 8):
+                for case, own, other, ratio in ratios(results, peer, budget):
+                    within = f" within {budget} GiB" if budget else ""
+                    print(f"{model} {case}{within}: {own:,.0f} / {other:,.0f} of {peer} = {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
