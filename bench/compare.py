@@ -110,19 +110,21 @@ class Task:
     overlap: bool = True
 
 
-def run_all(task: Task, chosen: Sequence[Setting], told: Callable[[str], None]) -> list[Process]:
+def run_all(task: Task, chosen: Sequence[Setting], told: Callable[[list[Process], str], None]) -> list[Process]:
     """Reference first, then the settings, in groups that share the machine while nothing is timed."""
     everyone = [Process(s, task.work / f"{i:02d}-{s.system}") for i, s in enumerate([REFERENCE, *chosen])]
+    for process in everyone:
+        process.start(task.folder)
+    for process, answer in _answers(task, everyone, "imports"):
+        process.loaded = answer
     for start in range(0, len(everyone), task.together):
-        group = everyone[start : start + task.together]
         began = time.monotonic()
-        for process in group:
-            process.start(task.folder)
+        group = [p for p in everyone[start : start + task.together] if not failed(p.loaded)]
         run_group(task, group)
         for process in group:
             process.stop()
-            told(f"{process.setting.label}: {_progress(process)}")
-        told(f"group of {len(group)} took {time.monotonic() - began:.0f} s")
+        lines = [f"{p.setting.label}: {_progress(p)}" for p in group]
+        told(everyone, "\n".join([*lines, f"group of {len(group)} took {time.monotonic() - began:.0f} s"]))
     return everyone
 
 
@@ -135,15 +137,19 @@ def _progress(process: Process) -> str:
 def run_group(task: Task, group: Sequence[Process]) -> None:
     """Load, gate curve and warm-up side by side, then time one at a time; out of memory is tried again alone."""
     for process, answer in _answers(task, group, "load"):
-        process.loaded = answer
+        process.loaded.update(answer)
     alive = [p for p in group if not failed(p.loaded)]
     for process, answer in _answers(task, alive, "curve", task.gate_case, task.gate_steps):
         process.curve = answer
     alive = [p for p in alive if not failed(p.curve)]
+    for reference in [p for p in alive if p.setting is REFERENCE]:  # its memory is needed afterwards
+        reference.warm = {case: reference.ask("warm", case) for case in task.cases}
+        reference.stop()
+        alive.remove(reference)
     for case in task.cases:
         for process, answer in _answers(task, alive, "warm", case):
             process.warm[case] = answer
-        ready = [p for p in alive if p.setting is not REFERENCE and not failed(p.warm[case])]
+        ready = [p for p in alive if not failed(p.warm[case])]
         for number in range(task.rounds):
             for process in ready if number % 2 == 0 else reversed(ready):
                 process.timed.setdefault(case, []).append(process.ask("time", case, task.steps))
@@ -198,7 +204,7 @@ def _case_entry(process: Process, case: str, reference: Process, mission: Proces
         "peak_reserved_bytes": max(a.get("peak_reserved_bytes", 0) for a in [warm, *timed]),
         "peak_allocated_bytes": max(a.get("peak_allocated_bytes", 0) for a in [warm, *timed]),
         "process_device_bytes": max((a.get("process_device_bytes") or 0 for a in timed), default=0) or None,
-        **({"kept_layers": warm["kept_layers"]} if "kept_layers" in warm else {}),
+        **({"decided": warm["decided"]} if "decided" in warm else {}),
     }
     reason = whole.reason or here.reason
     if reason:
@@ -292,7 +298,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="timed, in each round")
     parser.add_argument("--gate-case", help="default: the first case")
-    parser.add_argument("--gate-steps", type=int, default=8)
+    parser.add_argument("--gate-steps", type=int, default=6)
     parser.add_argument("--work", type=Path, default=Path("/tmp/drawplate-compare"))
     parser.add_argument("--list", action="store_true", help="name the settings and stop")
     return parser.parse_args(arguments)
@@ -322,27 +328,32 @@ def main() -> int:
     began = time.monotonic()
     make_material(task.folder, asked.model, asked.layers)
     print(f"material after {time.monotonic() - began:.0f} s", flush=True)
-    record = measure(task, chosen, {"shape": asked.model, "layers": asked.layers})
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(record, indent=1))
+    record = measure(task, chosen, {"shape": asked.model, "layers": asked.layers}, asked.out)
     print(table([record]))
     return 0
 
 
-def measure(task: Task, chosen: Sequence[Setting], model: dict[str, Any]) -> dict[str, Any]:
-    """Run everything; the record that is written."""
-    began = time.monotonic()
-    everyone = run_all(task, chosen, lambda line: print(line, flush=True))
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
-        "model": model,
-        "gate": {"case": task.gate_case, "reference": everyone[0].curve, "reference_loaded": everyone[0].loaded},
-        "seconds": round(time.monotonic() - began, 1),
-        "machine": machine(),
-        "versions": versions(),
-        "results": results_of(task, everyone),
-    }
+def measure(task: Task, chosen: Sequence[Setting], model: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Run everything; the record, which is written after each group, so that a run cut short is not lost."""
+    began, record = time.monotonic(), {}
+
+    def told(everyone: list[Process], line: str) -> None:
+        record.update(
+            command=" ".join(["python", *sys.argv]),
+            commit=os.environ.get("DRAWPLATE_COMMIT", ""),
+            model=model,
+            gate={"case": task.gate_case, "reference": everyone[0].curve, "reference_loaded": everyone[0].loaded},
+            seconds=round(time.monotonic() - began, 1),
+            machine=machine(),
+            versions=versions(),
+            results=results_of(task, everyone),
+        )
+        out.write_text(json.dumps(record, indent=1))
+        print(f"{line}\n{time.monotonic() - began:.0f} s so far", flush=True)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run_all(task, chosen, told)
+    return record
 
 
 def make_material(folder: Path, shape: str, layers: int | None) -> None:

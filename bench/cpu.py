@@ -87,9 +87,8 @@ def main() -> int:
         gate_steps=asked.gate_steps,
         overlap=False,
     )
-    record = measure(task, [PEER, *OWN], {"shape": "SmolLM2-135M", "layers": None})
+    record = measure(task, [PEER, *OWN], {"shape": "SmolLM2-135M", "layers": None}, asked.out)
     record["ratios"] = ratios(record["results"])
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(record, indent=1))
     print(table([record]))
     print(

@@ -119,16 +119,16 @@ OWN_GC = {"bits": 4, "checkpointing": "unsloth"}
 UNSLOTH_KEPT = {"bits": 16, "checkpointing": False}
 FULL_MEMORY = [
     MISSION,
-    Setting(system="mission", name="nf4, bf16, checkpointing"),
     Setting(system="liger", name="nf4, bf16, checkpointing"),
-    Setting(system="liger", name="bf16, no checkpointing", options={"bits": 16, "checkpointing": False}),
-    Setting(system="unsloth", name="nf4, its checkpointing", options=OWN_GC),
-    Setting(system="unsloth", name="nf4, no checkpointing", dropout=0.0, options={**OWN_GC, "checkpointing": False}),
-    Setting(system="unsloth", name="bf16, no checkpointing", options=UNSLOTH_KEPT),
-    Setting(system="unsloth", name="bf16, no checkpointing", dropout=0.0, options=UNSLOTH_KEPT),
     Setting(system="trl", name="SFTTrainer, liger, nf4, bf16, checkpointing"),
+    Setting(system="unsloth", name="nf4, its checkpointing", dropout=0.0, options=OWN_GC),
+    Setting(system="mission", name="nf4, bf16, checkpointing"),
+    Setting(system="liger", name="bf16, no checkpointing", options={"bits": 16, "checkpointing": False}),
+    Setting(system="unsloth", name="bf16, no checkpointing", dropout=0.0, options=UNSLOTH_KEPT),
+    Setting(system="unsloth", name="bf16, no checkpointing", options=UNSLOTH_KEPT),
     Setting(system="drawplate", name="bf16, all kept", options={"precision": "bf16"}),
     Setting(system="drawplate", name="bf16, all kept", dropout=0.0, options={"precision": "bf16"}),
+    Setting(system="drawplate", name="fp8, all kept", options={"precision": "fp8"}),
 ]
 
 
@@ -145,26 +145,22 @@ def settings(systems: Iterable[str], budgets_gib: Iterable[float | None]) -> lis
     found: list[Setting] = []
     for budget in budgets_gib:
         found += FULL_MEMORY if budget is None else within(budget)
+    found.sort(
+        key=lambda setting: setting.options.get("bits", 4) == 16 or "precision" in setting.options
+    )  # small first
     chosen = [s for s in found if s.system in wanted]
     return chosen if MISSION in chosen else [MISSION, *chosen]  # the gate measures by it
 
 
 def within(budget_gib: float) -> list[Setting]:
-    """What a system can do to use a small budget well: keep as many layers' activations as fit, recompute the others.
+    """What a system can do to use a small budget well; what fits by itself is in FULL_MEMORY already.
 
-    `keep: fit` measures how many fit, per case. What fits by itself is in FULL_MEMORY already.
+    Drawplate's planner decides by itself. Unsloth can leave layers out of its checkpointing: `keep: fit` measures how
+    many layers' activations fit, per case.
     """
-    fit: dict[str, Any] = {"keep": "fit"}
-    streamed = {**fit, "weights": "host", "head_rows": 8192}
+    kept, nf4 = {**OWN_GC, "keep": "fit"}, {"plan": True, "precision": "nf4"}
     return [
-        Setting(
-            system="unsloth", name="nf4, layers kept", dropout=0.0, budget_gib=budget_gib, options={**OWN_GC, **fit}
-        ),
-        Setting(system="drawplate", name="nf4", budget_gib=budget_gib, options={"precision": "nf4", **fit}),
-        Setting(
-            system="drawplate", name="nf4 streamed", budget_gib=budget_gib, options={"precision": "nf4", **streamed}
-        ),
-        Setting(
-            system="drawplate", name="bf16 streamed", budget_gib=budget_gib, options={"precision": "bf16", **streamed}
-        ),
+        Setting(system="unsloth", name="nf4, as many kept as fit", dropout=0.0, budget_gib=budget_gib, options=kept),
+        Setting(system="drawplate", name="planned", budget_gib=budget_gib, options={"plan": True}),
+        Setting(system="drawplate", name="planned, nf4", budget_gib=budget_gib, options=nf4),
     ]

@@ -36,6 +36,11 @@ class PeftPeer:
             m for name, m in model.named_modules() if "lora_dropout" in name and isinstance(m, nn.Dropout)
         ]
 
+    def zero_gradients(self) -> None:
+        """Before the first micro-batch of a step."""
+        for parameter in self.adapter.values():
+            parameter.grad = None
+
     def backward(
         self, documents: Documents, share: float, *, dropout: float, packed_tokens: int, scale: Scale
     ) -> Tensor:

@@ -6,6 +6,7 @@ Made once per machine, from fixed seeds, on the GPU where there is one; a few se
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bench.shapes import shape_config
 
 SHARD_BYTES = 2 * 2**30
 MISSION_LORA: dict[str, Any] = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
+CACHE = "cache"
 LORA, START = "lora.json", "start.safetensors"
 WORDS = 1000
 
@@ -33,7 +35,17 @@ def make_material(folder: Path, shape: str, layers: int | None) -> None:
     _save_weights(folder, config)
     _save_tokenizer(folder)
     save_start(folder, config, MISSION_LORA)
+    _measure_device(folder)
     done.write_text(wanted)
+
+
+def _measure_device(folder: Path) -> None:
+    """Drawplate's planner measures a new device once; here, while nobody else uses it."""
+    if torch.cuda.is_available():
+        os.environ["DRAWPLATE_CACHE"] = str(folder / CACHE)
+        from drawplate.speed import measured_speed
+
+        measured_speed(torch.device("cuda", 0), torch.bfloat16)
 
 
 def _save_weights(folder: Path, config: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-4
 FP16_LOSS_SCALE = 2.0**12
 Documents = Sequence[np.ndarray]
 Scale = float | Tensor
@@ -44,6 +44,9 @@ class Peer(Protocol):
     device: torch.device
     adapter: dict[str, torch.nn.Parameter]
     fp16: bool
+
+    def zero_gradients(self) -> None:
+        """Before the first micro-batch of a step."""
 
     def backward(
         self, documents: Documents, share: float, *, dropout: float, packed_tokens: int, scale: Scale
@@ -119,6 +122,7 @@ def take_steps(
     scaler = torch.amp.GradScaler(peer.device.type, init_scale=FP16_LOSS_SCALE, enabled=peer.fp16)
     clock, losses, norms = Clock(peer.device), [], []
     for micro_batches in steps:
+        peer.zero_gradients()
         total = sum(map(counted, micro_batches))
         loss = torch.zeros((), device=peer.device)
         for documents in micro_batches:
@@ -134,9 +138,9 @@ def take_steps(
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         losses.append(loss)
         clock.mark()
+    peer.zero_gradients()
     return Steps(clock.seconds(), [float(x) for x in losses], [float(x) for x in norms])
 
 

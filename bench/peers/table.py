@@ -74,7 +74,8 @@ def ratios(
 
 def _setting(result: dict[str, Any]) -> str:
     budget = f", {result['budget_gib']:g} GiB cap" if result["budget_gib"] else ""
-    kept = f", {result['kept_layers']} layers kept" if "kept_layers" in result else ""
+    decided = result.get("decided", {})
+    kept = f", {decided['kept_layers']} layers kept" if "kept_layers" in decided else ""
     return result["setting"] + budget + kept
 
 

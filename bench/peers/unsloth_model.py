@@ -20,7 +20,8 @@ import torch
 from unsloth.models._utils import skip_checkpointing
 from unsloth_zoo.block_swap import find_decoder_layers
 
-from bench.peers.cases import Setting
+from bench.peers.cases import Case, Setting
+from bench.peers.fit import fit_kept_layers
 from bench.peers.huggingface import PeftPeer
 from bench.peers.material import load_lora
 
@@ -29,6 +30,8 @@ LONGEST = 2048
 
 class UnslothPeer(PeftPeer):
     """With Unsloth's own way to leave some layers out of its checkpointing."""
+
+    setting: Setting
 
     @property
     def layers(self) -> int:
@@ -40,6 +43,13 @@ class UnslothPeer(PeftPeer):
         for layer in find_decoder_layers(self.model):
             layer.__dict__.pop("_unsloth_skip_checkpoint", None)
         skip_checkpointing(self.model, count)
+
+    def prepare(self, case: Case, two_steps: Any) -> dict[str, Any]:
+        """Fit for a case, where the setting asks for it; what was decided."""
+        if self.setting.options.get("keep") != "fit":
+            return {}
+        kept = fit_kept_layers(self, two_steps, (self.setting.budget_gib or 0) * 2**30)
+        return {"decided": {"kept_layers": kept}}
 
 
 def load(folder: Path, setting: Setting) -> UnslothPeer:
@@ -64,4 +74,6 @@ def load(folder: Path, setting: Setting) -> UnslothPeer:
         use_gradient_checkpointing=checkpointing,
     )
     unsloth.FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)
-    return UnslothPeer(model, torch.device("cuda", 0), torch.bfloat16)
+    peer = UnslothPeer(model, torch.device("cuda", 0), torch.bfloat16)
+    peer.setting = setting
+    return peer

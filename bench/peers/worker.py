@@ -1,6 +1,7 @@
 """One system in a process of its own: reads a command a line, answers a line of JSON.
 
-    load                      import, load, put the adapter at its start
+    imports                   import the system's libraries
+    load                      load the model
     curve CASE STEPS          steps with dropout 0, for the gate
     warm CASE                 compile and warm up; the first gradient is kept for the gate
     time CASE STEPS           one step untimed, then STEPS timed
@@ -41,22 +42,27 @@ class Worker:
         self.setting, self.folder, self.out = Setting(**job["setting"]), Path(job["folder"]), Path(job["out"])
         self.peer: Any = None
         self.first_step_seconds: float | None = None
+        self.decided: dict[str, Any] = {}
+
+    def imports(self) -> dict[str, Any]:
+        """Import what the system needs; Unsloth wants to be the first."""
+        self.module = importlib.import_module(MODULES[self.setting.system])
+        return {"import_seconds": round(time.monotonic() - BEGAN, 2)}
 
     def load(self) -> dict[str, Any]:
-        """Import and load; the allocator is capped first, so that loading must fit too."""
-        module = importlib.import_module(MODULES[self.setting.system])  # Unsloth wants to be imported before the rest
+        """Load; the allocator is capped first, so that loading must fit too."""
         import torch
 
         from bench.peers import material
         from bench.peers.cases import CORPUS
 
-        imported = time.monotonic()
+        began = time.monotonic()
         if torch.cuda.is_available():
             if self.setting.budget_gib:
                 total = torch.cuda.get_device_properties(0).total_memory
                 torch.cuda.set_per_process_memory_fraction(self.setting.budget_gib * 2**30 / total)
             torch.cuda.reset_peak_memory_stats()
-        self.peer = module.load(self.folder, self.setting)
+        self.peer = self.module.load(self.folder, self.setting)
         self.start = material.load_start(self.folder)
         corpus = self.folder / CORPUS
         self.corpus = json.loads(corpus.read_text()) if corpus.is_file() else []
@@ -64,8 +70,7 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return {
-            "import_seconds": round(imported - BEGAN, 2),
-            "load_seconds": round(time.monotonic() - imported, 2),
+            "load_seconds": round(time.monotonic() - began, 2),
             "load_peak_reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
         }
 
@@ -74,24 +79,9 @@ class Worker:
         return self._steps(case, int(steps), dropout=0.0, kept_gradient="curve")
 
     def warm(self, case: str) -> dict[str, Any]:
-        """The first step's loss and gradient, then one more step; memory is given back afterwards."""
-        fitted = self._fit(case) if self.setting.options.get("keep") == "fit" else {}
+        """The first step's loss and gradient, then more steps; memory is given back afterwards."""
         steps = 1 if self.setting.system == "reference" else 3
-        return {**self._steps(case, steps, dropout=self.setting.dropout, kept_gradient=case), **fitted}
-
-    def _fit(self, name: str) -> dict[str, Any]:
-        from bench.peers.cases import documents, parse_case
-        from bench.peers.fit import fit_kept_layers
-        from bench.peers.stepping import take_steps
-
-        case, dropout = parse_case(name), self.setting.dropout
-        steps = [documents(case, step, self.vocab, self.corpus) for step in range(2)]
-        budget_bytes = (self.setting.budget_gib or 0) * 2**30
-
-        def two_steps() -> None:
-            take_steps(self.peer, steps, dropout=dropout, packed_tokens=case.packed_tokens)
-
-        return {"kept_layers": fit_kept_layers(self.peer, two_steps, budget_bytes)}
+        return self._steps(case, steps, dropout=self.setting.dropout, kept_gradient=case)
 
     def time(self, case: str, steps: str) -> dict[str, Any]:
         """Seconds of steps on their own."""
@@ -105,6 +95,8 @@ class Worker:
 
         case, cuda = parse_case(name), torch.cuda.is_available()
         steps = [documents(case, step, self.vocab, self.corpus) for step in range(count)]
+        if kept_gradient and hasattr(self.peer, "prepare"):
+            self.decided = self._prepare(case)
         gradient = self.out / f"gradient-{kept_gradient}.safetensors" if kept_gradient else None
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -121,14 +113,30 @@ class Worker:
             "losses": taken.losses,
             "gradient_norms": taken.gradient_norms,
             "first_step_seconds": self.first_step_seconds,
+            **self.decided,
         }
         if cuda:
             answer["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
             answer["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
             answer["process_device_bytes"] = _process_device_bytes()
+            if hasattr(self.peer, "rest"):
+                self.peer.rest()
             gc.collect()
             torch.cuda.empty_cache()
         return answer
+
+    def _prepare(self, case: Any) -> dict[str, Any]:
+        from bench.peers.cases import documents
+        from bench.peers.stepping import take_steps
+
+        steps = [documents(case, step, self.vocab, self.corpus) for step in range(2)]
+        dropout = self.setting.dropout
+
+        def two_steps() -> None:
+            take_steps(self.peer, steps, dropout=dropout, packed_tokens=case.packed_tokens)
+
+        prepared: dict[str, Any] = self.peer.prepare(case, two_steps)
+        return prepared or self.decided
 
 
 def _process_device_bytes() -> int | None:
