@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from drawplate.data.batches import steps_per_epoch
+from drawplate.data.accounts import data_ledger
+from drawplate.data.batches import counted_in_steps, steps_per_epoch
 from drawplate.data.tokens import Tokenized
 from drawplate.device import PeakMeter, machine
 from drawplate.guards import Clock, StopSignals
@@ -113,7 +114,7 @@ class Outcome:
             drawplate=importlib.metadata.version("drawplate"),
             status=status,  # type: ignore[arg-type]
             model=self._model_facts(),
-            data=data_facts(prepared),
+            data=data_facts(prepared, self.state.step),
             evaluation=evaluation_facts(recipe, prepared.plan.max_length, self.scores),
             training=self._training_facts(),
             memory=MemoryFacts(
@@ -200,8 +201,11 @@ class Outcome:
         )
 
 
-def data_facts(prepared: Prepared) -> DataFacts:
-    """What went in, and how much of it the loss saw."""
+def data_facts(prepared: Prepared, steps: int) -> DataFacts:
+    """What went in, and how much of it the loss saw in so many optimizer steps."""
+    seen = counted_in_steps(
+        prepared.train.sequences, steps, prepared.plan.effective_batch_size, prepared.recipe.train.seed
+    )
     intake, train, heldout = prepared.corpus.intake, prepared.train.ledger, prepared.heldout.ledger
     fingerprints = sorted(d.sha256 for d in (*prepared.split.train, *prepared.split.heldout))
     return DataFacts(
@@ -221,6 +225,7 @@ def data_facts(prepared: Prepared) -> DataFacts:
         sha256=hashlib.sha256("\n".join(fingerprints).encode()).hexdigest(),
         near_duplicate_documents=len(prepared.split.set_aside),
         leaks=prepared.split.leaks,
+        ledger=data_ledger(prepared.corpus, prepared.split, train, heldout, seen_tokens=seen),
     )
 
 

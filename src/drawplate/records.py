@@ -42,7 +42,11 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Intake:
-    """What became of one file: a line of intake.jsonl. `status` is read, skipped or refused."""
+    """What became of one file: a line of intake.jsonl. `status` is read, skipped or refused.
+
+    Every text that was met, a row, a file or a piece of one, is in one count: `texts` = documents + duplicates + empty
+    + short + refused rows.
+    """
 
     file: str
     status: Literal["read", "skipped", "refused"]
@@ -54,6 +58,7 @@ class Intake:
     short_documents: int = 0
     refused_rows: int = 0
     reason: str = ""
+    texts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,7 +89,7 @@ class TokenLedger:
     """Where every token went; `tokens` of the documents = counted + first + masked + dropped, over all windows.
 
     `context_tokens` are read a second time, at the start of a window, and counted there in none of these; `text_bytes`
-    are of all documents.
+    are of all documents. `dropped_windows` are beside `windows`, and `dropped_documents` are left without any.
     """
 
     documents: int
@@ -97,6 +102,8 @@ class TokenLedger:
     cut_documents: int
     text_bytes: int
     context_tokens: int = 0
+    dropped_windows: int = 0
+    dropped_documents: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +393,34 @@ class LeakReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataLedger:
+    """Files -> documents -> windows -> tokens that the loss saw; each level sums to the one above it.
+
+    files = read + refused + skipped
+    texts = documents + refused_rows + empty_texts + short_texts + duplicate_texts
+    documents = train.documents + heldout.documents + near_duplicate_documents + given_twice_documents
+    and within `train` and `heldout` as TokenLedger says; `seen_tokens` are the counted tokens of all optimizer
+    steps together, a token as often as it was read.
+    """
+
+    files: int
+    read_files: int
+    refused_files: int
+    skipped_files: int
+    texts: int
+    refused_rows: int
+    empty_texts: int
+    short_texts: int
+    duplicate_texts: int
+    documents: int
+    near_duplicate_documents: int
+    given_twice_documents: int
+    train: TokenLedger
+    heldout: TokenLedger
+    seen_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataFacts:
     """What went in, and how much of it the loss saw."""
 
@@ -405,6 +440,7 @@ class DataFacts:
     sha256: str = ""
     near_duplicate_documents: int = 0
     leaks: LeakReport | None = None
+    ledger: DataLedger | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

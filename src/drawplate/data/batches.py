@@ -97,6 +97,15 @@ def step_indices(position: int, count: int, effective_batch: int, seed: int) -> 
     return epoch_order(count, seed, epoch)[step * effective_batch : (step + 1) * effective_batch]
 
 
+def counted_in_steps(sequences: Seq[Sequence], steps: int, effective_batch: int, seed: int) -> int:
+    """Tokens that the loss counts in the first `steps` optimizer steps together, a token as often as it is read."""
+    counted = np.array([sequence.counted.sum() for sequence in sequences], dtype=np.int64)
+    an_epoch = steps_per_epoch(len(counted), effective_batch)
+    whole = steps // an_epoch
+    rest = [step_indices(step, len(counted), effective_batch, seed) for step in range(whole * an_epoch, steps)]
+    return int(whole * counted.sum() + sum(counted[indices].sum() for indices in rest))
+
+
 def cut_padded(
     sequences: Iterable[Sequence], micro_batch_sequences: int, pad_to_multiple_of: int, pad_id: int
 ) -> list[Batch]:

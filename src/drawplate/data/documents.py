@@ -149,7 +149,8 @@ class _Reader:
             remarks.append(f"{format_count(alone)} rows have no {self._section.group_by}: each is a group of its own")
         unusable = refused and not (line.documents or line.duplicate_documents or line.short_documents)
         status: Literal["read", "refused"] = "refused" if unusable else "read"
-        self.intake.append(dataclasses.replace(line, status=status, refused_rows=refused, reason="; ".join(remarks)))
+        line = dataclasses.replace(line, status=status, refused_rows=refused, texts=line.texts + refused)
+        self.intake.append(dataclasses.replace(line, reason="; ".join(remarks)))
 
     def _add_row(self, name: str, text: Text, line: Intake) -> tuple[Intake, int]:
         if self._pattern is None or text.trained_spans is not None:
@@ -174,6 +175,7 @@ class _Reader:
 
     def _add(self, name: str, text: Text, line: Intake) -> Intake:
         """Keep a text as a document, or count why not."""
+        line = dataclasses.replace(line, texts=line.texts + 1)
         if not text.text.strip():
             return dataclasses.replace(line, empty_documents=line.empty_documents + 1)
         if len(text.text) < self._section.min_characters:

@@ -112,22 +112,26 @@ def tokenize(
         raise ValueError(f"{context_tokens} tokens of context leave nothing new in a window of {max_length}")
     sequences: list[Sequence] = []
     names = ("documents", "tokens", "first_tokens", "masked_tokens", "dropped_tokens", "cut_documents")
-    totals = dict.fromkeys((*names, "context_tokens", "text_bytes"), 0)
+    more = ("context_tokens", "text_bytes", "dropped_windows", "dropped_documents")
+    totals = dict.fromkeys((*names, *more), 0)
     for document, tokens in _encode_all(documents, tokenizer, append_eos):
         totals["documents"] += 1
         totals["tokens"] += len(tokens.ids)
         totals["cut_documents"] += len(tokens.ids) > max_length
         totals["text_bytes"] += int(tokens.bytes.sum())
+        windows_before = len(sequences)
         for start, fresh, end in _windows(len(tokens.ids), max_length, context_tokens):
             window = _sequence(len(sequences), document, tokens, (start, fresh, end))
             if not window.counted.any():
                 totals["dropped_tokens"] += end - fresh
+                totals["dropped_windows"] += 1
                 continue
             first = int(start == fresh)
             totals["first_tokens"] += first
             totals["masked_tokens"] += int((~window.counted[fresh - start + first :]).sum())
             totals["context_tokens"] += fresh - start
             sequences.append(window)
+        totals["dropped_documents"] += len(sequences) == windows_before
     ledger = TokenLedger(
         **totals,
         windows=len(sequences),
