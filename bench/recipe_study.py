@@ -1,17 +1,20 @@
 """Which recipe learns best: rate, batch, rank, targets and the rest, on one small model and corpora of several kinds.
 
     python bench/recipe_study.py corpora FOLDER          # here: climate articles, Python functions, manual pages
-    python bench/recipe_study.py run FOLDER OUT.json [--workers 6] [--minutes 5.5] [--model FOLDER] [--device cpu]
+    python bench/recipe_study.py run FOLDER OUT.jsonl [--seconds 200] [--model FOLDER] [--device cpu]
+    python bench/recipe_study.py table OUT.jsonl OUT.json
 
 `corpora` writes .jsonl files of some 0.6 MB each, from the demo's page (examples/fetch_demo.py), the standard library
-and the installed manual pages; a general.jsonl beside them is not written here and is measured where it exists. `run`
-trains with Drawplate's own parts, in three stages of which each rests on the one before: a grid of learning rate and
-tokens per optimizer step; single changes to its best point; then that point, the changes that paid and all of them
-together, with more seeds, in NF4 and in bf16. Several processes share the device: a step of a model this small is bound
-by launches. What is compared is equal tokens, not equal time.
+and the installed manual pages. A general.jsonl beside them is not written here; where it exists it is measured too, and
+shows what was forgotten. `run` trains, `table` puts the means over seeds and the intervals over documents together.
 
-Every run is a line of OUT.json: its recipe, its seed, and after each epoch the nats and tokens of the corpus's held-out
-documents and of other text: the held-out documents of the other corpora, and general.jsonl.
+A model so small is bound by launches, so all recipes of a group are trained at once: V copies of every micro-batch lie
+end to end in one row, go through the same frozen weights, and each meets its own adapter in a batched product. Their
+gradients do not mix, so each learns as if it were alone; tests/bench/test_recipe_study.py holds that against
+Drawplate's own loop. Rates, schedules, scalings and starts may differ within a group; corpus, precision, batch, epochs
+and seed may not. Adapters of smaller rank, or on fewer layers, are zero elsewhere on both sides, and stay so. Three
+processes, one a corpus, share the device. What is compared is equal tokens, not equal time. A line of OUT.jsonl is
+written after each group, so what is done is kept whenever it ends.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import functools
 import gzip
 import json
 import math
@@ -31,19 +33,22 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 CORPORA = ("climate", "code", "manual")
 GENERAL = "general"
-LINEARS_QV = ("q_proj", "v_proj")
 EMA_DECAY = 0.98
+ROW_TOKENS = 12_288
+LOSS_ROWS = 8192
 MODEL = {"name_or_path": "${DRAWPLATE_CACHE}/demo/smollm2-135m", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
@@ -108,439 +113,506 @@ def _some(found: list[tuple[str, str]], characters: int) -> list[tuple[str, str]
     return found[:count]
 
 
-# --- one run -----------------------------------------------------------------------------------------------------
+# --- what is studied ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A recipe under study."""
+    """What may differ within a group. `rate` is the A matrices'; `start` is zero or error."""
 
-    precision: str = "nf4"
     rate: float = 1e-3
-    step_tokens: int = 2048
-    epochs: float = 3
     schedule: str = "cosine"
     warmup: float = 0.05
     r: int = 16
-    alpha: float = 32
-    rslora: bool = False
-    targets: str = "all-linear"
+    scale: float = 2.0
+    targets: str = "all"
     loraplus: float = 1.0
-    dropout: float = 0.0
-    start: str = "zero"  # or "error": the leading part of the quantization error (LoftQ's first step)
+    start: str = "zero"
 
-    def label(self, other: Variant) -> str:
-        """What distinguishes it from another."""
-        changed = {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(other, k)}
-        return ", ".join(f"{k} {v}" for k, v in changed.items()) or "the base"
+    def factor(self, step: int, steps: int) -> float:
+        """Of the peak rate, at the step about to be taken; Drawplate's own where it has the schedule."""
+        from drawplate.train import Schedule
+
+        if self.schedule == "constant then decay":  # constant until the last fifth, then linear to zero
+            warm = min(1.0, (step + 1) / max(1.0, self.warmup * steps))
+            return warm * min(1.0, (steps - step) / (0.2 * steps))
+        return Schedule(steps=steps, peak_rate=1.0, kind=self.schedule, warmup_ratio=self.warmup).rate(step, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One training."""
+class Group:
+    """Variants that are trained together."""
 
     corpus: str
-    variant: Variant
-    seed: int
-    stage: str
+    variants: tuple[Variant, ...]
+    precision: str = "nf4"
+    step_tokens: int = 2048
+    epochs: int = 3
+    seed: int = 0
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What every run shares."""
-
-    folder: str
-    model: tuple[tuple[str, str], ...]
-    device: str
-    dtype: str
+def changed(base: Variant, **change: Any) -> Variant:
+    """One change; a larger rate for B comes with a smaller one for A, so that their geometric mean stays."""
+    return replace(base, rate=base.rate / math.sqrt(change.get("loraplus", 1.0)), **change)
 
 
-class Workplace:
-    """A process's model and tokens, kept from one run to the next."""
-
-    def __init__(self, setting: Setting) -> None:
-        import torch
-
-        from drawplate.data.tokens import load_tokenizer
-        from drawplate.model.weights import open_checkpoint
-        from drawplate.recipe import ModelSection
-
-        torch.set_num_threads(2)
-        self.setting, self.device = setting, torch.device(setting.device)
-        self.checkpoint = open_checkpoint(ModelSection(**dict(setting.model)))  # type: ignore[arg-type]
-        self.tokenizer = load_tokenizer(self.checkpoint.folder)
-        self.loaded: tuple[Any, Any] = (None, None)
-
-    @functools.cache  # noqa: B019 - one object a process
-    def tokens(self, name: str) -> tuple[Any, Any]:
-        """Training and held-out windows of a corpus; of the general text, which is not split, only the latter."""
-        from drawplate.data.documents import read_documents
-        from drawplate.data.split import split
-        from drawplate.data.tokens import tokenize
-        from drawplate.recipe import DataSection
-
-        section = DataSection(files=[str(Path(self.setting.folder) / f"{name}.jsonl")])
-        documents = read_documents(section, section.files).documents
-        length = min(2048, self.checkpoint.config.max_position_embeddings)
-        if name == GENERAL:
-            return None, tokenize(documents, self.tokenizer, length)
-        sides = split(documents, section)
-        train = tokenize(sides.train, self.tokenizer, length, append_eos=True)
-        return train, tokenize(sides.heldout, self.tokenizer, length)
-
-    def model(self, variant: Variant, seed: int) -> Any:
-        """The assembled model with a fresh adapter."""
-        import torch
-
-        from drawplate.model.adapter import Adapter, lora_config
-        from drawplate.model.assemble import assemble
-        from drawplate.model.causal_lm import Placement
-        from drawplate.model.frozen import Storage
-        from drawplate.recipe import LoraSection
-
-        section = LoraSection(
-            r=variant.r,
-            lora_alpha=variant.alpha,
-            use_rslora=variant.rslora,
-            lora_dropout=variant.dropout,
-            target_modules="all-linear" if variant.targets == "all-linear" else list(LINEARS_QV),
-        )
-        key = (variant.precision, section.model_dump_json())
-        if self.loaded[0] != key:
-            self.loaded = (None, None)
-            quantized = variant.precision in ("nf4", "fp4")
-            placement = Placement(
-                device=self.device,
-                storage=Storage(variant.precision, quantized),
-                compute_dtype=getattr(torch, self.setting.dtype),
-                weights="dequantized" if quantized else "device",
-            )
-            self.loaded = (
-                key,
-                assemble(
-                    self.checkpoint, placement, lambda anatomy: lora_config(section, anatomy, "study", None), seed=seed
-                ),
-            )
-        model = self.loaded[1]
-        shapes = [{name: tuple(p.shape) for name, p in layer.items()} for layer in model.adapter.layers]
-        fresh = Adapter(model.adapter.config, model.adapter.layers_path, shapes, seed=seed, device=self.device)
-        model.adapter.load_state(fresh.state(), "a fresh adapter")
-        return model
-
-    def start_from_error(self, model: Any, variant: Variant) -> None:
-        """B A = the best rank-r approximation of W - Q(W): one step of LoftQ (Li et al. 2023), with Q(W) kept."""
-        import torch
-
-        from drawplate.model.frozen import Storage
-
-        storage, state = Storage(variant.precision, True), model.adapter.state()
-        scaling = variant.alpha / (math.sqrt(variant.r) if variant.rslora else variant.r)
-        for name in [n for n in state if n.endswith("lora_A.weight")]:
-            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            file_name = next(
-                n for n in (f"{path}.weight", f"{path}.weight".removeprefix("model.")) if n in self.checkpoint.files
-            )
-            weight = self.checkpoint.read(file_name).to(self.device, torch.bfloat16)
-            kept = storage.encode(weight)
-            shape = (weight.shape[0], weight.shape[1])
-            error = weight.float() - storage.decode([kept[k] for k in storage.specs(*shape)], shape, torch.float32)
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(error, q=variant.r + 8, niter=4)
-            root = s[: variant.r].sqrt() / math.sqrt(scaling)
-            state[name] = (v[:, : variant.r] * root).T.contiguous()
-            state[name.replace("lora_A", "lora_B")] = (u[:, : variant.r] * root).contiguous()
-        model.adapter.load_state(state, "the quantization error")
-
-    def sums(self, model: Any, names: list[str]) -> dict[str, list[float]]:
-        """[nats, tokens] of each corpus's held-out documents."""
-        from drawplate.evaluate import score_documents, total
-        from drawplate.train import Cutting
-
-        cutting = Cutting(packing=True, tokens=16384)
-        results = {}
-        for name in names:
-            windows = self.tokens(name)[1].sequences
-            result = total(score_documents(model, windows, cutting(windows)))
-            results[name] = [result.nats, result.tokens]
-        return results
-
-    def run(self, job: Job) -> dict[str, Any]:
-        """Train and measure; the line of OUT.json."""
-        from drawplate.data.batches import steps_per_epoch
-        from drawplate.recipe import TrainSection
-        from drawplate.train import Cutting, TrainState, TrainTask, train
-
-        variant = job.variant
-        model = self.model(variant, job.seed)
-        names = [n for n in (*CORPORA, GENERAL) if (Path(self.setting.folder) / f"{n}.jsonl").exists()]
-        before = self.sums(model, names)
-        if variant.start == "error":
-            self.start_from_error(model, variant)
-        windows = self.tokens(job.corpus)[0].sequences
-        mean = sum(len(w) for w in windows) / len(windows)
-        batch = max(1, round(variant.step_tokens / mean))
-        an_epoch = steps_per_epoch(len(windows), batch)
-        steps = max(1, math.ceil(an_epoch * variant.epochs))
-        points: list[dict[str, Any]] = []
-        listener = _Averaging(model)
-        task = TrainTask(
-            model=model,
-            sequences=windows,
-            cutting=Cutting(packing=True, tokens=16384),
-            effective_batch=batch,
-            schedule=schedule_of(variant, steps),
-            section=TrainSection(seed=job.seed),
-            loraplus_lr_ratio=variant.loraplus,
-            evaluate=lambda: points.append(self.sums(model, names)) or _total_of(points[-1][job.corpus]),  # type: ignore[func-returns-value]
-            eval_steps=an_epoch,
-            keep_best=False,
-        )
-        began = time.monotonic()
-        state = train(task, listener, TrainState())
-        seconds = time.monotonic() - began
-        points = points if steps % an_epoch == 0 else [*points, self.sums(model, names)]
-        listener.use_average()
-        return {
-            **dataclasses.asdict(job),
-            "sequences_per_step": batch,
-            "steps": steps,
-            "mean_window_tokens": round(mean, 1),
-            "train_seconds": round(seconds, 2),
-            "step_seconds": round(state.step_seconds, 2),
-            "before": before,
-            "epochs": points,
-            "averaged": self.sums(model, names),
-        }
-
-
-def _total_of(sums: list[float]) -> Any:
-    from drawplate.records import Evaluation
-
-    return Evaluation(nats=sums[0], tokens=int(sums[1]), bytes=1)
-
-
-def schedule_of(variant: Variant, steps: int) -> Any:
-    """Drawplate's schedule, or one it does not have: constant until the last fifth, then linear to zero."""
-    from drawplate.train import Schedule
-
-    class ConstantThenDecay(Schedule):
-        def rate(self, step: int, seconds: float) -> float:
-            warm = min(1.0, (step + 1) / max(1.0, self.warmup_ratio * self.steps))
-            return self.peak_rate * warm * min(1.0, (self.steps - step) / (0.2 * self.steps))
-
-    if variant.schedule == "constant then decay":
-        return ConstantThenDecay(steps=steps, peak_rate=variant.rate, kind="", warmup_ratio=variant.warmup)
-    return Schedule(steps=steps, peak_rate=variant.rate, kind=variant.schedule, warmup_ratio=variant.warmup)
-
-
-class _Averaging:
-    """A listener that keeps an exponential moving average of the adapter."""
-
-    def __init__(self, model: Any) -> None:
-        self.adapter = model.adapter
-        self.average = {n: p.detach().clone() for n, p in model.adapter.named_tensors().items()}
-
-    def on_step(self, record: Any, progress: float) -> None:
-        import torch
-
-        # A short average at first, so that the start is forgotten (as in Polyak averaging with a warm-up).
-        decay = min(EMA_DECAY, (1 + record.step) / (10 + record.step))
-        current = self.adapter.named_tensors()
-        torch._foreach_lerp_(list(self.average.values()), [current[n].detach() for n in self.average], 1 - decay)
-
-    def use_average(self) -> None:
-        self.adapter.load_state({n: p.cpu() for n, p in self.average.items()}, "the average")
-
-    def on_micro_batch(self, *_: Any) -> None:
-        pass
-
-    on_evaluation = on_warning = on_micro_batch
-
-
-# --- the study ---------------------------------------------------------------------------------------------------
-
-Line = dict[str, Any]
-
-
-def log_ratio(line: Line, name: str | None = None, key: str = "epochs") -> float:
-    """ln(perplexity after / before) on a held-out corpus, by default the one trained on."""
-    name = name or line["corpus"]
-    after, before = (line["epochs"][-1] if key == "epochs" else line[key])[name], line["before"][name]
-    return float(after[0] / after[1] - before[0] / before[1])
-
-
-def mean_of(lines: list[Line], variant: Variant) -> float:
-    """Mean over corpora (and seeds) of a variant's log ratio; infinite where it was not run."""
-    own = [log_ratio(line) for line in lines if line["variant"] == dataclasses.asdict(variant)]
-    return statistics.fmean(own) if own else math.inf
-
-
-def everywhere(variants: list[Variant], stage: str, seeds: tuple[int, ...] = (0,)) -> list[Job]:
-    """A job for each variant, corpus and seed, those that load the same model side by side."""
-    ordered = sorted(dict.fromkeys(variants), key=lambda v: (v.precision, v.r, v.targets, v.alpha, v.rslora))
-    return [Job(corpus=c, variant=v, seed=s, stage=stage) for v in ordered for s in seeds for c in CORPORA]
-
-
-def grid(_: list[Line]) -> list[Job]:
-    """Rate against tokens per step."""
-    points = [(rate, tokens) for rate in (2e-4, 5e-4, 1e-3, 2e-3, 4e-3) for tokens in (1024, 2048, 4096)]
-    left_out = {(2e-4, 4096), (4e-3, 1024), (4e-3, 2048)}
-    return everywhere([Variant(rate=r, step_tokens=t) for r, t in points if (r, t) not in left_out], "grid")
-
-
-def best_of(lines: list[Line], stage: str) -> Variant:
-    """The variant with the lowest mean of a stage."""
-    variants = {json.dumps(line["variant"]): Variant(**line["variant"]) for line in lines if line["stage"] == stage}
-    return min(variants.values(), key=lambda variant: mean_of(lines, variant))
-
-
-CHANGES: tuple[dict[str, Any], ...] = (
-    {"r": 8, "alpha": 16},
-    {"r": 32, "alpha": 64},
-    {"r": 64, "alpha": 128},
-    {"alpha": 64},
-    {"rslora": True, "alpha": 8},
-    {"r": 64, "alpha": 16, "rslora": True},
-    {"targets": "qv"},
-    {"loraplus": 4.0},
-    {"loraplus": 16.0},
-    {"schedule": "linear"},
-    {"schedule": "constant then decay"},
-    {"warmup": 0.0},
-    {"warmup": 0.1},
-    {"dropout": 0.05},
-    {"start": "error"},
-    {"epochs": 2},
-    {"epochs": 5},
+BASE = Variant()
+RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+CHANGES = (
+    changed(BASE, targets="qv"),
+    replace(BASE, targets="qv", rate=2e-3),
+    changed(BASE, scale=8.0),  # rank-stabilised: alpha / sqrt(r) = 32 / 4
+    changed(BASE, loraplus=4.0),
+    changed(BASE, loraplus=16.0),
+    changed(BASE, schedule="linear"),
+    changed(BASE, schedule="constant then decay"),
+    changed(BASE, warmup=0.0),
+    changed(BASE, warmup=0.1),
+    changed(BASE, start="error"),
+)
+RANKS = (
+    BASE,
+    replace(BASE, r=8),
+    replace(BASE, r=32),
+    replace(BASE, r=64),
+    replace(BASE, r=64, scale=4.0),  # rank-stabilised: the scale of rank 16 times sqrt(64 / 16)
+)
+AGAIN = (
+    *(replace(BASE, rate=rate) for rate in (5e-4, 1e-3, 2e-3)),
+    *(change for change in CHANGES if change.loraplus > 1 or change.start != "zero" or "then" in change.schedule),
 )
 
 
-def changed(base: Variant, change: dict[str, Any]) -> Variant:
-    """One change; a larger rate for B comes with a smaller one for A, so that their geometric mean stays."""
-    rate = base.rate / math.sqrt(change.get("loraplus", 1.0))
-    return replace(base, rate=rate, **change)
+def rates(*chosen: float) -> tuple[Variant, ...]:
+    """The base at several rates."""
+    return tuple(replace(BASE, rate=rate) for rate in chosen)
 
 
-def single_changes(lines: list[Line]) -> list[Job]:
-    """Each change to the grid's best point."""
-    base = best_of(lines, "grid")
-    return everywhere([changed(base, change) for change in CHANGES], "single")
+def groups_of(corpus: str) -> list[Group]:
+    """In the order of what they decide."""
+    base = Group(corpus=corpus, variants=())
+    return [
+        replace(base, variants=(*rates(*RATES), *CHANGES)),
+        replace(base, variants=(*rates(5e-4, 1e-3, 2e-3), changed(BASE, loraplus=4.0)), precision="bf16"),
+        replace(base, variants=rates(5e-4, 1e-3, 2e-3, 4e-3), step_tokens=4096),
+        replace(base, variants=AGAIN, seed=1),
+        replace(base, variants=RANKS),
+        replace(base, variants=rates(2e-4, 5e-4, 1e-3, 2e-3), step_tokens=1024),
+        replace(base, variants=AGAIN, seed=2),
+        replace(base, variants=rates(5e-4, 1e-3, 2e-3), precision="bf16", seed=1),
+        replace(base, variants=rates(5e-4, 1e-3, 2e-3), epochs=5),
+    ]
 
 
-def finalists(lines: list[Line]) -> list[Job]:
-    """The best point, each change that paid, and all of them together, with more seeds; and in bf16."""
-    base = best_of(lines, "grid")
-    gains = {i: mean_of(lines, base) - mean_of(lines, changed(base, change)) for i, change in enumerate(CHANGES)}
-    paid = [i for i in sorted(gains, key=lambda i: -gains[i]) if gains[i] > 0.005 and "epochs" not in CHANGES[i]][:3]
-    together = base
-    for i in reversed(paid):
-        together = changed(together, CHANGES[i])
-    variants = [base, together, *(changed(base, CHANGES[i]) for i in paid[:2])]
-    jobs = everywhere(variants, "finalists", (1, 2))
-    plain = [replace(v, precision="bf16", start="zero") for v in (base, together)]
-    return jobs + everywhere(plain, "bf16", (0, 1))
+# --- training V adapters at once ---------------------------------------------------------------------------------
 
 
-STAGES: tuple[Callable[[list[Line]], list[Job]], ...] = (grid, single_changes, finalists)
+class Adapters:
+    """V adapters of every linear layer of the decoder, all numbers of one adapter in one row of a matrix.
 
-_workplace: Workplace | None = None
+    Shapes: V variants, I inputs, O outputs, R the largest rank. All A matrices (V, I, R) come first, then all B
+    matrices (V, R, O).
+    """
+
+    def __init__(self, model: Any, variants: tuple[Variant, ...], seed: int) -> None:
+        import torch
+
+        self.variants, self.rank = variants, max(v.r for v in variants)
+        self.linears = {n: m for n, m in model.model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
+        device = next(model.parameters()).device
+        shapes = [(m.in_features, self.rank) for m in self.linears.values()]
+        shapes += [(self.rank, m.out_features) for m in self.linears.values()]
+        sizes = [rows * columns for rows, columns in shapes]
+        self.a_numbers = sum(sizes[: len(self.linears)])
+        self.values, self.gradients = (torch.zeros(len(variants), sum(sizes), device=device) for _ in range(2))
+        self.leaves = []
+        start = 0
+        for (rows, columns), size in zip(shapes, sizes, strict=True):
+            part = slice(start, start + size)
+            leaf = self.values[:, part].view(-1, rows, columns).detach().requires_grad_()
+            leaf.grad = self.gradients[:, part].view(-1, rows, columns)
+            self.leaves.append(leaf)
+            start += size
+        self.scale = torch.tensor([v.scale for v in variants], device=device)[:, None, None]
+        self._start(model, seed)
+
+    def pair(self, name: str) -> tuple[Any, Any]:
+        """A and B of a linear layer."""
+        i = list(self.linears).index(name)
+        return self.leaves[i], self.leaves[len(self.linears) + i]
+
+    def _start(self, model: Any, seed: int) -> None:
+        """A uniform as in nn.Linear and the same for all variants, B zero; or the quantization error's best rank r."""
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, linear in self.linears.items():
+                a_VIR, b_VRO = self.pair(name)
+                bound = 1 / math.sqrt(linear.in_features)
+                drawn = torch.empty(self.rank, linear.in_features).uniform_(-bound, bound, generator=generator).T
+                for v, variant in enumerate(self.variants):
+                    if variant.targets == "qv" and name.rpartition(".")[2] not in ("q_proj", "v_proj"):
+                        continue
+                    a_VIR[v, :, : variant.r] = drawn[:, : variant.r].to(a_VIR)
+                    error = getattr(linear, "quantization_error", None)
+                    if variant.start == "error" and error is not None:  # LoftQ's first step (Li et al. 2023)
+                        torch.manual_seed(0)
+                        u, s, w = torch.svd_lowrank(error, q=variant.r + 8, niter=4)
+                        root = s[: variant.r].sqrt() / math.sqrt(variant.scale)
+                        a_VIR[v, :, : variant.r] = w[:, : variant.r] * root
+                        b_VRO[v, : variant.r] = (u[:, : variant.r] * root).T
+
+    def install(self) -> None:
+        """Every linear layer adds its variants' products; `use` says to which numbers."""
+        for name, linear in self.linears.items():
+            a_VIR, b_VRO = self.pair(name)
+
+            def forward(x: Any, linear: Any = linear, a: Any = a_VIR, b: Any = b_VRO) -> Any:
+                import torch.nn.functional as F
+
+                y = F.linear(x, linear.weight, linear.bias)
+                t = x.view(a.shape[0], -1, a.shape[1]) @ a.to(x.dtype)
+                return y + ((t * self.scale.to(x.dtype)) @ b.to(x.dtype)).view(y.shape)
+
+            linear.forward = forward
 
 
-def _enter(setting: Setting) -> None:
-    global _workplace
-    _workplace = Workplace(setting)
+class Adam:
+    """AdamW without decay, with clipping at norm 1 and a rate of its own for each variant."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        import torch
+
+        self.adapters = adapters
+        self.mean, self.square = torch.zeros_like(adapters.values), torch.zeros_like(adapters.values)
+        self.average = adapters.values.clone()
+
+    def step(self, number: int, steps: int) -> None:
+        """Take step `number`, counted from 0."""
+        import torch
+
+        own, variants = self.adapters, self.adapters.variants
+        rate = torch.tensor([[v.rate * v.factor(number, steps)] for v in variants], device=own.values.device)
+        plus = torch.tensor([[v.loraplus] for v in variants], device=own.values.device)
+        with torch.no_grad():
+            gradients = own.gradients
+            gradients.mul_((1 / (gradients.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0))
+            self.mean.lerp_(gradients, 0.1)
+            self.square.mul_(0.999).addcmul_(gradients, gradients, value=0.001)
+            update = self.mean / ((self.square / (1 - 0.999 ** (number + 1))).sqrt_().add_(1e-8))
+            update.mul_(rate / (1 - 0.9 ** (number + 1)))
+            update[:, own.a_numbers :].mul_(plus)
+            own.values.sub_(update)
+            gradients.zero_()
+            # A short average at first, so that the start is forgotten.
+            decay = min(EMA_DECAY, (2 + number) / (11 + number))
+            self.average.lerp_(own.values, 1 - decay)
 
 
-def _work(job: Job) -> Line:
-    assert _workplace is not None
-    return _workplace.run(job)
+def rows_of(windows: list[Any], variants: int) -> Iterator[list[Any]]:
+    """Groups of windows that make a row of ROW_TOKENS, all variants together."""
+    row: list[Any] = []
+    for window in sorted(windows, key=len, reverse=True):
+        if row and variants * (sum(map(len, row)) + len(window)) > ROW_TOKENS:
+            yield row
+            row = []
+        row.append(window)
+    if row:
+        yield row
 
 
-def study(setting: Setting, out: Path, workers: int, minutes: float) -> None:
-    """All stages; OUT.json is written anew after each, and as it is when the time is up."""
-    from drawplate.model.weights import open_checkpoint
-    from drawplate.recipe import ModelSection
+def nats_of(model: Any, windows: list[Any], variants: int) -> Any:
+    """Nats of each counted token, shape (variants, counted), differentiable; windows in the order given."""
+    import torch
+    import torch.nn.functional as F
+    from torch.utils.checkpoint import checkpoint
 
-    open_checkpoint(ModelSection(**dict(setting.model)))  # type: ignore[arg-type]  # a GGUF is converted once, here
-    began, lines = time.monotonic(), []  # type: ignore[var-annotated]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(setting,)) as pool:
-        for stage in STAGES:
-            jobs = stage(lines)
-            futures = [pool.submit(_work, job) for job in jobs]
-            for future in as_completed(futures):
-                if future.cancelled():
-                    continue
-                lines.append(future.result())
-                if time.monotonic() - began > 60 * minutes:
-                    for other in futures:
-                        other.cancel()
-            write(out, setting, lines, time.monotonic() - began)
-            print(f"{stage.__name__}: {len(lines)} runs, {time.monotonic() - began:.0f} s", flush=True)
-            if time.monotonic() - began > 60 * minutes:
-                break
+    device = model.model.embed_tokens.weight.device
+    lengths = [len(w) for w in windows] * variants
+    ids = np.tile(np.concatenate([w.input_ids for w in windows]), variants)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    following = [np.where(np.append(w.counted[1:], False), np.append(w.input_ids[1:], 0), -100) for w in windows]
+    targets = torch.from_numpy(np.tile(np.concatenate(following), variants)).long()
+    borders = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    hidden = model.model(
+        input_ids=torch.from_numpy(ids).long()[None].to(device),
+        position_ids=torch.from_numpy(positions).long()[None].to(device),
+        use_cache=False,
+        cu_seq_lens_q=borders.to(device),
+        cu_seq_lens_k=borders.to(device),
+        max_length_q=max(lengths),
+        max_length_k=max(lengths),
+        segments=tuple(borders.tolist()),
+    ).last_hidden_state[0]
+    places = torch.nonzero(targets >= 0)[:, 0]
+    hidden, targets = hidden[places.to(device)], targets[places].to(device)
+
+    def loss(part: Any, wanted: Any) -> Any:
+        return F.cross_entropy(F.linear(part, model.lm_head.weight).float(), wanted, reduction="none")
+
+    parts = [
+        checkpoint(loss, hidden[i : i + LOSS_ROWS], targets[i : i + LOSS_ROWS], use_reentrant=False)
+        for i in range(0, len(targets), LOSS_ROWS)
+    ]
+    return torch.cat(parts).view(variants, -1)
 
 
-def write(out: Path, setting: Setting, lines: list[Line], seconds: float) -> None:
-    """Every run, and a table of means."""
+def score(model: Any, windows: list[Any], variants: int) -> tuple[Any, Any]:
+    """Nats (variants, documents) and counted tokens (documents,), documents in the order of their names."""
     import torch
 
-    from drawplate.device import machine
+    names = sorted({w.document for w in windows})
+    place = {name: i for i, name in enumerate(names)}
+    nats, tokens = np.zeros((variants, len(names))), np.zeros(len(names), dtype=int)
+    with torch.no_grad():
+        for row in rows_of(windows, variants):
+            values = nats_of(model, row, variants).double().cpu().numpy()
+            start = 0
+            for window in row:
+                count = int(window.counted.sum())
+                nats[:, place[window.document]] += values[:, start : start + count].sum(axis=1)
+                tokens[place[window.document]] += count
+                start += count
+    return nats, tokens
 
-    facts = {
-        "command": " ".join(["python", "bench/recipe_study.py", *sys.argv[1:]]),
-        "machine": dataclasses.asdict(machine(torch.device(setting.device))),
-        "torch": torch.__version__,
-        "seconds": round(seconds, 1),
-        "table": table(lines),
-        "runs": sorted(
-            lines, key=lambda line: (line["stage"], json.dumps(line["variant"]), line["corpus"], line["seed"])
-        ),
+
+def train_group(model: Any, group: Group, texts: dict[str, Any], deadline: float) -> dict[str, Any] | None:
+    """Train a group's variants together and measure them; None where the time is up."""
+    import torch
+
+    from drawplate.data.batches import step_indices, steps_per_epoch
+
+    windows, heldout = texts[group.corpus]
+    count, variants = len(windows), len(group.variants)
+    batch = max(1, round(group.step_tokens * count / sum(map(len, windows))))
+    an_epoch = steps_per_epoch(count, batch)
+    steps = an_epoch * group.epochs
+    measured = {name: held for name, (_, held) in texts.items() if name in (group.corpus, GENERAL)}
+    for linear in (m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)):
+        linear.__dict__.pop("forward", None)
+    before = {name: score(model, held, 1) for name, held in measured.items()}
+    adapters = Adapters(model, group.variants, group.seed)
+    adapters.install()
+    optimizer = Adam(adapters)
+    epochs: list[dict[str, Any]] = []
+    began = time.monotonic()
+    for step in range(steps):
+        chosen = [windows[i] for i in step_indices(step, count, batch, group.seed)]
+        counted = sum(int(w.counted.sum()) for w in chosen)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the gradients lie strided, so that a row is one variant's
+            for row in rows_of(chosen, variants):
+                (nats_of(model, row, variants).sum() / counted).backward()
+        optimizer.step(step, steps)
+        if (step + 1) % an_epoch == 0:
+            last = step + 1 == steps
+            epochs.append({n: score(model, h, variants)[0] for n, h in measured.items() if last or n == group.corpus})
+        if time.monotonic() > deadline:
+            return None
+    adapters.values.copy_(optimizer.average)
+    averaged = score(model, heldout, variants)[0]
+    return {
+        **dataclasses.asdict(group),
+        "sequences_per_step": batch,
+        "steps": steps,
+        "train_tokens": sum(map(len, windows)),
+        "train_windows": count,
+        "seconds": round(time.monotonic() - began, 1),
+        "before_nats": {name: float(nats.sum()) for name, (nats, _) in before.items()},
+        "tokens": {name: int(tokens.sum()) for name, (_, tokens) in before.items()},
+        "epoch_nats": [{n: rounded(nats.sum(axis=1)) for n, nats in point.items()} for point in epochs],
+        "averaged_nats": rounded(averaged.sum(axis=1)),
+        "document_tokens": before[group.corpus][1].tolist(),
+        "document_nats_before": rounded(before[group.corpus][0][0]),
+        "document_nats": [rounded(row) for row in epochs[-1][group.corpus]],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def table(lines: list[Line]) -> list[dict[str, Any]]:
-    """A row a variant: percent change of perplexity by corpus, its mean, and of text of other kinds, best first."""
-    rows = []
-    for key in dict.fromkeys(json.dumps(line["variant"]) for line in lines):
-        own = [line for line in lines if json.dumps(line["variant"]) == key]
-        row: dict[str, Any] = {"variant": Variant(**json.loads(key)).label(Variant()), "runs": len(own)}
-        for corpus in CORPORA:
-            ratios = [log_ratio(line) for line in own if line["corpus"] == corpus]
-            if ratios:
-                row[corpus] = round(100 * math.expm1(statistics.fmean(ratios)), 2)
-                row[f"{corpus}_spread"] = round(100 * statistics.stdev(ratios), 2) if len(ratios) > 1 else None
-        row["mean"] = round(100 * math.expm1(statistics.fmean(map(log_ratio, own))), 2)
-        row["averaged"] = round(100 * math.expm1(statistics.fmean(log_ratio(x, key="averaged") for x in own)), 2)
-        others = [log_ratio(x, n) for x in own for n in x["before"] if n not in (x["corpus"], GENERAL)]
-        row["other_corpora"] = round(100 * math.expm1(statistics.fmean(others)), 2) if others else None
-        general = [log_ratio(x, GENERAL) for x in own if GENERAL in x["before"]]
-        row["general"] = round(100 * math.expm1(statistics.fmean(general)), 2) if general else None
-        row["train_seconds"] = round(statistics.fmean(x["train_seconds"] for x in own), 1)
-        rows.append(row)
-    return sorted(rows, key=lambda row: row["mean"])
+def rounded(values: Any) -> list[float]:
+    """To a thousandth of a nat."""
+    return [round(float(value), 3) for value in values]
+
+
+class Base:
+    """The plain model on a device, whose decoder's weights can be given another precision."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from drawplate.model import attention
+
+        attention.register()
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, attn_implementation=attention.NAME)
+        self.model.to(device).requires_grad_(False).eval()
+        self.linears = [m for m in self.model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+        self.plain = [linear.weight.detach().clone() for linear in self.linears]
+        self.precision = "plain"
+
+    def in_precision(self, precision: str) -> Any:
+        """The model with its linear layers as that precision stores them."""
+        import torch
+
+        from drawplate.model.frozen import Storage
+
+        if precision == self.precision:
+            return self.model
+        storage, self.precision = Storage(precision, precision == "nf4"), precision
+        with torch.no_grad():
+            for linear, plain in zip(self.linears, self.plain, strict=True):
+                shape = (plain.shape[0], plain.shape[1])
+                kept = storage.encode(plain)
+                stored = storage.decode([kept[k] for k in storage.specs(*shape)], shape, self.dtype)
+                linear.weight.copy_(stored)
+                linear.quantization_error = plain.float() - stored.float()
+        return self.model
+
+
+def load_texts(folder: Path, name: str, model_folder: Path, length: int) -> dict[str, Any]:
+    """Training and held-out windows of a corpus, and of the general text, which is only measured."""
+    from drawplate.data.documents import read_documents
+    from drawplate.data.split import split
+    from drawplate.data.tokens import load_tokenizer, tokenize
+    from drawplate.recipe import DataSection
+
+    tokenizer = load_tokenizer(model_folder)
+    texts: dict[str, Any] = {}
+    for text in (name, GENERAL):
+        section = DataSection(files=[str(folder / f"{text}.jsonl")])
+        if not (folder / f"{text}.jsonl").exists():
+            continue
+        documents = read_documents(section, section.files).documents
+        if text == GENERAL:
+            texts[text] = (), list(tokenize(documents, tokenizer, length).sequences)
+            continue
+        sides = split(documents, section)
+        train = tokenize(sides.train, tokenizer, length, append_eos=True)
+        texts[text] = list(train.sequences), list(tokenize(sides.heldout, tokenizer, length).sequences)
+    return texts
+
+
+def study(corpus: str, given: argparse.Namespace, model_folder: Path, began: float) -> None:
+    """All groups of one corpus, in this process."""
+    import torch
+
+    def tell(what: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s  {corpus}: {what}", flush=True)
+
+    torch.set_num_threads(1)  # the processes are three, and other programs may run
+    base = Base(model_folder, given.device)
+    texts = load_texts(given.folder, corpus, model_folder, min(2048, base.model.config.max_position_embeddings))
+    tell(f"ready, {len(texts[corpus][0])} training windows, {sum(map(len, texts[corpus][0]))} tokens")
+    for number, group in enumerate(groups_of(corpus)):
+        result = train_group(base.in_precision(group.precision), group, texts, began + given.seconds)
+        if result is None:
+            tell(f"group {number} was cut off: the time is up")
+            return
+        with given.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        best = min(result["epoch_nats"][-1][corpus]) / result["tokens"][corpus]
+        tell(
+            f"group {number}: {len(group.variants)} recipes, {result['steps']} steps, {result['seconds']} s, "
+            f"best perplexity {math.exp(best):.2f}"
+        )
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+def table(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a recipe: percent change of perplexity on each corpus (mean over seeds) with a 95 % interval over
+    documents for the first seed, the spread between seeds, and on general text; best first.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        shared = {key: line[key] for key in ("precision", "step_tokens", "epochs")}
+        for v, variant in enumerate(line["variants"]):
+            row = found.setdefault(json.dumps({**shared, **variant}), {"recipe": {**shared, **variant}, "runs": []})
+            row["runs"].append((line, v))
+    return sorted((_row(row["recipe"], row["runs"]) for row in found.values()), key=lambda row: row["mean_percent"])
+
+
+def _row(recipe: dict[str, Any], runs: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"recipe": recipe, "corpora": {}}
+    for corpus in CORPORA:
+        own = [(line, v) for line, v in runs if line["corpus"] == corpus]
+        if not own:
+            continue
+        change = [_log_ratio(line, line["epoch_nats"][-1][corpus][v], corpus) for line, v in own]
+        first, v = own[0]
+        row["corpora"][corpus] = {
+            "percent": percent(statistics.fmean(change)),
+            "interval_percent": _interval(first, v),
+            "between_seeds": round(100 * statistics.stdev(change), 2) if len(change) > 1 else None,
+            "seeds": len(change),
+            "perplexity": round(math.exp(statistics.fmean(change) + _before(first, corpus)), 3),
+            "averaged_percent": percent(
+                statistics.fmean(_log_ratio(line, line["averaged_nats"][v], corpus) for line, v in own)
+            ),
+            "by_epoch_percent": [percent(_log_ratio(first, p[corpus][v], corpus)) for p in first["epoch_nats"]],
+        }
+    general = [_log_ratio(x, x["epoch_nats"][-1][GENERAL][v], GENERAL) for x, v in runs if GENERAL in x["tokens"]]
+    row["general_percent"] = percent(statistics.fmean(general)) if general else None
+    row["mean_percent"] = round(statistics.fmean(c["percent"] for c in row["corpora"].values()), 2)
+    return row
+
+
+def _before(line: dict[str, Any], name: str) -> float:
+    return float(line["before_nats"][name] / line["tokens"][name])
+
+
+def _log_ratio(line: dict[str, Any], nats: float, name: str) -> float:
+    return float(nats / line["tokens"][name] - _before(line, name))
+
+
+def percent(log_ratio: float) -> float:
+    """Of perplexity."""
+    return round(100 * math.expm1(log_ratio), 2)
+
+
+def _interval(line: dict[str, Any], v: int) -> list[float]:
+    """Percentiles of a paired bootstrap over documents."""
+    difference = np.array(line["document_nats"][v]) - np.array(line["document_nats_before"])
+    tokens = np.array(line["document_tokens"])
+    draws = np.random.default_rng(0).integers(0, len(tokens), (2000, len(tokens)))
+    ratios = difference[draws].sum(axis=1) / tokens[draws].sum(axis=1)
+    return [percent(x) for x in np.percentile(ratios, [2.5, 97.5])]
 
 
 def main() -> None:
     """See the file's head."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["corpora", "run"])
+    parser.add_argument("what", choices=["corpora", "run", "table"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
-    parser.add_argument("--workers", type=int, default=6)
-    parser.add_argument("--minutes", type=float, default=5.5)
+    parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--model", help="a model's folder, instead of the demo's")
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args()
     if given.what == "corpora":
         write_corpora(given.folder)
         return
-    model = {"name_or_path": given.model} if given.model else MODEL
-    dtype = "bfloat16" if given.device == "cuda" else "float32"
-    setting = Setting(str(given.folder), tuple(model.items()), given.device, dtype)
-    study(setting, given.out, given.workers, given.minutes)
+    if given.what == "table":
+        lines = [json.loads(line) for line in given.folder.read_text().splitlines()]
+        given.out.write_text(json.dumps({"table": table(lines), "groups": lines}, indent=1) + "\n")
+        return
+    began = time.monotonic()
+    from drawplate.model.weights import open_checkpoint
+    from drawplate.recipe import ModelSection
+
+    model = ModelSection(name_or_path=given.model) if given.model else ModelSection(**MODEL)  # type: ignore[arg-type]
+    folder = open_checkpoint(model).folder  # a GGUF is converted here, once
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=study, args=(corpus, given, folder, began)) for corpus in CORPORA]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(max(1.0, began + given.seconds + 15 - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+    print(f"{time.monotonic() - began:6.1f} s  done", flush=True)
 
 
 if __name__ == "__main__":
