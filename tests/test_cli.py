@@ -14,7 +14,7 @@ import drawplate
 from drawplate import cli, errors
 from drawplate.doctor import Check
 from drawplate.recipe import Recipe, known_keys, load_recipe
-from drawplate.records import Evaluation
+from drawplate.records import ModelScore
 
 HELP_SECONDS = 0.5
 
@@ -173,13 +173,13 @@ def test_the_traceback_of_a_run_that_had_begun_lies_in_its_folder(monkeypatch, r
 def test_eval_takes_several_files_and_prints_only_json(monkeypatch):
     calls = []
 
-    def measure(model, adapter, files, *, observer):
-        calls.append((model, adapter, files))
-        return {"base model": Evaluation(nats=20.0, tokens=10, bytes=40)}
+    def measure(model, adapter, files, *, settings, observer):
+        calls.append((model, adapter, files, settings))
+        return {"base model": ModelScore(nats=20.0, tokens=10, bytes=40)}
 
     monkeypatch.setattr(drawplate, "evaluate", measure, raising=False)
     done = invoke("eval", "--model", "m", "--adapter", "a", "--data", "x.txt", "--data", "y", "--json")
-    assert calls == [("m", "a", ["x.txt", "y"])]
+    assert calls == [(["m"], ["a"], ["x.txt", "y"], [])]
     assert json.loads(done.stdout)["base model"]["loss"] == 2.0
     assert "7.39" in invoke("eval", "--model", "m", "--data", "x.txt").stdout
 

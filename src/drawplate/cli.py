@@ -143,19 +143,20 @@ def plan(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Option(help="A folder, or a repository name on the hub.")],
+    model: Annotated[list[str], typer.Option(help="A folder, or a repository name on the hub; may be repeated.")],
     data: Annotated[list[str], typer.Option(help="A file or folder of documents; may be repeated.")],
-    adapter: Annotated[str | None, typer.Option(help="An adapter folder in PEFT's format.")] = None,
+    adapter: Annotated[list[str], typer.Option(help="An adapter folder in PEFT's format; may be repeated.")] = [],  # noqa: B006
+    set_: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model's perplexity, with or without an adapter, on any documents."""
+    """Measure models and adapters on the same documents, and compare each with the first."""
     with _ending():
         import drawplate
         from drawplate.report.live import LiveDisplay
         from drawplate.report.summary import evaluation_table
 
         with LiveDisplay() as display:
-            results = drawplate.evaluate(model, adapter, data, observer=display)
+            results = drawplate.evaluate(model, adapter, data, settings=set_, observer=display)
         _show(results, as_json, evaluation_table)
 
 

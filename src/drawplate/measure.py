@@ -79,12 +79,17 @@ def score_unquantized(prepared: Prepared, journal: Journal) -> Scores:
             scores = _score_unquantized(prepared, journal)
         except (DoesNotFit, EnvironmentProblem, torch.OutOfMemoryError) as error:
             problem = str(error).partition("\n")[0]
-    gc.collect()  # the model has cycles; its memory is for the quantized one
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_back_memory()
     if problem:
         journal.on_warning(f"What quantization costs was not measured: {problem}")
     return scores
+
+
+def give_back_memory() -> None:
+    """What a model that is no longer needed held is free for the next one: models have reference cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _score_unquantized(prepared: Prepared, journal: Journal) -> Scores:
@@ -130,9 +135,14 @@ def change_between(measured: Measured, before: str, after: str, seed: int) -> Ch
     """
     if not measured.get(before) or not measured.get(after):
         return None
-    later = {score.document: score for score in measured[after]}
-    pairs = [(score, later[score.document]) for score in measured[before] if score.document in later]
-    return perplexity_change([a for a, _ in pairs], [b for _, b in pairs], seed=seed)
+    return perplexity_change(*paired(measured[before], measured[after]), seed=seed)
+
+
+def paired(before: Scores, after: Scores) -> tuple[Scores, Scores]:
+    """The documents that both scored, in the order of the first."""
+    later = {score.document: score for score in after}
+    common = tuple(score for score in before if score.document in later)
+    return common, tuple(later[score.document] for score in common)
 
 
 def _tax_facts(recipe: Recipe, measured: Measured) -> dict[str, object]:

@@ -131,6 +131,26 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelScore(Evaluation):
+    """One of several models or adapters on the same documents; changes are paired, against the first of them.
+
+    Attributes:
+        perplexity_change_percent: None for the first, and where the tokenizers cut the documents differently.
+        verdict: in words, by perplexity where it can be compared, else by bits per byte; empty for the first.
+    """
+
+    model: str = ""
+    adapter: str | None = None
+    precision: str = ""
+    documents: int = 0
+    perplexity_change_percent: float | None = None
+    perplexity_ci95_percent: tuple[float, float] | None = None
+    bits_per_byte_change_percent: float | None = None
+    bits_per_byte_ci95_percent: tuple[float, float] | None = None
+    verdict: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DocumentScore:
     """One held-out document's sums, the unit of the paired bootstrap."""
 
@@ -607,7 +627,11 @@ class RunRecord:
     schema: int = SCHEMA
 
 
-_DERIVED = {Evaluation: ("loss", "perplexity", "bits_per_byte"), StepRecord: ("tokens_per_second",)}
+_DERIVED = {
+    Evaluation: ("loss", "perplexity", "bits_per_byte"),
+    ModelScore: ("loss", "perplexity", "bits_per_byte"),
+    StepRecord: ("tokens_per_second",),
+}
 
 
 def to_json(record: Any) -> Any:

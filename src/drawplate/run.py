@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 
 from drawplate.checkpoint import Position, finished, good
+from drawplate.compare_models import compare_models
 from drawplate.data.batches import cut_padded
-from drawplate.data.documents import read_documents
-from drawplate.data.tokens import load_tokenizer, tokenize
-from drawplate.device import PeakMeter, is_lost, pick_device
+from drawplate.device import PeakMeter, is_lost
 from drawplate.errors import StoppedSafely, UserError
 from drawplate.evaluate import total
 from drawplate.forecast import forecast
@@ -30,37 +29,28 @@ from drawplate.guards import Clock, StopRequested, StopSignals, Watchdog, leave_
 from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
 from drawplate.measure import Scores, forgetting_warning, score, score_general, score_unquantized
-from drawplate.model.adapter import lora_config, read_adapter
-from drawplate.model.anatomy import build_anatomy
+from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.self_check import self_check
-from drawplate.model.weights import open_checkpoint
 from drawplate.outcome import Outcome
-from drawplate.plan.choose import choose_max_length
 from drawplate.prepare import (
     Prepared,
-    choose_context_tokens,
-    choose_plan,
     evaluation_cutting,
-    max_positions,
-    pad_id,
     placement_of,
     prepare,
-    renderer_of,
-    require_predictable,
     train_cutting,
 )
 from drawplate.prove import Proof
 from drawplate.prove import prove as replay
-from drawplate.recipe import DataSection, ModelSection, Recipe, expand
-from drawplate.records import Evaluation, Plan, RunRecord
+from drawplate.recipe import Recipe, expand
+from drawplate.records import Evaluation, ModelScore, Plan, RunRecord
 from drawplate.reopen import Reopened, recipe_of, refuse_finished, reopen
 from drawplate.report.card import model_card
 from drawplate.report.html import render_report
 from drawplate.run_folder import CHECKPOINTS_NAME, RECIPE_NAME, RunFolder
 from drawplate.saving import Saving, where
-from drawplate.train import INITIAL_LOSS_SCALE, Cutting, TrainTask, make_optimizer, rate_groups, schedule_of, train
+from drawplate.train import INITIAL_LOSS_SCALE, TrainTask, make_optimizer, rate_groups, schedule_of, train
 
 SELF_CHECK_TOKENS = 64
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -152,49 +142,31 @@ def plan(recipe: Recipe, gpu: str | None = None) -> Plan:
 
 
 def evaluate(
-    model: str, adapter: str | None, files: Seq[str], *, observer: Observer | None = None
-) -> dict[str, Evaluation]:
-    """Perplexity of a model on documents, and with an adapter beside it.
+    model: str | Seq[str],
+    adapter: str | Seq[str] | None,
+    files: Seq[str],
+    *,
+    settings: Seq[str] = (),
+    observer: Observer | None = None,
+) -> dict[str, ModelScore]:
+    """Perplexity and bits per byte of models and adapters on the same documents, each compared with the first.
 
     Args:
-        model: folder or repository name of the base model.
-        adapter: folder of a PEFT LoRA adapter, or None.
+        model: folder or repository name of a base model, or several.
+        adapter: folder of a PEFT LoRA adapter, or several, or None.
         files: files or folders of documents; all of them are measured.
+        settings: recipe keys, like `quantization.precision=nf4`.
         observer: told the progress.
+
+    Returns:
+        name -> score: `base model` and `with adapter` for one model with at most one adapter, else their own names.
 
     Raises:
         UserError: whatever a person can act on.
     """
-    recipe = Recipe(model=ModelSection(name_or_path=model), data=DataSection(files=list(files)))
-    config, state = read_adapter(expand(adapter)) if adapter else (None, {})
-    journal = Journal(observer)
-    with journal.in_phase("read"):
-        checkpoint = open_checkpoint(recipe.model)
-        tokenizer = load_tokenizer(checkpoint.folder)
-        corpus = read_documents(recipe.data, recipe.data.files, renderer_of(tokenizer))
-        max_length = choose_max_length(recipe, max_positions(checkpoint))
-        context = choose_context_tokens(recipe, max_length)
-        tokens = tokenize(corpus.documents, tokenizer, max_length, context_tokens=context)
-        require_predictable(tokens, "given")
-        chosen = choose_plan(recipe, checkpoint, build_anatomy(checkpoint.config), tokens, None, max_length)
-    with journal.in_phase("load"):
-        loaded = assemble(
-            checkpoint,
-            placement_of(chosen, pick_device(recipe.model.device_map)),
-            config or (lambda anatomy: lora_config(recipe.lora, anatomy, model, None)),
-            seed=0,
-            progress=lambda done, count: journal.show(done, count, "layers"),
-            tell=journal.on_warning,
-        )
-    cutting = Cutting(packing=True, tokens=chosen.micro_batch_tokens, pad_id=pad_id(tokenizer))
-    results = {}
-    with journal.in_phase("baseline"):
-        results["base model"] = total(score(loaded, tokens.sequences, cutting, journal))
-    if adapter:
-        loaded.adapter.load_state(state, adapter)
-        with journal.in_phase("evaluate"):
-            results["with adapter"] = total(score(loaded, tokens.sequences, cutting, journal))
-    return results
+    models = [model] if isinstance(model, str) else list(model)
+    adapters = [adapter] if isinstance(adapter, str) else list(adapter or ())
+    return compare_models(models, adapters, files, Journal(observer), settings)
 
 
 def _tell(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> RunRecord:

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from rich.console import Console, RenderableType
 
-from drawplate.records import Evaluation, RunRecord
+from drawplate.records import ModelScore, RunRecord
 from drawplate.report.plan_view import plan_table
 from drawplate.report.summary import evaluation_table, show, summary_table
 
@@ -81,15 +81,26 @@ def test_the_plan_is_shown_with_reasons_peaks_and_warnings(record: RunRecord) ->
     assert "1.29 GiB" in text
 
 
-def test_an_evaluation_shows_each_measurement_and_the_change() -> None:
-    base, tuned = (Evaluation(nats=n, tokens=1000, bytes=4000) for n in (3000.0, 2500.0))
-    text = printed(evaluation_table({"base model": base, "with adapter": tuned}, documents=7))
-    assert "perplexity 20.09" in text
-    assert "perplexity 12.18" in text
-    assert "-39.3 %" in text
-    assert "Documents" in text
-    assert "Change" not in printed(evaluation_table({"base model": base}))
+def test_an_evaluation_shows_each_measurement_and_the_verdict() -> None:
+    base = ModelScore(nats=3000.0, tokens=1000, bytes=4000, documents=7, precision="nf4")
+    tuned = dataclasses.replace(
+        base,
+        nats=2500.0,
+        verdict="better: -39.3 % [-41.0, -37.0]",
+        perplexity_change_percent=-39.3,
+        bits_per_byte_change_percent=-16.7,
+        bits_per_byte_ci95_percent=(-18.0, -15.0),
+    )
+    other = dataclasses.replace(tuned, perplexity_change_percent=None)
+    text = printed(evaluation_table({"base": base, "tuned": tuned, "other": other}), width=150)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[0] == "Documents 7"
+    assert lines[1].startswith("base perplexity 20.09 (1.0820 bits per byte, loss 3.0000, 1,000 tokens, nf4)")
+    assert lines[3].startswith("against the first better: -39.3 % [-41.0, -37.0]")
+    assert "bits per byte -16.7 % [-18.0, -15.0]" in lines[3]
+    assert "tokenizers differ" in lines[5]
+    assert "against" not in printed(evaluation_table({"base": base}))
 
 
 def test_an_evaluation_of_nothing_says_so() -> None:
-    assert "Nothing was measured" in printed(evaluation_table({"base": Evaluation(nats=0, tokens=0, bytes=0)}))
+    assert "Nothing was measured" in printed(evaluation_table({"base": ModelScore(nats=0, tokens=0, bytes=0)}))

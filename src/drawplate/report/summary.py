@@ -13,7 +13,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from drawplate.records import Evaluation, RunRecord
+from drawplate.compare import Change
+from drawplate.records import ModelScore, RunRecord
 from drawplate.report.sections import all_warnings
 from drawplate.report.visible import visible
 from drawplate.report.wording import (
@@ -25,12 +26,12 @@ from drawplate.report.wording import (
     has_adapter,
     measured,
     memory_facts,
-    perplexity_change_percent,
+    plural,
     score_facts,
     training_facts,
     verdict,
 )
-from drawplate.units import format_count, format_percent
+from drawplate.units import format_count
 
 _TONES = {"better": "bold green", "worse": "bold red", "failed": "bold red", "stopped": "bold yellow"}
 
@@ -105,25 +106,30 @@ def _command_lines(parts: list[str]) -> list[RenderableType]:
     return [Line("  " + line, "bold") for line in " \\\n  ".join(parts).split("\n")]
 
 
-def evaluation_table(results: Mapping[str, Evaluation], documents: int | None = None) -> RenderableType:
-    """Named measurements of the same documents side by side; each after the first with its change from the first.
+def evaluation_table(results: Mapping[str, ModelScore]) -> RenderableType:
+    """Models and adapters on the same documents; each after the first with its verdict against the first.
 
     Args:
-        results: what was measured (such as "base model", "with adapter") -> its sums, in the order shown.
-        documents: how many documents they were taken on.
+        results: name (such as "base model", "with adapter") -> score, in the order shown.
     """
     shown = {name: result for name, result in results.items() if measured(result)}
     if not shown:
         return Line("Nothing was measured: no token was counted.")
-    first = next(iter(shown.values()))
-    facts = [Fact(label="Documents", value=format_count(documents))] if documents is not None else []
-    facts.append(Fact(label="Tokens counted", value=format_count(first.tokens)))
+    facts = [Fact(label="Documents", value=format_count(next(iter(shown.values())).documents))]
     for name, result in shown.items():
-        notes = [f"loss {format_figure(result.loss, 4)}"]
-        if result.bytes:
-            notes.append(f"{format_figure(result.bits_per_byte, 3)} bits per byte")
-        facts.append(Fact(label=name, value=f"perplexity {format_figure(result.perplexity)}", note=", ".join(notes)))
-    last = list(shown.values())[-1]
-    if len(shown) > 1:
-        facts.append(Fact(label="Change", value=format_percent(perplexity_change_percent(first, last))))
+        notes = [f"{format_figure(result.bits_per_byte, 4)} bits per byte"] if result.bytes else []
+        notes += [f"loss {format_figure(result.loss, 4)}", plural(result.tokens, "token"), result.precision]
+        value = f"perplexity {format_figure(result.perplexity)}"
+        facts.append(Fact(label=name, value=value, note=", ".join(note for note in notes if note)))
+        if result.verdict:
+            facts.append(Fact(label="  against the first", value=result.verdict, note=_compared_by(result)))
     return FactsTable(tuple(facts))
+
+
+def _compared_by(result: ModelScore) -> str:
+    if result.perplexity_change_percent is None:
+        return "bits per byte; the tokenizers differ, so perplexities do not compare"
+    if result.bits_per_byte_change_percent is None:
+        return "perplexity"
+    bits = Change(percent=result.bits_per_byte_change_percent, ci95_percent=result.bits_per_byte_ci95_percent)
+    return f"perplexity; bits per byte {bits.in_figures()}"
