@@ -47,8 +47,8 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 CORPORA = ("climate", "code", "manual")
 GENERAL = "general"
 EMA_DECAY = 0.98
-ROW_TOKENS = 12_288
-LOSS_ROWS = 8192
+ROW_TOKENS = 10_240
+LOSS_ROWS = 4096
 MODEL = {"name_or_path": "${DRAWPLATE_CACHE}/demo/smollm2-135m", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
@@ -160,15 +160,15 @@ BASE = Variant()
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 CHANGES = (
     changed(BASE, targets="qv"),
+    changed(BASE, loraplus=16.0),
+    changed(BASE, start="error"),
     replace(BASE, targets="qv", rate=2e-3),
     changed(BASE, scale=8.0),  # rank-stabilised: alpha / sqrt(r) = 32 / 4
     changed(BASE, loraplus=4.0),
-    changed(BASE, loraplus=16.0),
     changed(BASE, schedule="linear"),
     changed(BASE, schedule="constant then decay"),
     changed(BASE, warmup=0.0),
     changed(BASE, warmup=0.1),
-    changed(BASE, start="error"),
 )
 RANKS = (
     BASE,
@@ -192,8 +192,9 @@ def groups_of(corpus: str) -> list[Group]:
     """In the order of what they decide."""
     base = Group(corpus=corpus, variants=())
     return [
-        replace(base, variants=(*rates(*RATES), *CHANGES)),
+        replace(base, variants=(*rates(*RATES), *CHANGES[:3])),
         replace(base, variants=(*rates(5e-4, 1e-3, 2e-3), changed(BASE, loraplus=4.0)), precision="bf16"),
+        replace(base, variants=CHANGES[3:]),
         replace(base, variants=rates(5e-4, 1e-3, 2e-3, 4e-3), step_tokens=4096),
         replace(base, variants=AGAIN, seed=1),
         replace(base, variants=RANKS),
