@@ -208,15 +208,18 @@ def test_the_cut_into_batches_changes_nothing():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_counted_saves_the_count_and_a_wrong_one_is_loud(device):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counted_saves_the_count_may_be_larger_and_too_small_a_one_is_loud(device, variant):
     hidden_NH, weight_VH, targets_N = problem(30, 8, 300, device=device)
-    head = head_of(weight_VH)
+    head = head_of(weight_VH, **VARIANTS[variant])
     counted = int((targets_N != IGNORED).sum())
     expected = run(hidden_NH, head, targets_N)
     for value, wanted in zip(run(hidden_NH, head, targets_N, counted=counted), expected, strict=True):
         assert torch.equal(value, wanted)
-    for wrong in (counted - 1, counted + 1, 0):
-        assert wrong == 0 or math.isnan(run(hidden_NH, head, targets_N, counted=wrong)[0])
+    for more in (counted + 1, 30):
+        for value, wanted in zip(run(hidden_NH, head, targets_N, counted=more), expected, strict=True):
+            assert torch.allclose(value, wanted, rtol=1e-5, atol=1e-6)
+    assert math.isnan(run(hidden_NH, head, targets_N, counted=counted - 1)[0])
 
 
 def test_a_target_outside_the_vocabulary_is_not_silent():

@@ -72,8 +72,9 @@ def head_cross_entropy(
         targets_N: int64 ids; `IGNORED` (-100) for tokens that do not count.
         scale: factor on the returned loss, and on the gradient before it is rounded to the hidden state's dtype. Pass
             `loss scale / tokens of the step` here rather than multiply later: fp16 gradients then do not underflow.
-        counted: how many targets are not `IGNORED`. With it nothing waits for a GPU; without it they are counted,
-            which on a GPU is a synchronisation. A wrong number gives NaN, not a wrong loss.
+        counted: how many targets are not `IGNORED`, or any larger number up to N: places for so many tokens are
+            computed. With it nothing waits for a GPU; without it they are counted, which on a GPU is a
+            synchronisation. Too small a number gives NaN, not a wrong loss.
         impl: "reference" holds all logits and uses autograd: the specification. The others are the kernels' choices:
             "triton", "torch", or the one that suits the device.
 
@@ -97,8 +98,7 @@ def head_cross_entropy(
             return result
         shape = LossShape.of(hidden_NH, head, impl, training=False)
         _, nats_C, counted_N = _compact_pass(hidden_NH, head, targets_N, counted, shape)
-        nats_N = nats_C.new_zeros(len(targets_N)).index_copy_(0, counted_N, nats_C)
-        return nats_C.sum() * scale, nats_N
+        return nats_C.sum() * scale, _spread(nats_C, counted_N, len(targets_N))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         assert grad_CH is not None
         ctx.save_for_backward(grad_CH, counted_N)
         ctx.tokens = len(targets_N)
-        nats_N = nats_C.new_zeros(ctx.tokens).index_copy_(0, counted_N, nats_C)
+        nats_N = _spread(nats_C, counted_N, ctx.tokens)
         ctx.mark_non_differentiable(nats_N)
         return nats_C.sum() * scale, nats_N
 
@@ -198,10 +198,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _grad_nats: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_CH, counted_N = ctx.saved_tensors
         grad_CH = grad_CH * grad_loss.to(grad_CH.dtype)
-        if len(grad_CH) == ctx.tokens:  # counted_N keeps the order, so these are the tokens themselves
-            return grad_CH, None, None, None, None, None
-        grad_NH = grad_CH.new_zeros(ctx.tokens, grad_CH.shape[1])
-        return grad_NH.index_copy_(0, counted_N, grad_CH), None, None, None, None, None
+        return _spread(grad_CH, counted_N, ctx.tokens), None, None, None, None, None
+
+
+def _spread(values_C: Tensor, counted_N: Tensor | None, tokens: int) -> Tensor:
+    """Values of the tokens that count -> of all tokens, 0 elsewhere."""
+    if counted_N is None:
+        return values_C
+    return values_C.new_zeros(tokens, *values_C.shape[1:]).index_copy_(0, counted_N, values_C)
 
 
 def _compact_pass(
@@ -211,21 +215,23 @@ def _compact_pass(
     counted: int | None,
     shape: LossShape,
     scale: float | Tensor = 1.0,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Leave out the ignored tokens, run the pass -> (gradient_CH, nats_C, indices of the tokens that count)."""
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Leave out ignored tokens, run the pass -> (gradient_CH, nats_C, indices of the tokens; None for all)."""
     ignored_N = targets_N == IGNORED
     present = ignored_N.logical_not().sum()
-    if counted is None:
-        counted = int(present)
-    # A stable sort, not nonzero(): its output's size is known without asking the device.
-    counted_N = torch.argsort(ignored_N, stable=True)[:counted].to(hidden_NH.device, non_blocking=True)
+    counted = int(present) if counted is None else counted
+    device = hidden_NH.device
     if counted < len(targets_N):
+        # A stable sort, not nonzero(): its output's size is known without asking the device.
+        counted_N = torch.argsort(ignored_N, stable=True)[:counted].to(device, non_blocking=True)
         hidden_NH = hidden_NH.index_select(0, counted_N)
-    targets_C = targets_N.to(hidden_NH.device, non_blocking=True).index_select(0, counted_N)
-    work = _one_pass(hidden_NH.detach(), head, targets_C, shape)
-    grad_CH, nats_C = work.finish(head, scale)
-    right = (present == counted).to(nats_C.device, non_blocking=True)
-    return grad_CH, torch.where(right, nats_C, math.nan), counted_N
+        targets_C = targets_N.to(device, non_blocking=True).index_select(0, counted_N)
+    else:
+        counted_N, targets_C = None, targets_N.to(device, non_blocking=True)
+    tokens = _one_pass(hidden_NH.detach(), head, targets_C, shape)
+    grad_CH, nats_C = tokens.finish(head, scale)
+    enough = (present <= counted).to(device, non_blocking=True)
+    return grad_CH, torch.where(enough, nats_C, math.nan), counted_N
 
 
 def _one_pass(hidden_CH: Tensor, head: Head, targets_C: Tensor, shape: LossShape) -> _Tokens:
@@ -280,18 +286,20 @@ class _Tokens:
 
     def finish(self, head: Head, scale: float | Tensor) -> tuple[Tensor | None, Tensor]:
         """-> (gradient times `scale`, nats), by the formulas at the top of the file."""
+        counts_B = self.sums.targets_B != IGNORED
         gap_B = self.sums.gap_B
+        nats_B = F.softplus(gap_B).where(counts_B, 0)
         if self.gradient_BH is None or self.target_row_BH is None:
-            return None, F.softplus(gap_B)
+            return None, nats_B
         slope_B = torch.ones_like(gap_B)
         if head.softcap is not None:
             slope_B -= (self.sums.target_logit_B / head.softcap).square_()
-        factor_B = gap_B.sigmoid().mul_(head.logit_scale).mul_(scale)
+        factor_B = gap_B.sigmoid().mul_(head.logit_scale).mul_(scale).where(counts_B, 0)
         # A vocabulary of one row has no rest: 0 / tiny is 0.
         rest_B = factor_B / self.sums.sum_B.clamp_min_(torch.finfo(gap_B.dtype).tiny)
         grad_BH = self.gradient_BH.mul_(rest_B[:, None])
-        grad_BH.addcmul_(self.target_row_BH, factor_B.mul_(slope_B)[:, None], value=-1)
-        return self.target_row_BH.copy_(grad_BH), F.softplus(gap_B)
+        grad_BH.addcmul_(self.target_row_BH, (factor_B * slope_B).where(counts_B, 0)[:, None], value=-1)
+        return self.target_row_BH.copy_(grad_BH), nats_B
 
 
 @dataclass
