@@ -54,11 +54,12 @@ def profile_micro_step(model: Any, batch: Any) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     def step(number: int = 0) -> None:
-        loss, _ = model.sum_nats(batch, scale=1 / batch.counted_tokens, dropout_seed=(0, number))
-        loss.backward()
+        model.add_gradients(batch, scale=1 / batch.counted_tokens, dropout_seed=(0, number))
 
     torch._dynamo.reset()
-    for _ in range(3):
+    model.forget_graphs()
+    model.adapter.zero_gradients()
+    for _ in range(4):
         step()
     torch.cuda.reset_peak_memory_stats()
     seconds, host_seconds = zip(*(_timed(step) for _ in range(RUNS)), strict=True)

@@ -1,10 +1,11 @@
 """Tokens per second and peak memory of training steps, streamed against resident, on random weights of real shapes.
 
-    python bench/streaming.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:head=ROWS][:layers=N] ...
+    python bench/streaming.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:OPTION...] ...
 
-Each case runs in a process of its own, so that its peak is its own. A case's peak is the most the allocator ever
-reserved, loading included (the CUDA context, some 0.3 to 0.5 GiB, lies outside of it). Every case is a whole optimizer
-step: forward, loss over the full vocabulary, backward, AdamW.
+OPTIONS: head=ROWS streams the head, layers=N cuts the model short, eager compiles nothing, launches captures no CUDA
+graphs, profile adds a table of kernels. Each case runs in a process of its own, so that its peak is its own. A case's
+peak is the most the allocator ever reserved, loading included (the CUDA context, some 0.3 to 0.5 GiB, lies outside of
+it). Every case is a whole optimizer step: forward, loss over the full vocabulary, backward, AdamW.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def load_case(case: str) -> tuple[Any, list[str]]:
         slots=int(flags.get("slots", 2)),
         compiled="eager" not in flags,
         dequantize=flags.get("dequantize", "layer"),
+        graphs="launches" not in flags,
     )
     targets = "all-linear" if "all" in flags else ["q_proj", "v_proj"]
     section = LoraSection(r=int(flags.get("r", 8)), lora_alpha=32, target_modules=targets, lora_dropout=0.1)
@@ -113,26 +115,27 @@ def _train_steps(model: Any, size: str, steps: int, *, profiled: bool) -> dict[s
     from drawplate.train import make_optimizer
 
     batch = train_batch(model, size)
+    model.forget_graphs()
     optimizer = make_optimizer(model.adapter.parameters(), TrainSection())
     torch._dynamo.reset()
     dynamo.counters.clear()
 
     def step(number: int) -> float:
-        loss, _ = model.sum_nats(batch, scale=1 / batch.counted_tokens, dropout_seed=(0, number))
-        loss.backward()
+        model.adapter.zero_gradients()
+        nats = model.add_gradients(batch, scale=1 / batch.counted_tokens, dropout_seed=(0, number))
         optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
+        return float(nats) / batch.counted_tokens
 
     began = time.monotonic()
     first = last = step(0)
     first_seconds = time.monotonic() - began
-    step(1)
+    for i in range(1, 4):  # captures, and then allocates what replays need beside
+        step(i)
     seconds = []
     for i in range(steps):
         torch.cuda.synchronize()
         began = time.monotonic()
-        last = step(2 + i)
+        last = step(4 + i)
         torch.cuda.synchronize()
         seconds.append(time.monotonic() - began)
     return {

@@ -68,6 +68,7 @@ def gradient_within_memory(task: TrainTask, state: TrainState, listener: Listene
             reason, failed = str(error).partition("\n")[0], batches[state.micro_batches]
         # Outside the handler, which would keep the failed step's tensors alive.
         wrong_line = _contradicted(task.ledger)
+        task.model.forget_graphs()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         state.begin_step_again()
@@ -96,8 +97,7 @@ def _batches(task: TrainTask, state: TrainState) -> list[Batch]:
 
 def _accumulate(task: TrainTask, state: TrainState, listener: Listener, batches: Seq[Batch]) -> StepOutcome:
     if state.micro_batches == 0:
-        for parameter in task.model.adapter.parameters():
-            parameter.grad = None
+        task.model.adapter.zero_gradients()
     epoch = state.step // steps_per_epoch(len(task.sequences), task.effective_batch)
     counted = sum(batch.counted_tokens for batch in batches)
     nats = torch.tensor(state.step_nats, dtype=torch.float64).to(task.model.placement.device)
@@ -105,9 +105,7 @@ def _accumulate(task: TrainTask, state: TrainState, listener: Listener, batches:
     for done, batch in enumerate(batches[already:], already + 1):
         if batch.counted_tokens:
             scale = state.loss_scale / counted
-            loss, nats_N = task.model.sum_nats(batch, scale=scale, dropout_seed=(task.section.seed, epoch))
-            loss.backward()
-            nats += nats_N.sum(dtype=torch.float64)
+            nats += task.model.add_gradients(batch, scale=scale, dropout_seed=(task.section.seed, epoch))
         state.micro_batches = done
         listener.on_micro_batch(state.step + 1, done, len(batches), batch)
         if task.watchdog:

@@ -176,6 +176,7 @@ def placement_of(chosen: Plan, device: torch.device) -> Placement:
         head_rows=chosen.head_rows,
         compiled=chosen.compiled,
         dequantize=chosen.dequantize,
+        graphs=chosen.graphs,
     )
 
 

@@ -326,6 +326,7 @@ class Plan:
     warmup_ratio: float = 0.05
     dequantize: str = "product"
     quantization_tax: bool = False
+    graphs: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     ledger: tuple[LedgerLine, ...] = ()

@@ -56,8 +56,9 @@ def train(task: TrainTask, listener: Listener, state: TrainState) -> TrainState:
     finally:
         if task.watchdog:
             task.watchdog.rest()
+    task.model.forget_graphs()
     if not state.micro_batches:
-        optimizer.zero_grad(set_to_none=True)
+        task.model.adapter.drop_gradients()
     return state
 
 
@@ -144,7 +145,7 @@ def _apply(
     parameters = [p for p in task.model.adapter.parameters() if p.grad is not None]
     if not math.isfinite(outcome.loss):
         return "loss", None
-    if not parameters:
+    if not parameters or outcome.counted == 0:
         return "", 0.0
     if state.loss_scale != 1.0:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / state.loss_scale)
@@ -240,6 +241,7 @@ def _evaluate_if_due(task: TrainTask, state: TrainState, listener: Listener) -> 
         return
     if state.step == state.evaluated_step:
         return
+    task.model.forget_graphs()
     result = task.evaluate()
     state.evaluated_step = state.step
     listener.on_evaluation(state.step, result)

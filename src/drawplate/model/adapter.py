@@ -147,6 +147,22 @@ class Adapter:
         """Trained numbers."""
         return sum(p.numel() for p in self.parameters())
 
+    def zero_gradients(self) -> None:
+        """Every `grad` zero, in place where there are any: what adds to them may have been captured with them."""
+        parameters = self.parameters()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if len(gradients) == len(parameters):
+            torch._foreach_zero_(gradients)
+            return
+        flat = torch.zeros(self.parameter_count, device=parameters[0].device)
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view(parameter.shape)
+
+    def drop_gradients(self) -> None:
+        """Give the gradients' memory back."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
     def state(self) -> dict[str, Tensor]:
         """A copy of the trained tensors in host memory."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.named_tensors().items()}

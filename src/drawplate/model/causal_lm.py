@@ -21,8 +21,10 @@ from drawplate.data.batches import Batch
 from drawplate.errors import UsageError
 from drawplate.model.adapter import Adapter
 from drawplate.model.anatomy import Anatomy
+from drawplate.model.device_batch import DeviceBatch, ShapeBounds, sent
 from drawplate.model.dropout import token_keys
 from drawplate.model.frozen import Storage
+from drawplate.model.graphed import GraphedSteps
 from drawplate.model.head import Head
 from drawplate.model.layers import LayerRunner
 from drawplate.model.loss import head_cross_entropy
@@ -44,6 +46,7 @@ class Placement:
         head_rows: rows of a slot of the streamed head; 0 keeps embedding and head on the device.
         compiled: compile the layer function.
         dequantize: weight by weight inside its product, or a whole layer at once: faster to launch, more memory.
+        graphs: replay whole training micro-steps as CUDA graphs, where nothing is streamed or offloaded.
         poison: fill slots with NaN between uses (tests).
     """
 
@@ -57,11 +60,18 @@ class Placement:
     head_rows: int = 0
     compiled: bool = False
     dequantize: str = "product"
+    graphs: bool = False
     poison: bool = False
 
     def tiers(self, layers: int) -> list[str]:
         """The weights' tier of each layer."""
         return [self.weights] * layers if isinstance(self.weights, str) else list(self.weights)
+
+    def captures(self, layers: int) -> bool:
+        """Whether micro-steps can be and are to be captured as CUDA graphs."""
+        streamed = self.head_rows > 0 or "host" in (self.adapter, *self.tiers(layers))
+        streamed = streamed or "offload" in self.policies(layers)
+        return self.graphs and self.device.type == "cuda" and not streamed
 
     def policies(self, layers: int) -> list[str]:
         """The activations' policy of each layer."""
@@ -94,6 +104,9 @@ class CausalLM:
         )
         self.embedding: nn.Module
         self.head: Head
+        self._bounds = ShapeBounds()
+        captures = placement.captures(len(anatomy.layers))
+        self.graphed = GraphedSteps(self._nats, adapter.parameters()) if captures else None
 
     def sum_nats(
         self,
@@ -113,13 +126,29 @@ class CausalLM:
             `scale` times the sum of nats over counted targets, differentiable in the adapter where autograd is on; and
             the nats of each position, detached, shape (B * T,), 0 where not counted.
         """
-        hidden_BTH = self.hidden_states(batch, dropout_seed=dropout_seed)
-        targets_N = batch.targets_BT.reshape(-1)
-        hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])
-        return head_cross_entropy(hidden_NH, self.head, targets_N, scale=scale, counted=batch.counted_tokens)
+        loss, nats_N = self._nats(self.placed(batch, dropout_seed), scale)
+        rows, width = batch.targets_BT.shape
+        return loss, nats_N.view(rows, -1)[:, :width].reshape(-1)
 
-    def hidden_states(self, batch: Batch, *, dropout_seed: tuple[int, int] | None = None) -> Tensor:
-        """The body's output, shape (B, T, H), before the head.
+    def add_gradients(self, batch: Batch, *, scale: float, dropout_seed: tuple[int, int] | None) -> Tensor:
+        """One training micro-step: add the gradients of `sum_nats` to the adapter's.
+
+        Returns:
+            The sum of nats in float64, on the device; good until the next call.
+        """
+        if self.graphed is not None and "offload" not in self.runner.policies:  # which may change when memory is short
+            return self.graphed.run(self.placed(batch, dropout_seed), scale)
+        loss, nats_N = self.sum_nats(batch, scale=scale, dropout_seed=dropout_seed)
+        loss.backward()
+        return nats_N.sum(dtype=torch.float64)
+
+    def forget_graphs(self) -> None:
+        """Give back what captured micro-steps hold, before something else needs memory."""
+        if self.graphed is not None:
+            self.graphed.forget()
+
+    def placed(self, batch: Batch, dropout_seed: tuple[int, int] | None) -> DeviceBatch:
+        """The micro-batch on the device, nothing waited for; on a GPU in one of few shapes.
 
         Raises:
             UsageError: several documents are in a row of a model that would mix them.
@@ -130,14 +159,42 @@ class CausalLM:
                 safe="Nothing was trained.",
                 next_step="Set data.packing: false.",
             )
-        device = self.placement.device
-        keys = None
+        device, keys = self.placement.device, None
+        borders, segments = batch.cu_seqlens, ()
+        if device.type == "cuda":
+            batch, borders = self._bounds.fit(batch)
+        elif borders is not None:
+            segments = tuple(borders.tolist())
         if dropout_seed is not None and self.adapter.config.lora_dropout > 0:
-            keys = token_keys(batch.sequence_ids_BT, batch.position_ids_BT, *dropout_seed).to(device, non_blocking=True)
-        self.runner.begin(keys)
-        embedded = self.embed(batch.input_ids_BT)
-        positions = batch.position_ids_BT.to(device, non_blocking=True)
-        return self.body_forward(embedded, positions, attention_arguments(batch, device))
+            keys = sent(token_keys(batch.sequence_ids_BT, batch.position_ids_BT, *dropout_seed), device)
+        return DeviceBatch(
+            ids_BT=sent(batch.input_ids_BT, next(self.embedding.parameters()).device),
+            position_ids_BT=sent(batch.position_ids_BT, device),
+            targets_N=sent(batch.targets_BT.reshape(-1), device),
+            token_keys_BT=keys,
+            borders=None if borders is None else sent(borders, device),
+            longest=0 if borders is None else batch.max_seqlen,
+            segments=segments,
+            counted=batch.counted_tokens,
+        )
+
+    def _nats(self, batch: DeviceBatch, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        hidden_BTH = self._hidden_states(batch)
+        hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])
+        return head_cross_entropy(hidden_NH, self.head, batch.targets_N, scale=scale, counted=batch.counted)
+
+    def hidden_states(self, batch: Batch, *, dropout_seed: tuple[int, int] | None = None) -> Tensor:
+        """The body's output, shape (B, T, H), before the head.
+
+        Raises:
+            UsageError: several documents are in a row of a model that would mix them.
+        """
+        hidden_BTH = self._hidden_states(self.placed(batch, dropout_seed))
+        return hidden_BTH[:, : batch.targets_BT.shape[1]]
+
+    def _hidden_states(self, batch: DeviceBatch) -> Tensor:
+        self.runner.begin(batch.token_keys_BT)
+        return self.body_forward(self.embed(batch.ids_BT), batch.position_ids_BT, batch.attention)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Rows of the embedding, looked up where the table is, on the device in the compute dtype."""
@@ -153,24 +210,3 @@ class CausalLM:
             inputs_embeds=embedded_BTH, position_ids=position_ids_BT, use_cache=False, return_dict=True, **arguments
         )
         return out.last_hidden_state
-
-
-def attention_arguments(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """What attention needs to know of a packed row; nothing for a padded batch, whose padding is on the right.
-
-    On a GPU the number of borders and the longest segment are rounded up to powers of two (segments added at the end
-    are empty), because the compiled layer is specialised on both.
-    """
-    if batch.cu_seqlens is None:
-        return {}
-    borders, longest = batch.cu_seqlens, batch.max_seqlen
-    if device.type == "cuda":
-        spare = _power_of_two(len(borders), least=64) - len(borders)
-        borders = torch.cat([borders, borders[-1:].expand(spare)]).pin_memory().to(device, non_blocking=True)
-        longest = _power_of_two(longest, least=128)
-    arguments = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
-    return arguments if device.type == "cuda" else {**arguments, "segments": tuple(batch.cu_seqlens.tolist())}
-
-
-def _power_of_two(count: int, *, least: int) -> int:
-    return max(least, 1 << (count - 1).bit_length())

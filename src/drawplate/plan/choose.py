@@ -159,6 +159,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         activations=activation_words(choice, model.layers),
         compiled=choice.compiled,
         dequantize=choice.dequantize,
+        graphs=_graphs(machine, weight_words(choice, model.layers), activation_words(choice, model.layers)),
         packing=batch.packing,
         max_length=max_length,
         micro_batch_sequences=micro,
@@ -347,6 +348,12 @@ def _batch(recipe: Recipe, corpus: CorpusShape, reasons: dict[str, str]) -> _Bat
         micro = math.ceil(effective / accumulation)
         reasons["micro_batch"] = "the step's sequences over train.gradient_accumulation_steps"
     return _Batch(effective, micro, packing, row_tokens)
+
+
+def _graphs(machine: Machine, weights: Words, activations: Words) -> bool:
+    """Whole micro-steps as CUDA graphs, where nothing crosses the bus: they take the memory a step takes anyway."""
+    crossing = {words if isinstance(words, str) else word for words in (weights, activations) for word in words}
+    return machine.device == "cuda" and not crossing & {"host", "offload"}
 
 
 def _accumulation(recipe: Recipe, batch: _Batch, cut: MicroBatch, reasons: dict[str, str]) -> int:

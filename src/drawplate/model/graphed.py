@@ -1,0 +1,120 @@
+"""Whole micro-steps as CUDA graphs: forward, loss and backward of one shape, launched at once.
+
+A micro-step issues some 2,000 kernels, and below 8,000 tokens or so the host takes longer to issue them than the GPU to
+run them. A shape runs once as always (which compiles and warms up what has to be), is captured when it comes again,
+and replayed from then on. What differs between replays (ids, positions, targets, borders, dropout keys, the loss's
+scale) is copied into the tensors that the graph reads; gradients are added to buffers that do not move.
+
+Memory: a graph keeps what a micro-step allocates at its peak, in a pool that all graphs share. Nothing else ever adds
+to it: a shape not seen before gives the pool back before it runs, a shape larger than those captured too, and whoever
+needs memory for something else (evaluation) calls `forget()`. Capturing again costs little more than a micro-step.
+
+Only where nothing of a micro-step depends on the host: every layer and the head on the device, no offloading. Left
+out: graphs for evaluation; streamed layers, whose ring could be captured too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drawplate.model.device_batch import DeviceBatch
+
+MOST_GRAPHS = 16
+
+Step = Callable[[DeviceBatch, Tensor], tuple[Tensor, Tensor]]
+"""(micro-batch, scale) -> (loss, nats of each token)."""
+
+
+class GraphedSteps:
+    """Runs micro-steps of one model and adds their gradients.
+
+    The life of a shape::
+
+        new --(run: drop all graphs, launch)--> known --(run: capture, replay)--> captured --(run: replay)--> captured
+         ^                                        ^                                  |
+         +-----------------(forget)---------------+---------(graphs dropped)---------+
+
+    Args:
+        step: forward and loss.
+        parameters: what is trained; their `grad` must be buffers that stay (`Adapter.zero_gradients`).
+    """
+
+    def __init__(self, step: Step, parameters: list[torch.nn.Parameter]) -> None:
+        self._step, self._parameters = step, parameters
+        self._known: set[object] = set()
+        self._graphs: dict[object, _Graph] = {}
+        self._pool: Any = None
+        self._gradients_at: int | None = None
+        self.replays = 0
+
+    def run(self, batch: DeviceBatch, scale: float) -> Tensor:
+        """Add the gradients of `scale` times the nats; returns the sum of nats in float64, good until the next call."""
+        batch = batch.roomier()
+        if self._gradients_at != _gradient(self._parameters[0]).data_ptr():
+            self._drop()
+            self._gradients_at = _gradient(self._parameters[0]).data_ptr()
+        if batch.shape not in self._known:
+            self._drop()
+            nats = self._add_gradients(batch, torch.full((), scale, device=batch.targets_N.device))
+            self._known.add(batch.shape)
+            return nats
+        if batch.shape not in self._graphs:
+            self._capture(batch)
+        self.replays += 1
+        return self._graphs[batch.shape].replay(batch, scale)
+
+    def forget(self) -> None:
+        """Give the graphs' memory back, and begin anew: how a step is done may be about to change."""
+        self._known.clear()
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._graphs:
+            self._graphs.clear()
+            self._pool = None
+            torch.cuda.empty_cache()
+
+    def _capture(self, batch: DeviceBatch) -> None:
+        tokens = [graph.batch.tokens for graph in self._graphs.values()]
+        if len(tokens) == MOST_GRAPHS or (tokens and batch.tokens > max(tokens)):
+            self._drop()  # the largest goes first: smaller ones then fit into its memory
+        graph = _Graph(batch.copied(), torch.ones((), device=batch.targets_N.device), torch.cuda.CUDAGraph())
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph.graph, pool=self._pool):  # empties the allocator's cache first
+            graph.nats = self._add_gradients(graph.batch, graph.scale)
+        self._graphs[batch.shape] = graph
+
+    def _add_gradients(self, batch: DeviceBatch, scale: Tensor) -> Tensor:
+        loss, nats_N = self._step(batch, scale)
+        gradients = torch.autograd.grad(loss, self._parameters)
+        torch._foreach_add_([_gradient(p) for p in self._parameters], gradients)
+        return nats_N.sum(dtype=torch.float64)
+
+
+@dataclass
+class _Graph:
+    """What one graph reads, and what it leaves."""
+
+    batch: DeviceBatch
+    scale: Tensor
+    graph: torch.cuda.CUDAGraph
+    nats: Tensor | None = None
+
+    def replay(self, batch: DeviceBatch, scale: float) -> Tensor:
+        for own, given in zip(self.batch.tensors(), batch.tensors(), strict=True):
+            own.copy_(given)
+        self.scale.fill_(scale)
+        self.graph.replay()
+        assert self.nats is not None
+        return self.nats
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "call Adapter.zero_gradients before the first micro-step"
+    return parameter.grad

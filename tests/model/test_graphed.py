@@ -1,0 +1,127 @@
+"""Captured micro-steps against launched ones: the same gradients, the same memory, and no more of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.shapes import random_checkpoint
+from drawplate.data.batches import Batch, cut_packed, cut_padded
+from drawplate.model.adapter import lora_config
+from drawplate.model.assemble import assemble
+from drawplate.model.causal_lm import CausalLM, Placement
+from drawplate.model.frozen import Storage
+from drawplate.model.weights import Checkpoint
+from drawplate.recipe import LoraSection
+from tests.model.conftest import random_sequences
+
+
+def build(checkpoint: object, **placement: object) -> CausalLM:
+    torch.manual_seed(11)
+    section = LoraSection(r=8, lora_dropout=0.1)
+    model = assemble(
+        checkpoint,  # type: ignore[arg-type]
+        Placement(**placement),  # type: ignore[arg-type]
+        lambda anatomy: lora_config(section, anatomy, "random", None),
+        seed=0,
+    )
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.adapter.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+    return model
+
+
+def steps(model: CausalLM, batches: list[Batch], count: int) -> list[torch.Tensor]:
+    """Nats and gradients of some optimizer steps, each a flat tensor; the adapter changes in between."""
+    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-4)
+    out = []
+    for step in range(count):
+        model.adapter.zero_gradients()
+        nats = sum(model.add_gradients(b, scale=1e-3 * (step + 1), dropout_seed=(3, step)).clone() for b in batches)
+        gradients = [p.grad.flatten().double() for p in model.adapter.parameters()]
+        out.append(torch.cat([nats[None], *gradients]).cpu())
+        optimizer.step()
+    return out
+
+
+def test_added_gradients_are_those_of_the_summed_loss(llama: Checkpoint, sequences: list) -> None:
+    cpu = {"storage": Storage("fp32"), "compute_dtype": torch.float32}
+    model, twin = build(llama, **cpu), build(llama, **cpu)
+    batches = cut_packed(sequences, 64, 16, 0)
+    model.adapter.zero_gradients()
+    for batch in batches:
+        nats = model.add_gradients(batch, scale=0.5, dropout_seed=(0, 1))
+        loss, nats_N = twin.sum_nats(batch, scale=0.5, dropout_seed=(0, 1))
+        loss.backward()
+        assert torch.allclose(nats, nats_N.double().sum())
+    for ours, theirs in zip(model.adapter.parameters(), twin.adapter.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    before = model.adapter.parameters()[0].grad.data_ptr()
+    model.adapter.zero_gradients()
+    assert model.adapter.parameters()[0].grad.data_ptr() == before, "a graph adds to where it was captured"
+    assert not any(p.grad.any() for p in model.adapter.parameters())
+
+
+@pytest.fixture
+def deterministic_attention() -> Iterator[None]:
+    """Flash attention's backward adds in any order."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic_attention")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_replays_give_the_bits_of_launches(compiled: bool, precision: str, activations: str) -> None:
+    checkpoint = random_checkpoint("1b", layers=3)
+    lengths = [256, 200, 256, 256, 120, 250, 90, 256]
+    batches = cut_padded(random_sequences(lengths), 2, 256, 0)
+    where = {"device": torch.device("cuda", 0), "storage": Storage(precision), "compiled": compiled}
+    plain = build(checkpoint, activations=activations, **where)
+    graphed = build(checkpoint, activations=activations, graphs=True, **where)
+    for ours, theirs in zip(steps(graphed, batches, 3), steps(plain, batches, 3), strict=True):
+        assert torch.equal(ours, theirs)
+    assert graphed.graphed is not None
+    assert graphed.graphed.replays == 3 * len(batches) - 1, "all but the first"
+
+
+@pytest.mark.gpu
+def test_packed_rows_of_many_widths_replay_within_the_spread_of_launches() -> None:
+    checkpoint = random_checkpoint("1b", layers=3)
+    lengths = torch.randint(20, 500, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = cut_packed(random_sequences(lengths), 1024, 16, 0)
+    where = {"device": torch.device("cuda", 0), "compiled": True}
+    graphed = build(checkpoint, graphs=True, **where)
+    runs = [steps(model, batches, 2) for model in (graphed, build(checkpoint, **where), build(checkpoint, **where))]
+    for ours, theirs, again in zip(*runs, strict=True):
+        spread = float((again - theirs).norm() / theirs.norm())
+        assert float((ours - theirs).norm() / theirs.norm()) <= 3 * spread + 1e-4
+
+
+@pytest.mark.gpu
+def test_graphs_take_the_memory_of_a_step_and_give_it_back() -> None:
+    checkpoint = random_checkpoint("1b", layers=6)
+    large, small = (cut_padded(random_sequences([n] * 2), 2, 16, 0)[0] for n in (1024, 512))
+
+    def peaks(graphs: bool) -> list[int]:
+        torch.cuda.empty_cache()
+        model, out = build(checkpoint, device=torch.device("cuda", 0), graphs=graphs), []
+        for batches in ([small] * 3, [large] * 3, [small, large, small, large]):
+            torch.cuda.reset_peak_memory_stats()
+            steps(model, batches, 2)
+            out.append(torch.cuda.max_memory_reserved())
+        model.forget_graphs()
+        model.adapter.drop_gradients()
+        torch.cuda.empty_cache()
+        return [*out, torch.cuda.memory_reserved()]
+
+    launched, captured = peaks(False), peaks(True)
+    assert captured[1] <= 1.05 * launched[1] + 64 * 2**20
+    assert captured[2] <= 1.05 * launched[2] + 64 * 2**20
+    assert captured[3] <= launched[3] + 64 * 2**20
