@@ -21,7 +21,7 @@ from drawplate.errors import UsageError
 from drawplate.units import parse_bytes
 
 Auto = Literal["auto"]
-Precision = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
+Precision = Literal["nf4", "fp4", "int8", "fp8", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["float16", "bfloat16", "float32"]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Count = Annotated[int, Field(ge=1)]
@@ -55,7 +55,7 @@ class QuantizationSection(Section):
     """Precision of the frozen base weights, in BitsAndBytesConfig's words, or as one `precision`."""
 
     precision: Precision | Auto = Field(
-        "auto", description="nf4, fp4, int8, bf16, fp16 or fp32 for the frozen weights."
+        "auto", description="nf4, fp4, int8, bf16, fp16 or fp32 for the frozen weights; fp8 for their products too."
     )
     load_in_4bit: bool | None = Field(None, description="Same as precision nf4 or fp4.")
     load_in_8bit: bool | None = Field(None, description="Same as precision int8.")

@@ -11,12 +11,14 @@ from bitsandbytes.nn import Int8Params
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from drawplate.model.frozen import FrozenLinear, Storage, frozen_product
+from drawplate.model.frozen import FrozenLinear, Storage, fp8_rows, frozen_product
 from drawplate.plan.ledger import stored_bits
 
 FOUR_BITS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 SHAPES = [(64, 64), (96, 160), (7, 33), (512, 1024)]
-PRECISIONS = [*FOUR_BITS, ("int8", True), ("bf16", True), ("fp16", True), ("fp32", True)]
+PRECISIONS = [*FOUR_BITS, ("int8", True), ("fp8", True), ("bf16", True), ("fp16", True), ("fp32", True)]
+UNROUNDED = [p for p in PRECISIONS if p[0] != "fp8"]
+"""Those whose products take x as it is."""
 
 
 def a_weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -65,6 +67,7 @@ def test_stored_bytes_are_those_of_the_formula(precision: str, double_quant: boo
         ("fp4", True): count / 2 + count / 64 + 4 * count / 64 / 256 + 4,
         ("fp4", False): count / 2 + 4 * count / 64,
         ("int8", True): count + 4 * 1024,
+        ("fp8", True): 2 * count + 4 * 1024,
         ("bf16", True): 2 * count,
         ("fp16", True): 2 * count,
         ("fp32", True): 4 * count,
@@ -88,7 +91,8 @@ def test_int8_is_the_storage_of_bitsandbytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "largest_error"), [("nf4", 0.16), ("fp4", 0.18), ("int8", 0.005), ("bf16", 0.004), ("fp32", 0.0)]
+    ("precision", "largest_error"),
+    [("nf4", 0.16), ("fp4", 0.18), ("int8", 0.005), ("fp8", 0.037), ("bf16", 0.004), ("fp32", 0.0)],
 )
 def test_what_comes_back_is_near_what_went_in(precision: str, largest_error: float) -> None:
     weight, storage = a_weight((128, 256)), Storage(precision)
@@ -149,7 +153,7 @@ def gradients(y: Tensor, wanted: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((y * weights).sum(), wanted))
 
 
-@pytest.mark.parametrize(("precision", "double_quant"), PRECISIONS)
+@pytest.mark.parametrize(("precision", "double_quant"), UNROUNDED)
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_and_gradients_are_those_of_the_plain_formula(
@@ -160,6 +164,42 @@ def test_output_and_gradients_are_those_of_the_plain_formula(
     assert torch.allclose(layer(x), layer.specification(x), atol=1e-5)
     for ours, theirs in zip(gradients(layer(x), wanted), gradients(layer.specification(x), wanted), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_fp8_rounds_the_products_other_operand_and_nothing_of_the_adapter(rank: int) -> None:
+    layer, x = Layer(Storage("fp8"), rank=rank), an_input()
+    plain = layer.specification(x)
+    x_ = x.detach()
+    rounded, scale = fp8_rows(x_.reshape(-1, 64))
+    x8 = (rounded.float() * scale).view_as(x_)
+    assert 0.01 < float((x8 - x_).norm() / x_.norm()) < 0.04
+    assert torch.allclose(layer(x) - plain, (x8 - x_) @ layer.weight.t(), atol=1e-4)
+    wanted = [t for t in (x, layer.lora_A, layer.lora_B) if t is not None]
+    ours, theirs = gradients(layer(x), wanted), gradients(plain, wanted)
+    assert 0 < float((ours[0] - theirs[0]).norm() / theirs[0].norm()) < 0.04
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours[1:], theirs[1:], strict=True))
+
+
+def test_fp8_rows_of_any_size_fill_the_range_of_e4m3() -> None:
+    x = torch.tensor([[1e-20, -2e-20], [3e4, 1.0], [0.0, 0.0], [float("nan"), 1.0]])
+    rounded, scale = fp8_rows(x)
+    assert rounded[:2].float().abs().amax(1).tolist() == [448.0, 448.0]
+    assert torch.allclose(rounded[:3].float() * scale[:3], x[:3], rtol=0.04)
+    assert (rounded[3].float() * scale[3]).isnan().all(), "not hidden"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 48, 300])
+def test_fp8_units_multiply_what_the_cpu_multiplies(tokens: int) -> None:
+    storage = Storage("fp8")
+    encoded = storage.encode(a_weight((512, 1024)))
+    stored = [encoded[name] for name in storage.specs(512, 1024)]
+    for transposed, size in ((False, 1024), (True, 512)):
+        x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(5)).bfloat16()
+        here = frozen_product(x, stored, storage, (512, 1024), transposed)
+        there = frozen_product(x.cuda(), [t.cuda() for t in stored], storage, (512, 1024), transposed).cpu()
+        assert float((here.float() - there.float()).norm() / here.float().norm()) < 4e-3, "bf16's own rounding"
 
 
 def test_dropout_masks_the_adapters_input_alone_forward_and_back() -> None:

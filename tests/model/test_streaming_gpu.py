@@ -97,7 +97,7 @@ def test_any_mix_is_as_exact_as_the_resident_twin(small, tiers, policies, slots,
 
 @pytest.mark.parametrize(
     ("precision", "compiled"),
-    [("nf4", False), ("nf4", True), ("bf16", False), ("bf16", True), ("int8", False)],  # torch 2.11 cannot compile int8
+    [(precision, compiled) for precision in ("nf4", "int8", "fp8", "bf16") for compiled in (False, True)],
 )
 def test_every_precision_streams_compiled_and_eager(small, precision, compiled) -> None:
     batches = cut_packed(random_sequences([300, 120, 511]), 1024, 1024, 0)

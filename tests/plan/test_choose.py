@@ -91,7 +91,7 @@ settings_given = st.fixed_dictionaries(
         "accumulation": maybe(st.integers(1, 300)),
         "groups": maybe(st.integers(1, 40)),
         "packing": maybe(st.booleans()),
-        "precision": maybe(st.sampled_from(["nf4", "fp4", "int8", "bf16", "fp16", "fp32"])),
+        "precision": maybe(st.sampled_from(["nf4", "fp4", "int8", "fp8", "bf16", "fp16", "fp32"])),
         "double_quant": maybe(st.booleans()),
         "compute": maybe(st.sampled_from(["float16", "bfloat16", "float32"])),
         "rate": maybe(st.floats(1e-6, 1.0)),

@@ -24,7 +24,7 @@ from drawplate.records import LedgerLine
 AROUND = Surroundings(base_bytes=10**8, context_bytes=10**8, dataset_bytes=10**6)
 settings = st.fixed_dictionaries(
     {
-        "precision": st.sampled_from(["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]),
+        "precision": st.sampled_from(["nf4", "fp4", "int8", "fp8", "bf16", "fp16", "fp32"]),
         "double_quant": st.booleans(),
         "compute_dtype": st.sampled_from(["float16", "bfloat16", "float32"]),
         "weights": st.sampled_from(["device", "dequantized", "host"]),

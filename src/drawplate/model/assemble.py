@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from drawplate.errors import IntegrityError, UsageError
+from drawplate.errors import EnvironmentProblem, IntegrityError, UsageError
 from drawplate.model import attention
 from drawplate.model.adapter import Adapter, scaling_of, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy
@@ -29,7 +29,14 @@ from drawplate.model.arena import (
     require_host_memory,
 )
 from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.frozen import PLAIN_DTYPES, WHOLE, FrozenLinear, Storage
+from drawplate.model.frozen import (
+    FP8_CAPABILITY,
+    FP8_MULTIPLE,
+    PLAIN_DTYPES,
+    WHOLE,
+    FrozenLinear,
+    Storage,
+)
 from drawplate.model.head import Head, ResidentRows, StreamedRows
 from drawplate.model.layers import ExecutedLayer
 from drawplate.model.residency import LayerLayout, Residency
@@ -72,6 +79,7 @@ def assemble(
     config = lora(anatomy) if callable(lora) else lora
     tiers = placement.tiers(len(anatomy.layers))
     targets = target_names(config, anatomy)
+    _require_fp8_units(placement, anatomy)
     plain = next(name for name, dtype in PLAIN_DTYPES.items() if dtype == placement.compute_dtype)
     for i, (layer, tier) in enumerate(zip(anatomy.layers, tiers, strict=True)):
         storage = Storage(plain) if tier == "dequantized" else placement.storage
@@ -150,6 +158,27 @@ def _arena_of(
 
     key = arena_key(names.checkpoint, placement.storage, placement.compute_dtype, placement.device)
     return kept_arena(key, layouts, fill, progress=progress, tell=tell)
+
+
+def _require_fp8_units(placement: Placement, anatomy: Anatomy) -> None:
+    """Refuse fp8 where a GPU cannot multiply it. A CPU can, slowly."""
+    if placement.storage.precision != "fp8" or placement.device.type != "cuda":
+        return
+    if torch.cuda.get_device_capability(placement.device) < FP8_CAPABILITY:
+        raise EnvironmentProblem(
+            f"{torch.cuda.get_device_name(placement.device)} has no fp8 units: Ada, Hopper and Blackwell have them.",
+            safe="Nothing was loaded or written.",
+            next_step="Set quantization.precision: bf16, or nf4 if memory is short.",
+        )
+    linears = (m for layer in anatomy.layers for m in layer.modules() if isinstance(m, nn.Linear))
+    sizes = {size for m in linears for size in (m.in_features, m.out_features)}
+    if placement.compute_dtype == torch.float16 or any(size % FP8_MULTIPLE for size in sizes):
+        raise UsageError(
+            f"fp8 products give bf16 and need sizes that {FP8_MULTIPLE} divides; this run computes in "
+            f"{placement.compute_dtype} with sizes {sorted(sizes)}.",
+            safe="Nothing was loaded or written.",
+            next_step="Set train.bf16: true, or another quantization.precision.",
+        )
 
 
 def _smaller_on_host(placement: Placement) -> str:

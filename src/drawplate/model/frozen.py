@@ -11,6 +11,12 @@ sees plain products, launched faster, at the price of one dequantized layer.
 that its kernels serve on CPU and CUDA and its pre-quantized checkpoints load as they are. int8 is LLM.int8()'s storage
 (row-wise absmax) without its outlier path: the product runs on the dequantized weight.
 
+fp8 alone is multiplied as it is stored (`native`): e4m3 with a scale a row, and the products' other operand rounded to
+e4m3 with a scale a row as it comes, in forward and in backward. The hardware wants both operands with the summed
+dimension last, so backward has a transposed copy: 2 bytes a weight, as bf16. Both copies hold the same numbers: the
+rows' scales, which backward cannot take out of its sum, go into the incoming gradient before it is rounded. Where
+there are no fp8 units (a CPU) the same rounded numbers are multiplied in float32: slow, and what tests compare with.
+
 Shapes: B batch, T tokens, I in_features, O out_features, R rank.
 """
 
@@ -30,6 +36,10 @@ BLOCK = 64
 WHOLE = "whole"
 SCALE_BLOCK = 256
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FP8 = torch.float8_e4m3fn
+FP8_LARGEST = 448.0
+FP8_MULTIPLE = 16
+FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Storage:
     """How a frozen weight matrix is stored.
 
     Attributes:
-        precision: nf4, fp4, int8, bf16, fp16 or fp32.
+        precision: nf4, fp4, int8, fp8, bf16, fp16 or fp32.
         double_quant: for the 4-bit precisions, quantize the block scales as well.
     """
 
@@ -46,8 +56,13 @@ class Storage:
 
     @property
     def quantized(self) -> bool:
-        """Whether the weight must be dequantized before a product."""
+        """Whether the stored numbers are not the weight's own."""
         return self.precision not in PLAIN_DTYPES
+
+    @property
+    def native(self) -> bool:
+        """Whether products take the weight as it is stored; else it is dequantized for them."""
+        return self.precision == "fp8" or not self.quantized
 
     def specs(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Stored tensors of an O x I weight: name -> (shape, dtype)."""
@@ -56,6 +71,12 @@ class Storage:
         if self.precision == "int8":
             return {
                 "int8": ((out_features, in_features), torch.int8),
+                "row_scale": ((out_features,), torch.float32),
+            }
+        if self.precision == "fp8":
+            return {
+                "fp8": ((out_features, in_features), FP8),
+                "fp8_transposed": ((in_features, out_features), FP8),
                 "row_scale": ((out_features,), torch.float32),
             }
         count = out_features * in_features
@@ -80,6 +101,9 @@ class Storage:
                 "int8": (weight_OI.float() / row_scale[:, None]).round().to(torch.int8),
                 "row_scale": row_scale,
             }
+        if self.precision == "fp8":
+            rounded, scale = fp8_rows(weight_OI.float())
+            return {"fp8": rounded, "fp8_transposed": rounded.t().contiguous(), "row_scale": scale[:, 0]}
         from bitsandbytes import functional as bnb
 
         packed, state = bnb.quantize_4bit(
@@ -99,6 +123,8 @@ class Storage:
             return stored[0].to(dtype)
         if self.precision == "int8":
             return (stored[0].to(dtype)) * stored[1].to(dtype)[:, None]
+        if self.precision == "fp8":
+            return (stored[0].float() * stored[2][:, None]).to(dtype)
         packed, absmax = stored[:2]
         if self.double_quant:
             code = _scale_code(absmax.device)
@@ -119,7 +145,30 @@ def _scale_code(device: torch.device) -> Tensor:
     return bnb.create_dynamic_map().to(device)
 
 
+def fp8_rows(x_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (x / scale in e4m3, scale_N1 in float32): each row's largest becomes the largest that e4m3 has."""
+    scale_N1 = x_NK.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-30) / FP8_LARGEST
+    return (x_NK.float() / scale_N1).to(FP8), scale_N1
+
+
+def _fp8_product(x: Tensor, stored: list[Tensor], transposed: bool) -> Tensor:
+    weight_OI, weight_IO, scale_O = stored
+    rows_NK = x.reshape(-1, x.shape[-1])
+    rounded_NK, scale_N1 = fp8_rows(rows_NK.float() * scale_O if transposed else rows_NK)
+    other_KM = (weight_IO if transposed else weight_OI).t()
+    scale_1M = torch.ones_like(other_KM[:1], dtype=torch.float32) if transposed else scale_O[None]
+    if x.device.type == "cuda":
+        y_NM = torch._scaled_mm(
+            rounded_NK, other_KM, scale_a=scale_N1, scale_b=scale_1M, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    else:
+        y_NM = (rounded_NK.float() @ other_KM.float()) * scale_N1 * scale_1M
+    return y_NM.to(x.dtype).view(*x.shape[:-1], -1)
+
+
 def _product(x: Tensor, stored: list[Tensor], storage: Storage, shape: tuple[int, int], transposed: bool) -> Tensor:
+    if storage.precision == "fp8":
+        return _fp8_product(x, stored, transposed)
     weight_OI = storage.decode(stored, shape, x.dtype)
     return x @ weight_OI if transposed else F.linear(x, weight_OI)
 
@@ -141,82 +190,78 @@ def frozen_product(
     x: Tensor, stored: list[Tensor], storage: Storage, shape: tuple[int, int], transposed: bool
 ) -> Tensor:
     """x_..I @ W^T -> ..O, or with `transposed` dy_..O @ W -> ..I."""
-    if storage.quantized and torch.compiler.is_compiling():
+    if not storage.native and torch.compiler.is_compiling():
         return _frozen_product(x, stored, storage.precision, storage.double_quant, list(shape), transposed)
     return _product(x, stored, storage, shape, transposed)
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y = x W^T; backward to x only."""
+    """y = x W^T; backward to x only. Constants as in _LoraLinear."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, storage: Storage, shape: tuple[int, int], *stored: Tensor) -> Tensor:
-        ctx.storage, ctx.shape = storage, shape
+    def forward(
+        ctx: Any, x: Tensor, out_features: int, in_features: int, precision: str, double_quant: bool, *stored: Tensor
+    ) -> Tensor:
+        ctx.shape, ctx.precision, ctx.double_quant = (out_features, in_features), precision, double_quant
         ctx.save_for_backward(*stored)
-        return frozen_product(x, list(stored), storage, shape, transposed=False)
+        return frozen_product(x, list(stored), Storage(precision, double_quant), ctx.shape, transposed=False)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
-        grad_x = frozen_product(grad_y, list(ctx.saved_tensors), ctx.storage, ctx.shape, transposed=True)
-        return grad_x, None, None, *(None for _ in ctx.saved_tensors)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What a product with LoRA needs beside tensors."""
-
-    scaling: float
-    dropout: float
-    storage: Storage
-    shape: tuple[int, int]
+        storage, stored = Storage(ctx.precision, ctx.double_quant), list(ctx.saved_tensors)
+        grad_x = frozen_product(grad_y, stored, storage, ctx.shape, transposed=True)
+        return grad_x, None, None, None, None, *(None for _ in stored)
 
 
 class _LoraLinear(torch.autograd.Function):
     """y = x W^T + scaling * drop(x) A^T B^T, with the two skinny products added in place and the mask recomputed.
 
     Saves x, the rank-R intermediate and the stored weight. Adapter gradients are computed in x's dtype and returned in
-    the adapter's.
+    the adapter's. The storage comes as two constants: torch 2.11's compiler mixes a dataclass up with tensors.
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 - an autograd function takes what it takes
         ctx: Any,
-        settings: _Settings,
         x: Tensor,
         lora_A_RI: Tensor,
         lora_B_OR: Tensor,
         dropout_key: Tensor,
+        scaling: float,
+        dropout: float,
+        precision: str,
+        double_quant: bool,
         *stored: Tensor,
     ) -> Tensor:
-        scaling, dropout, storage, shape = settings.scaling, settings.dropout, settings.storage, settings.shape
+        storage, shape = Storage(precision, double_quant), (lora_B_OR.shape[0], lora_A_RI.shape[1])
         y = frozen_product(x, list(stored), storage, shape, transposed=False)
         dropped = _dropped(x, dropout_key, dropout)
         t_NR = dropped.reshape(-1, shape[1]) @ lora_A_RI.to(x.dtype).t()
         y.view(-1, shape[0]).addmm_(t_NR, lora_B_OR.to(x.dtype).t(), alpha=scaling)
-        ctx.settings = settings
+        ctx.scaling, ctx.dropout, ctx.precision, ctx.double_quant = scaling, dropout, precision, double_quant
         ctx.save_for_backward(x, lora_A_RI, lora_B_OR, dropout_key, t_NR, *stored)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
-        settings = ctx.settings
-        scaling, dropout, storage, shape = settings.scaling, settings.dropout, settings.storage, settings.shape
+        scaling, dropout = ctx.scaling, ctx.dropout
         x, lora_A_RI, lora_B_OR, dropout_key, t_NR, *stored = ctx.saved_tensors
+        storage, shape = Storage(ctx.precision, ctx.double_quant), (lora_B_OR.shape[0], lora_A_RI.shape[1])
         grad_NO = grad_y.reshape(-1, shape[0])
         grad_t_NR = (grad_NO @ lora_B_OR.to(x.dtype)) * scaling
         grad_A = grad_B = grad_x = None
-        if ctx.needs_input_grad[2]:
-            grad_A = (grad_t_NR.t() @ _dropped(x, dropout_key, dropout).reshape(-1, shape[1])).to(lora_A_RI.dtype)
-        if ctx.needs_input_grad[3]:
-            grad_B = ((grad_NO.t() @ t_NR) * scaling).to(lora_B_OR.dtype)
         if ctx.needs_input_grad[1]:
+            grad_A = (grad_t_NR.t() @ _dropped(x, dropout_key, dropout).reshape(-1, shape[1])).to(lora_A_RI.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_B = ((grad_NO.t() @ t_NR) * scaling).to(lora_B_OR.dtype)
+        if ctx.needs_input_grad[0]:
             grad_x = frozen_product(grad_y, stored, storage, shape, transposed=True)
             through_A = lora_A_RI.to(x.dtype)
             if dropout_key.numel() and dropout:
                 grad_x = grad_x + _dropped((grad_t_NR @ through_A).view_as(x), dropout_key, dropout)
             else:
                 grad_x.view(-1, shape[1]).addmm_(grad_t_NR, through_A)
-        return None, grad_x, grad_A, grad_B, None, *(None for _ in stored)
+        return grad_x, grad_A, grad_B, *(None for _ in range(5)), *(None for _ in stored)
 
 
 def _dropped(x: Tensor, dropout_key: Tensor, dropout: float) -> Tensor:
@@ -245,7 +290,7 @@ class FrozenLinear(nn.Module):
         self.stored_names = tuple(storage.specs(self.out_features, self.in_features))
         for name, (shape, dtype) in storage.specs(self.out_features, self.in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
-        if storage.quantized:
+        if not storage.native:
             self.register_buffer(WHOLE, torch.empty(0, device="meta"))
         if linear.bias is not None:
             self.bias: nn.Parameter | None = nn.Parameter(linear.bias.detach(), requires_grad=False)
@@ -262,12 +307,12 @@ class FrozenLinear(nn.Module):
         whole = getattr(self, WHOLE, None)
         if whole is not None and whole.numel():
             stored, storage = [whole], DENSE
-        shape = (self.out_features, self.in_features)
+        facts = (storage.precision, storage.double_quant)
         if self.rank:
-            settings = _Settings(self.scaling, self.dropout, storage, shape)
-            y = _LoraLinear.apply(settings, x, self.lora_A, self.lora_B, self.dropout_key, *stored)
+            adapter = (self.lora_A, self.lora_B, self.dropout_key, self.scaling, self.dropout)
+            y = _LoraLinear.apply(x, *adapter, *facts, *stored)
         else:
-            y = _FrozenLinear.apply(x, storage, shape, *stored)
+            y = _FrozenLinear.apply(x, self.out_features, self.in_features, *facts, *stored)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantized(self, stored: dict[str, Tensor], path: str, dtype: torch.dtype) -> Tensor:

@@ -270,7 +270,7 @@ def kind_of(template: nn.Module) -> str:
 
 def _quantized_linears(template: nn.Module) -> dict[str, FrozenLinear]:
     modules = template.named_modules()
-    return {path: m for path, m in modules if isinstance(m, FrozenLinear) and m.storage.quantized}
+    return {path: m for path, m in modules if isinstance(m, FrozenLinear) and not m.storage.native}
 
 
 def _module_salts(template: nn.Module, layer: int, device: torch.device) -> tuple[tuple[str, ...], Tensor]:

@@ -17,7 +17,7 @@ from drawplate.records import LedgerLine, PhaseLedger
 from drawplate.units import MIB
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-STORED_BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0}
+STORED_BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "fp8": 16.0}
 BLOCK, SCALE_BLOCK = 64, 256
 ADAM_MOMENTS = 2
 TRAINED_BYTES = 4

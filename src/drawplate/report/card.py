@@ -172,7 +172,7 @@ def _limits(record: RunRecord) -> str:
         "- It can repeat what was in the training documents. Publish it only if they may be published.",
         "- The base model's licence and limits apply; the documents' may too.",
     ]
-    if precision in ("nf4", "fp4", "int8"):
+    if precision in ("nf4", "fp4", "int8", "fp8"):
         limits.insert(
             1,
             f"- It was trained on the base model's {precision} weights. Loaded on, or merged into, weights of another "
