@@ -182,10 +182,10 @@ def test_fp8_rounds_the_products_other_operand_and_nothing_of_the_adapter(rank: 
 
 
 def test_fp8_rows_of_any_size_fill_the_range_of_e4m3() -> None:
-    x = torch.tensor([[1e-20, -2e-20], [3e4, 1.0], [0.0, 0.0], [float("nan"), 1.0]])
+    x = torch.tensor([[1e-20, -2e-20], [3e4, 30.0], [0.0, 0.0], [float("nan"), 1.0]])
     rounded, scale = fp8_rows(x)
     assert rounded[:2].float().abs().amax(1).tolist() == [448.0, 448.0]
-    assert torch.allclose(rounded[:3].float() * scale[:3], x[:3], rtol=0.04)
+    assert torch.allclose(rounded[:3].float() * scale[:3], x[:3], rtol=2**-4)
     assert (rounded[3].float() * scale[3]).isnan().all(), "not hidden"
 
 
