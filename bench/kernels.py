@@ -2,11 +2,14 @@
 
     python bench/kernels.py OUT.json [NAME ...]
 
-NAME is `loss` so far; all by default. A case whose error against float32 is more than 1.25 times that of plain
+NAME is `loss` or `fp8`; all by default. A case whose error against float32 is more than 1.25 times that of plain
 torch in the same dtype gets no time. Times are medians over runs of a warmed-up call.
 
 `loss`: the head's cross-entropy with its gradient, kernels against plain torch between the same two products, and those
 two products alone.
+
+`fp8`: one frozen product, x @ W.T, in bf16, in fp8 with a scale a row (what model/frozen.py does), in fp8 with one scale
+a tensor, and what rounding x to fp8 takes, compiled.
 """
 
 from __future__ import annotations
@@ -145,7 +148,39 @@ def loss_times(tokens: int, hidden: int) -> list[dict[str, Any]]:
     return results
 
 
-CASES: dict[str, Callable[[], list[dict[str, Any]]]] = {"loss": loss_cases}
+def fp8_cases() -> list[dict[str, Any]]:
+    """Milliseconds of the products of 3B and 8B layers."""
+    from drawplate.model.frozen import FP8, fp8_rows
+
+    rounding = torch.compile(fp8_rows, dynamic=False)
+    one = torch.ones((), device="cuda")
+    results: list[dict[str, Any]] = []
+    for out, inner in ((3072, 3072), (1024, 3072), (8192, 3072), (3072, 8192), (14336, 4096), (4096, 14336)):
+        for tokens in (3584, 14336):
+            x_NI = torch.randn(tokens, inner, device="cuda").bfloat16()
+            weight_OI = torch.randn(out, inner, device="cuda").mul_(0.02).bfloat16()
+            x8, x_scale = fp8_rows(x_NI)
+            weight8, weight_scale = fp8_rows(weight_OI)
+            by_row = {"scale_a": x_scale, "scale_b": weight_scale.t().contiguous()}
+            by_tensor = {"scale_a": one, "scale_b": one}
+            options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+            times = {
+                "bf16_ms": milliseconds(lambda x=x_NI, w=weight_OI: x @ w.t()),
+                "fp8_rows_ms": milliseconds(
+                    lambda x=x8, w=weight8, s=by_row: torch._scaled_mm(x, w.t(), **s, **options)
+                ),
+                "fp8_tensor_ms": milliseconds(
+                    lambda x=x8, w=weight8, s=by_tensor: torch._scaled_mm(x, w.t(), **s, **options)
+                ),
+                "rounding_ms": milliseconds(lambda x=x_NI: rounding(x)),
+                "transpose_ms": milliseconds(lambda w=weight8: w.view(torch.uint8).t().contiguous().view(FP8)),
+            }
+            results.append({"kernel": "fp8", "out_features": out, "in_features": inner, "tokens": tokens, **times})
+            print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+CASES: dict[str, Callable[[], list[dict[str, Any]]]] = {"loss": loss_cases, "fp8": fp8_cases}
 
 
 def main() -> None:
