@@ -8,8 +8,8 @@ torch in the same dtype gets no time. Times are medians over runs of a warmed-up
 `loss`: the head's cross-entropy with its gradient, kernels against plain torch between the same two products, and those
 two products alone.
 
-`fp8`: one frozen product, x @ W.T, in bf16, in fp8 with a scale a row (what model/frozen.py does), in fp8 with one scale
-a tensor, and what rounding x to fp8 takes, compiled.
+`fp8`: one frozen product, x @ W.T, in bf16, in fp8 with a scale a row (what model/frozen.py does), in fp8 with one
+scale a tensor, and what rounding x to fp8 takes, compiled.
 """
 
 from __future__ import annotations
@@ -161,17 +161,13 @@ def fp8_cases() -> list[dict[str, Any]]:
             weight_OI = torch.randn(out, inner, device="cuda").mul_(0.02).bfloat16()
             x8, x_scale = fp8_rows(x_NI)
             weight8, weight_scale = fp8_rows(weight_OI)
-            by_row = {"scale_a": x_scale, "scale_b": weight_scale.t().contiguous()}
-            by_tensor = {"scale_a": one, "scale_b": one}
             options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+            by_row = {**options, "scale_a": x_scale, "scale_b": weight_scale.t().contiguous()}
+            by_tensor = {**options, "scale_a": one, "scale_b": one}
             times = {
                 "bf16_ms": milliseconds(lambda x=x_NI, w=weight_OI: x @ w.t()),
-                "fp8_rows_ms": milliseconds(
-                    lambda x=x8, w=weight8, s=by_row: torch._scaled_mm(x, w.t(), **s, **options)
-                ),
-                "fp8_tensor_ms": milliseconds(
-                    lambda x=x8, w=weight8, s=by_tensor: torch._scaled_mm(x, w.t(), **s, **options)
-                ),
+                "fp8_rows_ms": milliseconds(lambda x=x8, w=weight8, s=by_row: torch._scaled_mm(x, w.t(), **s)),
+                "fp8_tensor_ms": milliseconds(lambda x=x8, w=weight8, s=by_tensor: torch._scaled_mm(x, w.t(), **s)),
                 "rounding_ms": milliseconds(lambda x=x_NI: rounding(x)),
                 "transpose_ms": milliseconds(lambda w=weight8: w.view(torch.uint8).t().contiguous().view(FP8)),
             }
