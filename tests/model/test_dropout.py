@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drawplate.data.batches import Batch, cut_packed, cut_padded
-from drawplate.model.dropout import dropout_mask, mix, module_keys, token_keys, wrap_int32
+from drawplate.kernels.dropped_product import dropout_mask, mix, wrap_int32
+from drawplate.model.dropout import module_keys, token_keys
 from tests.model.conftest import random_sequences
 
 TOKENS, FEATURES = 512, 256

@@ -203,7 +203,7 @@ def test_fp8_units_multiply_what_the_cpu_multiplies(tokens: int) -> None:
 
 
 def test_dropout_masks_the_adapters_input_alone_forward_and_back() -> None:
-    from drawplate.model.dropout import dropout_mask
+    from drawplate.kernels.dropped_product import dropout_mask
 
     layer, x = Layer(Storage("nf4"), dropout=0.4), an_input()
     mask = dropout_mask(layer.key, 64, 0.4, torch.float32)

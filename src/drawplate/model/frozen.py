@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drawplate.model.dropout import dropout_mask
+from drawplate.kernels import dropped_product
 
 BLOCK = 64
 WHOLE = "whole"
@@ -235,8 +235,11 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         storage, shape = Storage(precision, double_quant), (lora_B_OR.shape[0], lora_A_RI.shape[1])
         y = frozen_product(x, list(stored), storage, shape, transposed=False)
-        dropped = _dropped(x, dropout_key, dropout)
-        t_NR = dropped.reshape(-1, shape[1]) @ lora_A_RI.to(x.dtype).t()
+        x_NI = x.reshape(-1, shape[1])
+        if _drops(dropout_key, dropout):
+            t_NR = dropped_product.dropped_down(x_NI, dropout_key.reshape(-1), lora_A_RI, dropout)
+        else:
+            t_NR = x_NI @ lora_A_RI.to(x.dtype).t()
         y.view(-1, shape[0]).addmm_(t_NR, lora_B_OR.to(x.dtype).t(), alpha=scaling)
         ctx.scaling, ctx.dropout, ctx.precision, ctx.double_quant = scaling, dropout, precision, double_quant
         ctx.save_for_backward(x, lora_A_RI, lora_B_OR, dropout_key, t_NR, *stored)
@@ -250,24 +253,26 @@ class _LoraLinear(torch.autograd.Function):
         grad_NO = grad_y.reshape(-1, shape[0])
         grad_t_NR = (grad_NO @ lora_B_OR.to(x.dtype)) * scaling
         grad_A = grad_B = grad_x = None
-        if ctx.needs_input_grad[1]:
-            grad_A = (grad_t_NR.t() @ _dropped(x, dropout_key, dropout).reshape(-1, shape[1])).to(lora_A_RI.dtype)
+        x_NI, drops = x.reshape(-1, shape[1]), _drops(dropout_key, dropout)
+        if ctx.needs_input_grad[1] and drops:
+            grad_A = dropped_product.dropped_grad_A(grad_t_NR, x_NI, dropout_key.reshape(-1), dropout)
+            grad_A = grad_A.to(lora_A_RI.dtype)
+        elif ctx.needs_input_grad[1]:
+            grad_A = (grad_t_NR.t() @ x_NI).to(lora_A_RI.dtype)
         if ctx.needs_input_grad[2]:
             grad_B = ((grad_NO.t() @ t_NR) * scaling).to(lora_B_OR.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = frozen_product(grad_y, stored, storage, shape, transposed=True)
-            through_A = lora_A_RI.to(x.dtype)
-            if dropout_key.numel() and dropout:
-                grad_x = grad_x + _dropped((grad_t_NR @ through_A).view_as(x), dropout_key, dropout)
+            if drops:
+                added_NI = dropped_product.dropped_up(grad_t_NR, lora_A_RI, dropout_key.reshape(-1), dropout)
+                grad_x = grad_x + added_NI.view_as(x)
             else:
-                grad_x.view(-1, shape[1]).addmm_(grad_t_NR, through_A)
+                grad_x.view(-1, shape[1]).addmm_(grad_t_NR, lora_A_RI.to(x.dtype))
         return grad_x, grad_A, grad_B, *(None for _ in range(5)), *(None for _ in stored)
 
 
-def _dropped(x: Tensor, dropout_key: Tensor, dropout: float) -> Tensor:
-    if dropout == 0 or dropout_key.numel() == 0:
-        return x
-    return x * dropout_mask(dropout_key, x.shape[-1], dropout, x.dtype)
+def _drops(dropout_key: Tensor, dropout: float) -> bool:
+    return bool(dropout) and dropout_key.numel() > 0
 
 
 class FrozenLinear(nn.Module):
