@@ -159,7 +159,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         activations=activation_words(choice, model.layers),
         compiled=choice.compiled,
         dequantize=choice.dequantize,
-        graphs=_graphs(machine, weight_words(choice, model.layers), activation_words(choice, model.layers)),
+        graphs=_graphs(choice, model.layers),
         packing=batch.packing,
         max_length=max_length,
         micro_batch_sequences=micro,
@@ -350,10 +350,10 @@ def _batch(recipe: Recipe, corpus: CorpusShape, reasons: dict[str, str]) -> _Bat
     return _Batch(effective, micro, packing, row_tokens)
 
 
-def _graphs(machine: Machine, weights: Words, activations: Words) -> bool:
+def _graphs(choice: Choice, layers: int) -> bool:
     """Whole micro-steps as CUDA graphs, where nothing crosses the bus: they take the memory a step takes anyway."""
-    crossing = {words if isinstance(words, str) else word for words in (weights, activations) for word in words}
-    return machine.device == "cuda" and not crossing & {"host", "offload"}
+    crosses = choice.host_layers(layers) or choice.head_rows or "offload" in activation_words(choice, layers)
+    return choice.device == "cuda" and not crosses
 
 
 def _accumulation(recipe: Recipe, batch: _Batch, cut: MicroBatch, reasons: dict[str, str]) -> int:
