@@ -131,7 +131,7 @@ def test_a_mask_drawn_anew_in_backward_would_be_noticed(base: Path, monkeypatch:
     def drawn(key: torch.Tensor, features: int, dropout: float, dtype: torch.dtype) -> torch.Tensor:
         return (torch.rand(*key.shape, features) >= dropout).to(dtype) / (1 - dropout)
 
-    monkeypatch.setattr("drawplate.model.frozen.dropout_mask", drawn)
+    monkeypatch.setattr("drawplate.kernels.dropped_product.dropout_mask", drawn)
     states = []
     for activations in ("keep", "recompute"):
         torch.manual_seed(0)
