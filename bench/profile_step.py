@@ -25,7 +25,8 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 KINDS = {
     "product": ("gemm", "nvjet", "cutlass_80", "cutlass_90", "xmma", "splitk"),
     "attention": ("flash", "fmha", "attention"),
-    "loss": ("_add_tile", "tile_", "shrink"),
+    "loss": ("absorb_tile", "scale_moved_rows", "copy_target_rows"),
+    "adapter's dropped products": ("_down", "_up", "_grad_a"),
     "fused by the compiler": ("triton_",),
     "copy": ("memcpy", "memset"),
 }
@@ -44,8 +45,8 @@ def main() -> None:
             results.append({"case": case, "size": size, **profile_micro_step(model, batch)})
             brief = {key: value for key, value in results[-1].items() if key not in ("kernels", "host")}
             print(json.dumps(brief), flush=True)
+            out.write_text(json.dumps(record(results), indent=1))
         del model
-        out.write_text(json.dumps(record(results), indent=1))
 
 
 def profile_micro_step(model: Any, batch: Any) -> dict[str, Any]:
@@ -108,10 +109,13 @@ def _kind(name: str) -> str:
 
 def _host_functions(step: Any) -> list[str]:
     """The Python functions by own time; backward's run in another thread and are not among them."""
+    import torch
+
     watched = cProfile.Profile()
     watched.enable()
     step()
     watched.disable()
+    torch.cuda.synchronize()
     text = io.StringIO()
     pstats.Stats(watched, stream=text).sort_stats("tottime").print_stats(35)
     return [line.replace(str(ROOT), "") for line in text.getvalue().splitlines() if line.strip()]

@@ -15,6 +15,7 @@ out: graphs for evaluation; streamed layers, whose ring could be captured too.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ class GraphedSteps:
         self._graphs: dict[object, _Graph] = {}
         self._pool: Any = None
         self._gradients_at: int | None = None
-        self.replays = 0
+        self.replays, self.refused = 0, ""
 
     def run(self, batch: DeviceBatch, scale: float) -> Tensor:
         """Add the gradients of `scale` times the nats; returns the sum of nats in float64, good until the next call."""
@@ -63,8 +64,8 @@ class GraphedSteps:
             nats = self._add_gradients(batch, torch.full((), scale, device=batch.targets_N.device))
             self._known.add(batch.shape)
             return nats
-        if batch.shape not in self._graphs:
-            self._capture(batch)
+        if batch.shape not in self._graphs and not self._capture(batch):
+            return self._add_gradients(batch, torch.full((), scale, device=batch.targets_N.device))
         self.replays += 1
         return self._graphs[batch.shape].replay(batch, scale)
 
@@ -75,20 +76,33 @@ class GraphedSteps:
 
     def _drop(self) -> None:
         if self._graphs:
+            # A replay may be running, on another stream than the one the allocator knows its memory by.
+            torch.cuda.synchronize()
             self._graphs.clear()
             self._pool = None
             torch.cuda.empty_cache()
 
-    def _capture(self, batch: DeviceBatch) -> None:
+    def _capture(self, batch: DeviceBatch) -> bool:
+        """Whether it could be captured: an architecture that waits for the device in its forward cannot."""
+        if self.refused:
+            return False
         tokens = [graph.batch.tokens for graph in self._graphs.values()]
         if len(tokens) == MOST_GRAPHS or (tokens and batch.tokens > max(tokens)):
             self._drop()  # the largest goes first: smaller ones then fit into its memory
         graph = _Graph(batch.copied(), torch.ones((), device=batch.targets_N.device), torch.cuda.CUDAGraph())
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph.graph, pool=self._pool):  # empties the allocator's cache first
-            graph.nats = self._add_gradients(graph.batch, graph.scale)
+        try:
+            with torch.cuda.graph(graph.graph, pool=self._pool):  # empties the allocator's cache first
+                graph.nats = self._add_gradients(graph.batch, graph.scale)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.refused = str(error).partition("\n")[0]
+            warnings.warn(f"Micro-steps are launched kernel by kernel: capture failed ({self.refused}).", stacklevel=2)
+            return False
         self._graphs[batch.shape] = graph
+        return True
 
     def _add_gradients(self, batch: DeviceBatch, scale: Tensor) -> Tensor:
         loss, nats_N = self._step(batch, scale)
