@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,6 +114,7 @@ class Adapter:
         on_host: bool = False,
     ) -> None:
         self.config, self.layers_path = config, layers_path
+        self._aliases: list[dict[str, Tensor]] | None = None
         generator = torch.Generator().manual_seed(seed)
         home = torch.device("cpu") if on_host else device
         self.layers: list[dict[str, nn.Parameter]] = [
@@ -123,7 +125,21 @@ class Adapter:
 
     def of_layer(self, layer: int) -> Mapping[str, Tensor]:
         """A layer's trained tensors on the device; a visit of theirs, if they live on the host."""
+        if self._aliases is not None:
+            return self._aliases[layer]
         return self.layers[layer] if self.host is None else self.host.visit(layer)
+
+    @contextmanager
+    def aliased(self) -> Iterator[list[Tensor]]:
+        """Within, layers see new leaves on the same memory; yields them in the order of `parameters()`.
+
+        A leaf remembers the stream on which it was first used, and a captured one may not be the default stream.
+        """
+        self._aliases = [{name: p.detach().requires_grad_() for name, p in layer.items()} for layer in self.layers]
+        try:
+            yield [tensor for layer in self._aliases for tensor in layer.values()]
+        finally:
+            self._aliases = None
 
     def begin(self) -> None:
         """A new micro-batch: whatever the one before has left unfinished is dropped."""

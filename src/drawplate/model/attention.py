@@ -42,6 +42,9 @@ try:
 except ImportError:  # segments are then done one by one
     varlen_attn = None
 
+VARLEN_ARGUMENTS = frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
+"""The keyword arguments that this torch's variable-length attention knows; none where it is missing."""
+
 NAME = "drawplate"
 REFERENCE_NAME = "drawplate_reference"
 BLOCK_QUERIES = 512
@@ -299,12 +302,6 @@ def _borders(query_BHTD: Tensor, kwargs: dict[str, Any]) -> tuple[int, ...]:
     return borders
 
 
-@functools.cache
-def _varlen_arguments() -> frozenset[str]:
-    """The keyword arguments that this torch's variable-length attention knows; none where it is missing."""
-    return frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
-
-
 def _varlen_serves(query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, rule: _Rule, packed: bool) -> bool:
     """Can and should torch's variable-length kernel do this? (Plain causal rows are as fast without.)"""
     return (
@@ -315,7 +312,7 @@ def _varlen_serves(query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, rul
         and query_BHTD.shape[-1] == value_BKSD.shape[-1]
         and query_BHTD.shape[-1] <= 256
         and query_BHTD.shape[-1] % 8 == 0
-        and {"scale", "window_size"} <= _varlen_arguments()
+        and {"scale", "window_size"} <= VARLEN_ARGUMENTS
     )
 
 
@@ -326,7 +323,7 @@ def _varlen(query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, rule: _Rul
         "scale": rule.scaling,
         "window_size": (-1 if rule.window is None else rule.window - 1, 0),
     }
-    if "enable_gqa" in _varlen_arguments():  # torch 2.11 groups queries without being asked
+    if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 groups queries without being asked
         options["enable_gqa"] = key_BKSD.shape[1] != heads
     if packing.get("cu_seq_lens_q") is not None:
         borders, longest = packing["cu_seq_lens_q"], packing.get("max_length_q") or tokens

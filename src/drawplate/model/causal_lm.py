@@ -106,7 +106,7 @@ class CausalLM:
         self.head: Head
         self._bounds = ShapeBounds()
         captures = placement.captures(len(anatomy.layers))
-        self.graphed = GraphedSteps(self._nats, adapter.parameters()) if captures else None
+        self.graphed = GraphedSteps(self._nats, adapter) if captures else None
 
     def sum_nats(
         self,

@@ -23,18 +23,17 @@ Shapes: B batch, T tokens, I in_features, O out_features, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drawplate.kernels import dropped_product
+from drawplate.kernels import dropped_product, four_bits
 
-BLOCK = 64
+BLOCK = four_bits.BLOCK
 WHOLE = "whole"
-SCALE_BLOCK = 256
+SCALE_BLOCK = four_bits.SCALE_BLOCK
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
@@ -125,24 +124,14 @@ class Storage:
             return (stored[0].to(dtype)) * stored[1].to(dtype)[:, None]
         if self.precision == "fp8":
             return (stored[0].float() * stored[2][:, None]).to(dtype)
-        packed, absmax = stored[:2]
         if self.double_quant:
-            code = _scale_code(absmax.device)
-            absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, stored[2], code, SCALE_BLOCK, torch.float32)
-            absmax = absmax + stored[3]
+            return four_bits.dequantize(stored, self.precision, shape, dtype)
+        packed, absmax = stored
         return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, self.precision, shape, dtype)
 
 
 DENSE = Storage("bf16")
 """A weight that is given in x's dtype already."""
-
-
-@lru_cache(maxsize=8)
-def _scale_code(device: torch.device) -> Tensor:
-    """bitsandbytes' 256-entry dynamic map, in which double quantization writes the scales."""
-    from bitsandbytes import functional as bnb
-
-    return bnb.create_dynamic_map().to(device)
 
 
 def fp8_rows(x_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +229,10 @@ class _LoraLinear(torch.autograd.Function):
             t_NR = dropped_product.dropped_down(x_NI, dropout_key.reshape(-1), lora_A_RI, dropout)
         else:
             t_NR = x_NI @ lora_A_RI.to(x.dtype).t()
-        y.view(-1, shape[0]).addmm_(t_NR, lora_B_OR.to(x.dtype).t(), alpha=scaling)
+        if torch.compiler.is_compiling():  # in place would be a copy there; a sum joins whatever follows it
+            y = y + ((t_NR @ lora_B_OR.to(x.dtype).t()) * scaling).view_as(y)
+        else:
+            y.view(-1, shape[0]).addmm_(t_NR, lora_B_OR.to(x.dtype).t(), alpha=scaling)
         ctx.scaling, ctx.dropout, ctx.precision, ctx.double_quant = scaling, dropout, precision, double_quant
         ctx.save_for_backward(x, lora_A_RI, lora_B_OR, dropout_key, t_NR, *stored)
         return y

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drawplate.model.adapter import Adapter
 from drawplate.model.device_batch import DeviceBatch
 
 MOST_GRAPHS = 16
@@ -42,11 +43,12 @@ class GraphedSteps:
 
     Args:
         step: forward and loss.
-        parameters: what is trained; their `grad` must be buffers that stay (`Adapter.zero_gradients`).
+        adapter: what is trained; the `grad` of its tensors must be buffers that stay (`Adapter.zero_gradients`).
     """
 
-    def __init__(self, step: Step, parameters: list[torch.nn.Parameter]) -> None:
-        self._step, self._parameters = step, parameters
+    def __init__(self, step: Step, adapter: Adapter) -> None:
+        self._step, self._adapter = step, adapter
+        self._parameters = adapter.parameters()
         self._known: set[object] = set()
         self._graphs: dict[object, _Graph] = {}
         self._pool: Any = None
@@ -105,8 +107,9 @@ class GraphedSteps:
         return True
 
     def _add_gradients(self, batch: DeviceBatch, scale: Tensor) -> Tensor:
-        loss, nats_N = self._step(batch, scale)
-        gradients = torch.autograd.grad(loss, self._parameters)
+        with self._adapter.aliased() as leaves:
+            loss, nats_N = self._step(batch, scale)
+            gradients = torch.autograd.grad(loss, leaves)
         torch._foreach_add_([_gradient(p) for p in self._parameters], gradients)
         return nats_N.sum(dtype=torch.float64)
 

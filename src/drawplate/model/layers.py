@@ -74,9 +74,10 @@ class LayerRunner:
         self.templates, self.residency, self.adapter = list(templates), residency, adapter
         self.policies = list(policies)
         self.inputs = InputStore(residency.device)
-        self.token_keys: Tensor | None = None
         self._held_for_backward: int | None = None
-        self._salts = [_module_salts(template, i, residency.device) for i, template in enumerate(templates)]
+        self._key_names = [_key_names(template) for template in templates]
+        self._salts = _module_salts([len(names) for names in self._key_names], residency.device)
+        self._keys: list[Tensor] = []
         self._no_key = torch.empty(0, dtype=torch.int32, device=residency.device)
         self._no_whole = torch.empty(0, device=residency.device)
         self._whole_dtype = whole_dtype
@@ -86,7 +87,8 @@ class LayerRunner:
 
     def begin(self, token_keys_BT: Tensor | None) -> None:
         """A new micro-batch; keys switch dropout on for it."""
-        self.token_keys = token_keys_BT
+        # All layers' at once: a dozen small operations instead of a dozen a layer.
+        self._keys = [] if token_keys_BT is None else list(module_keys(token_keys_BT, self._salts).unbind(0))
         self.let_go()
         self.adapter.begin()
         self.residency.release_all()
@@ -149,10 +151,11 @@ class LayerRunner:
         }
 
     def _dropout_keys(self, layer: int) -> Tensors:
-        names, salts = self._salts[layer]
-        if self.token_keys is None or not names:
+        names = self._key_names[layer]
+        if not self._keys:
             return dict.fromkeys(names, self._no_key)
-        return dict(zip(names, module_keys(self.token_keys, salts).unbind(0), strict=True))
+        first = sum(len(earlier) for earlier in self._key_names[:layer])
+        return dict(zip(names, self._keys[first : first + len(names)], strict=True))
 
     def hold_for_backward(self, layer: int) -> None:
         """Backward reaches a streamed layer whose activations were kept."""
@@ -273,7 +276,14 @@ def _quantized_linears(template: nn.Module) -> dict[str, FrozenLinear]:
     return {path: m for path, m in modules if isinstance(m, FrozenLinear) and not m.storage.native}
 
 
-def _module_salts(template: nn.Module, layer: int, device: torch.device) -> tuple[tuple[str, ...], Tensor]:
-    names = [f"{path}.dropout_key" for path, m in template.named_modules() if isinstance(m, FrozenLinear) and m.rank]
-    salts = [(layer + 1) * 1_000_003 + 7919 * position for position in range(len(names))]
-    return tuple(names), torch.tensor(salts, dtype=torch.int32, device=device)
+def _key_names(template: nn.Module) -> tuple[str, ...]:
+    """The dropout keys that a layer's function takes, by name."""
+    return tuple(
+        f"{path}.dropout_key" for path, m in template.named_modules() if isinstance(m, FrozenLinear) and m.rank
+    )
+
+
+def _module_salts(modules: Sequence[int], device: torch.device) -> Tensor:
+    """One for each adapted module of each layer, in order."""
+    salts = [(layer + 1) * 1_000_003 + 7919 * i for layer, count in enumerate(modules) for i in range(count)]
+    return torch.tensor(salts, dtype=torch.int32, device=device)
