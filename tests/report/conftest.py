@@ -10,10 +10,12 @@ import pytest
 
 from drawplate.records import (
     DataFacts,
+    DataLedger,
     DocumentChange,
     Evaluation,
     EvaluationFacts,
     EvaluationPoint,
+    LeakReport,
     LedgerLine,
     Machine,
     MemoryFacts,
@@ -23,6 +25,7 @@ from drawplate.records import (
     Plan,
     RunRecord,
     StepRecord,
+    TokenLedger,
     TrainingFacts,
 )
 from drawplate.units import GIB, MIB
@@ -125,6 +128,40 @@ def make_documents() -> tuple[DocumentChange, ...]:
     return tuple(documents)
 
 
+def make_data_ledger() -> DataLedger:
+    train = TokenLedger(
+        documents=906,
+        windows=948,
+        tokens=124_404,
+        counted_tokens=123_456,
+        first_tokens=948,
+        masked_tokens=0,
+        dropped_tokens=0,
+        cut_documents=12,
+        text_bytes=560_000,
+    )
+    heldout = dataclasses.replace(
+        train, documents=101, windows=103, tokens=13_801, counted_tokens=HELDOUT_TOKENS, first_tokens=101
+    )
+    return DataLedger(
+        files=1,
+        read_files=1,
+        refused_files=0,
+        skipped_files=0,
+        texts=1048,
+        refused_rows=0,
+        empty_texts=0,
+        short_texts=0,
+        duplicate_texts=41,
+        documents=1007,
+        near_duplicate_documents=0,
+        given_twice_documents=0,
+        train=train,
+        heldout=heldout,
+        seen_tokens=370_386,
+    )
+
+
 def make_record() -> RunRecord:
     """A finished run with realistic curves: the demo's own scale."""
     points = {0: 24.48, 40: 17.9, 80: 15.31, 120: 14.2, STEPS: 13.76}
@@ -155,6 +192,17 @@ def make_record() -> RunRecord:
             cut_documents=12,
             windows=1049,
             sha256="9c1185a5" * 8,
+            leaks=LeakReport(
+                threshold=0.7,
+                similar_pairs=3,
+                set_aside_documents=2,
+                clusters=5,
+                clustered_documents=11,
+                longest_shared_words=14,
+                train_document="wg2.html#12",
+                heldout_document="wg2.html#911",
+            ),
+            ledger=make_data_ledger(),
         ),
         evaluation=EvaluationFacts(
             baseline=make_evaluation(24.48),
@@ -162,6 +210,16 @@ def make_record() -> RunRecord:
             unquantized_baseline=make_evaluation(19.69),
             perplexity_change_percent=-43.79,
             change_ci95_percent=(-45.61, -41.9),
+            quantized_baseline=make_evaluation(24.48),
+            quantization_tax_percent=24.33,
+            quantization_tax_ci95_percent=(22.9, 25.8),
+            quantization_tax_documents=31,
+            general_text="general English prose",
+            general_documents=19,
+            general_baseline=make_evaluation(31.2),
+            general_final=make_evaluation(31.45),
+            general_change_percent=0.8,
+            general_ci95_percent=(-0.6, 2.2),
         ),
         training=TrainingFacts(
             optimizer_steps=STEPS,

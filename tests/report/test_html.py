@@ -144,7 +144,7 @@ def test_few_documents_are_listed_once_each(record: RunRecord, count: int) -> No
 
 def test_both_curves_have_a_picture_and_a_table(record: RunRecord) -> None:
     tree = parse(render_report(record))
-    assert len(tree.xpath("//figure//svg[@role='img']")) == 2
+    assert len(tree.xpath("//figure//svg[@class='plot']")) == 2
     tables = tree.xpath("//details//table")
     assert len(tables) == 2
     steps = [row.xpath("td[1]/text()")[0] for row in tables[0].xpath("tbody/tr")]

@@ -19,9 +19,11 @@ from drawplate.report.wording import (
     Fact,
     data_facts,
     format_figure,
+    general_change,
     measured,
     memory_facts,
-    perplexity_change_percent,
+    plural,
+    tax_change,
     training_facts,
     verdict,
 )
@@ -113,11 +115,18 @@ def _results(record: RunRecord) -> str:
 
 
 def _quantization(record: RunRecord) -> str:
-    full, before = measured(record.evaluation.unquantized_baseline), measured(record.evaluation.baseline)
-    if full is None or before is None:
-        return ""
-    cost = perplexity_change_percent(full, before)
-    return f" Without quantization the base model's is {format_figure(full.perplexity)} ({cost:+.1f} % with it)."
+    """What quantization cost before training, and what training cost elsewhere."""
+    text = ""
+    full = measured(record.evaluation.unquantized_baseline)
+    if full is not None and (tax := tax_change(record)):
+        documents = plural(record.evaluation.quantization_tax_documents, "held-out document")
+        text += (
+            f" Without quantization the base model's is {format_figure(full.perplexity)} on {documents}: quantizing it "
+            f"changed perplexity by {tax.in_figures()}."
+        )
+    if forgotten := general_change(record):
+        text += f" On general text that is not of the domain, training changed it by {forgotten.in_figures()}."
+    return text
 
 
 def _making(record: RunRecord, adapter_config: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from drawplate.records import RunRecord
 from drawplate.report import sections
 from drawplate.report.chart import render_svg, swatch
+from drawplate.report.evaluation_view import change_rows, intervals_svg, leak_sentences, token_rows
 from drawplate.report.figures import Figure, loss_figure, memory_figure
 from drawplate.report.plan_view import plan_section
 from drawplate.report.visible import visible
@@ -35,6 +36,7 @@ _HERE = Path(__file__).parent
 def render_report(record: RunRecord) -> str:
     """The whole page as HTML text."""
     best, worst = sections.document_rows(record)
+    changes = change_rows(record)
     return (
         _environment()
         .get_template("report.html.j2")
@@ -58,7 +60,9 @@ def render_report(record: RunRecord) -> str:
             model=sections.model_rows(record),
             versions=sections.version_rows(record),
             phases=sections.phase_rows(record),
-            quantization=sections.quantization_note(record),
+            changes=changes,
+            leaks=leak_sentences(record.data.leaks),
+            tokens=token_rows(record),
             files=sections.file_rows(record),
             folder=folder_name(record),
             command=" \\\n  ".join(eval_command(record, folder_name(record))),
@@ -78,7 +82,7 @@ def _environment() -> jinja2.Environment:
     environment.filters.update(
         lines=_lines, breakable=_breakable, typeset=typeset, bytes=format_bytes, count=format_count
     )
-    environment.globals.update(draw=_draw, legend=_legend)
+    environment.globals.update(draw=_draw, legend=_legend, draw_intervals=intervals_svg)
     return environment
 
 

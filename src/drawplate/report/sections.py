@@ -244,18 +244,6 @@ def phase_rows(record: RunRecord) -> list[Fact]:
     return [Fact(label=phase, value=format_seconds(seconds)) for phase, seconds in record.phase_seconds.items()]
 
 
-def quantization_note(record: RunRecord) -> str:
-    """What quantization cost the base model before training, where both were measured."""
-    full, quantized = measured(record.evaluation.unquantized_baseline), measured(record.evaluation.baseline)
-    if full is None or quantized is None:
-        return ""
-    cost = perplexity_change_percent(full, quantized)
-    return (
-        f"The base model before quantization: perplexity {format_figure(full.perplexity)}. "
-        f"Quantized to {record.model.precision}, before training: {format_percent(cost)}."
-    )
-
-
 def file_rows(record: RunRecord) -> list[Fact]:
     """What lies beside the page."""
     rows = [

@@ -67,6 +67,20 @@ def heldout_change(record: RunRecord) -> Change | None:
     return Change(percent=percent, ci95_percent=record.evaluation.change_ci95_percent)
 
 
+def tax_change(record: RunRecord) -> Change | None:
+    """Change of perplexity by quantizing the base model; None where it was not measured."""
+    return _change(record.evaluation.quantization_tax_percent, record.evaluation.quantization_tax_ci95_percent)
+
+
+def general_change(record: RunRecord) -> Change | None:
+    """Change of perplexity on text that is not of the domain; None where it was not measured."""
+    return _change(record.evaluation.general_change_percent, record.evaluation.general_ci95_percent)
+
+
+def _change(percent: float | None, interval: tuple[float, float] | None) -> Change | None:
+    return None if percent is None else Change(percent=percent, ci95_percent=interval)
+
+
 def perplexity_change_percent(before: Evaluation, after: Evaluation) -> float:
     """100 (exp(after.loss - before.loss) - 1): the ratio of perplexities without forming either."""
     return percent_of(after.loss - before.loss)
@@ -164,6 +178,11 @@ def score_facts(record: RunRecord) -> list[Fact]:
     if change is not None:
         note = "95 % interval in brackets" if change.ci95_percent else ""
         facts.append(Fact(label="Change", value=change.in_figures(), note=note))
+    if forgotten := general_change(record):
+        facts.append(Fact(label="General text", value=forgotten.in_words(), note=record.evaluation.general_text))
+    if tax := tax_change(record):
+        note = f"by quantizing the base model to {record.model.precision}, before training"
+        facts.append(Fact(label="Quantization tax", value=tax.in_figures(), note=note))
     return facts
 
 
