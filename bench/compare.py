@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from bench.peers.cases import FULL_MEMORY, MISSION, REFERENCE, Setting, parse_case, settings  # noqa: E402
+from bench.peers.cases import MAIN, MISSION, OTHERS, REFERENCE, Setting, parse_case, settings  # noqa: E402
 from bench.peers.gate import Curve, Verdict, judge  # noqa: E402
 from bench.peers.table import table  # noqa: E402
 
@@ -97,7 +97,7 @@ def failed(answer: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """The command line; without `overlap` the processes of a group take turns in everything."""
+    """The command line. Without `overlap` the processes of a group take turns; `until` is in monotonic seconds."""
 
     cases: list[str]
     folder: Path
@@ -108,24 +108,35 @@ class Task:
     gate_case: str
     gate_steps: int
     overlap: bool = True
+    until: float | None = None
+
+    def out_of_time(self) -> bool:
+        """Whether nothing new should be begun."""
+        return self.until is not None and time.monotonic() > self.until
 
 
-def run_all(task: Task, chosen: Sequence[Setting], told: Callable[[list[Process], str], None]) -> list[Process]:
-    """Reference first, then the settings, in groups that share the machine while nothing is timed."""
+def run_all(
+    task: Task, chosen: Sequence[Setting], material: Callable[[], None], told: Callable[[list[Process], str], None]
+) -> None:
+    """Reference first, then the settings, in groups that share the machine while nothing is timed.
+
+    Everybody imports while the material is made; `told` hears after each case, with all there is so far.
+    """
     everyone = [Process(s, task.work / f"{i:02d}-{s.system}") for i, s in enumerate([REFERENCE, *chosen])]
     for process in everyone:
         process.start(task.folder)
-    for process, answer in _answers(task, everyone, "imports"):
-        process.loaded = answer
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(material)
+        for process, answer in _answers(task, everyone, "imports"):
+            process.loaded = answer
+        made.result()
+    told(everyone, "material made, libraries imported")
     for start in range(0, len(everyone), task.together):
-        began = time.monotonic()
         group = [p for p in everyone[start : start + task.together] if not failed(p.loaded)]
-        run_group(task, group)
+        run_group(task, group, lambda line: told(everyone, line))
         for process in group:
             process.stop()
-        lines = [f"{p.setting.label}: {_progress(p)}" for p in group]
-        told(everyone, "\n".join([*lines, f"group of {len(group)} took {time.monotonic() - began:.0f} s"]))
-    return everyone
+        told(everyone, "\n".join(f"{p.setting.label}: {_progress(p)}" for p in group))
 
 
 def _progress(process: Process) -> str:
@@ -134,10 +145,13 @@ def _progress(process: Process) -> str:
     return failed(process.curve) or "; ".join(f"{case} {failed(warm) or 'ran'}" for case, warm in process.warm.items())
 
 
-def run_group(task: Task, group: Sequence[Process]) -> None:
+def run_group(task: Task, group: Sequence[Process], told: Callable[[str], None]) -> None:
     """Load, gate curve and warm-up side by side, then time one at a time; out of memory is tried again alone."""
+    if task.out_of_time():
+        return
     for process, answer in _answers(task, group, "load"):
         process.loaded.update(answer)
+    told("loaded")
     alive = [p for p in group if not failed(p.loaded)]
     for process, answer in _answers(task, alive, "curve", task.gate_case, task.gate_steps):
         process.curve = answer
@@ -146,13 +160,17 @@ def run_group(task: Task, group: Sequence[Process]) -> None:
         reference.warm = {case: reference.ask("warm", case) for case in task.cases}
         reference.stop()
         alive.remove(reference)
+    told("through the gate's steps")
     for case in task.cases:
+        if task.out_of_time():
+            return
         for process, answer in _answers(task, alive, "warm", case):
             process.warm[case] = answer
         ready = [p for p in alive if not failed(p.warm[case])]
         for number in range(task.rounds):
             for process in ready if number % 2 == 0 else reversed(ready):
                 process.timed.setdefault(case, []).append(process.ask("time", case, task.steps))
+        told(f"{case} timed")
 
 
 def _answers(task: Task, group: Sequence[Process], *command: object) -> list[tuple[Process, dict[str, Any]]]:
@@ -285,7 +303,7 @@ def versions() -> dict[str, str]:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    systems = sorted({s.system for s in FULL_MEMORY})
+    systems = sorted({s.system for s in MAIN + OTHERS})
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="3b", help="a shape of bench/shapes.py")
@@ -299,6 +317,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed, in each round")
     parser.add_argument("--gate-case", help="default: the first case")
     parser.add_argument("--gate-steps", type=int, default=6)
+    parser.add_argument("--seconds", type=float, help="begin no further case after this time")
     parser.add_argument("--work", type=Path, default=Path("/tmp/drawplate-compare"))
     parser.add_argument("--list", action="store_true", help="name the settings and stop")
     return parser.parse_args(arguments)
@@ -322,19 +341,20 @@ def main() -> int:
         steps=asked.steps,
         gate_case=asked.gate_case or cases[0],
         gate_steps=asked.gate_steps,
+        until=time.monotonic() + asked.seconds if asked.seconds else None,
     )
     for case in [*cases, task.gate_case]:
         parse_case(case)
-    began = time.monotonic()
-    make_material(task.folder, asked.model, asked.layers)
-    print(f"material after {time.monotonic() - began:.0f} s", flush=True)
-    record = measure(task, chosen, {"shape": asked.model, "layers": asked.layers}, asked.out)
+    model = {"shape": asked.model, "layers": asked.layers}
+    record = measure(task, chosen, model, asked.out, lambda: make_material(task.folder, asked.model, asked.layers))
     print(table([record]))
     return 0
 
 
-def measure(task: Task, chosen: Sequence[Setting], model: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Run everything; the record, which is written after each group, so that a run cut short is not lost."""
+def measure(
+    task: Task, chosen: Sequence[Setting], model: dict[str, Any], out: Path, material: Callable[[], None]
+) -> dict[str, Any]:
+    """Run everything; the record, which is written after each case, so that a run cut short is not lost."""
     began, record = time.monotonic(), {}
 
     def told(everyone: list[Process], line: str) -> None:
@@ -352,7 +372,7 @@ def measure(task: Task, chosen: Sequence[Setting], model: dict[str, Any], out: P
         print(f"{line}\n{time.monotonic() - began:.0f} s so far", flush=True)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    run_all(task, chosen, told)
+    run_all(task, chosen, material, told)
     return record
 
 

@@ -75,7 +75,6 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("/tmp/drawplate-cpu"))
     asked = parser.parse_args()
     folder = asked.work / "model"
-    make_material(folder)
     task = Task(
         cases=[PADDED, PACKED],
         folder=folder,
@@ -87,7 +86,9 @@ def main() -> int:
         gate_steps=asked.gate_steps,
         overlap=False,
     )
-    record = measure(task, [PEER, *OWN], {"shape": "SmolLM2-135M", "layers": None}, asked.out)
+    record = measure(
+        task, [PEER, *OWN], {"shape": "SmolLM2-135M", "layers": None}, asked.out, lambda: make_material(folder)
+    )
     record["ratios"] = ratios(record["results"])
     asked.out.write_text(json.dumps(record, indent=1))
     print(table([record]))

@@ -117,43 +117,43 @@ REFERENCE = Setting(system="reference", name="fp32", dropout=0.0)
 MISSION = Setting(system="mission", name="nf4, fp16, checkpointing", options={"compute": "float16"})
 OWN_GC = {"bits": 4, "checkpointing": "unsloth"}
 UNSLOTH_KEPT = {"bits": 16, "checkpointing": False}
-FULL_MEMORY = [
+MAIN = [
     MISSION,
+    Setting(system="unsloth", name="nf4, its checkpointing", dropout=0.0, options=OWN_GC),
+    Setting(system="drawplate", name="bf16, all kept", options={"precision": "bf16"}),
+    Setting(system="unsloth", name="bf16, no checkpointing", dropout=0.0, options=UNSLOTH_KEPT),
+    Setting(system="drawplate", name="fp8, all kept", options={"precision": "fp8"}),
+]
+OTHERS = [
+    Setting(system="liger", name="bf16, no checkpointing", options={"bits": 16, "checkpointing": False}),
     Setting(system="liger", name="nf4, bf16, checkpointing"),
     Setting(system="trl", name="SFTTrainer, liger, nf4, bf16, checkpointing"),
-    Setting(system="unsloth", name="nf4, its checkpointing", dropout=0.0, options=OWN_GC),
     Setting(system="mission", name="nf4, bf16, checkpointing"),
-    Setting(system="liger", name="bf16, no checkpointing", options={"bits": 16, "checkpointing": False}),
-    Setting(system="unsloth", name="bf16, no checkpointing", dropout=0.0, options=UNSLOTH_KEPT),
     Setting(system="unsloth", name="bf16, no checkpointing", options=UNSLOTH_KEPT),
-    Setting(system="drawplate", name="bf16, all kept", options={"precision": "bf16"}),
     Setting(system="drawplate", name="bf16, all kept", dropout=0.0, options={"precision": "bf16"}),
-    Setting(system="drawplate", name="fp8, all kept", options={"precision": "fp8"}),
 ]
 
 
 def settings(systems: Iterable[str], budgets_gib: Iterable[float | None]) -> list[Setting]:
-    """The settings to run: for the whole card (None), and for each budget those that were made for one.
+    """The settings to run, the most telling first: for the whole card (None), and for each budget those made for one.
 
     Raises:
         ValueError: an unknown system.
     """
-    wanted = list(systems)
-    unknown = set(wanted) - {s.system for s in FULL_MEMORY}
+    wanted, budgets = list(systems), list(budgets_gib)
+    unknown = set(wanted) - {s.system for s in MAIN + OTHERS}
     if unknown:
         raise ValueError(f"unknown systems: {', '.join(sorted(unknown))}")
-    found: list[Setting] = []
-    for budget in budgets_gib:
-        found += FULL_MEMORY if budget is None else within(budget)
-    found.sort(
-        key=lambda setting: setting.options.get("bits", 4) == 16 or "precision" in setting.options
-    )  # small first
+    found = list(MAIN) if None in budgets else []
+    for budget in budgets:
+        found += within(budget) if budget is not None else []
+    found += OTHERS if None in budgets else []
     chosen = [s for s in found if s.system in wanted]
     return chosen if MISSION in chosen else [MISSION, *chosen]  # the gate measures by it
 
 
 def within(budget_gib: float) -> list[Setting]:
-    """What a system can do to use a small budget well; what fits by itself is in FULL_MEMORY already.
+    """What a system can do to use a small budget well; what fits by itself is in MAIN already.
 
     Drawplate's planner decides by itself. Unsloth can leave layers out of its checkpointing: `keep: fit` measures how
     many layers' activations fit, per case.

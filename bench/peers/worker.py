@@ -102,7 +102,7 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
         set_adapter(self.peer, self.start)
         take = getattr(self.peer, "take_steps", None) or (lambda *a, **k: take_steps(self.peer, *a, **k))
-        if self.first_step_seconds is None:
+        if self.first_step_seconds is None and self.setting.system != "reference":
             take(steps[:1], dropout=dropout, packed_tokens=case.packed_tokens)
             self.first_step_seconds = round(time.monotonic() - BEGAN, 2)
             set_adapter(self.peer, self.start)
@@ -143,9 +143,11 @@ def _process_device_bytes() -> int | None:
     """Device memory of this process, context included, as the driver counts it; None where it does not say."""
     try:
         import pynvml
+        import torch
 
         pynvml.nvmlInit()
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+        uuid = torch.cuda.get_device_properties(0).uuid  # of the device this process sees, whatever its number
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
         return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
     except Exception:  # a figure beside the main one: its absence is recorded as null
         return None
