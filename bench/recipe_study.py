@@ -5,8 +5,8 @@
     python bench/recipe_study.py table OUT.jsonl OUT.json
 
 `corpora` writes .jsonl files of some 0.6 MB each, from the demo's page (examples/fetch_demo.py), the standard library
-and the installed manual pages. A general.jsonl beside them is not written here; where it exists it is measured too, and
-shows what was forgotten. `run` trains, `table` puts the means over seeds and the intervals over documents together.
+and the installed manual pages. `run` trains, and measures the held-out documents and the general English prose that
+Drawplate ships, which shows what was forgotten; `table` puts means over seeds and intervals over documents together.
 
 A model so small is bound by launches, so all recipes of a group are trained at once: V copies of every micro-batch lie
 end to end in one row, go through the same frozen weights, and each meets its own adapter in a batched product. Their
@@ -474,24 +474,20 @@ class Base:
 def load_texts(folder: Path, name: str, model_folder: Path, length: int) -> dict[str, Any]:
     """Training and held-out windows of a corpus, and of the general text, which is only measured."""
     from drawplate.data.documents import read_documents
+    from drawplate.data.general import SHIPPED
     from drawplate.data.split import split
     from drawplate.data.tokens import load_tokenizer, tokenize
     from drawplate.recipe import DataSection
 
     tokenizer = load_tokenizer(model_folder)
-    texts: dict[str, Any] = {}
-    for text in (name, GENERAL):
-        section = DataSection(files=[str(folder / f"{text}.jsonl")])
-        if not (folder / f"{text}.jsonl").exists():
-            continue
-        documents = read_documents(section, section.files).documents
-        if text == GENERAL:
-            texts[text] = (), list(tokenize(documents, tokenizer, length).sequences)
-            continue
-        sides = split(documents, section)
-        train = tokenize(sides.train, tokenizer, length, append_eos=True)
-        texts[text] = list(train.sequences), list(tokenize(sides.heldout, tokenizer, length).sequences)
-    return texts
+    section = DataSection(files=[str(folder / f"{name}.jsonl")])
+    sides = split(read_documents(section, section.files).documents, section)
+    train = tokenize(sides.train, tokenizer, length, append_eos=True)
+    general = read_documents(section, [str(SHIPPED)]).documents
+    return {
+        name: (list(train.sequences), list(tokenize(sides.heldout, tokenizer, length).sequences)),
+        GENERAL: ((), list(tokenize(general, tokenizer, length).sequences)),
+    }
 
 
 def study(corpus: str, given: argparse.Namespace, model_folder: Path, began: float) -> None:

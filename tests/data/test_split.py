@@ -197,3 +197,11 @@ def test_documents_of_a_group_lie_on_one_side():
 def test_one_group_alone_is_a_data_error():
     with pytest.raises(DataError, match="All 5 documents are in one group, x"):
         split([replace(d, group="x") for d in documents(*MANY[:5])], share())
+
+
+def test_a_group_that_is_divided_by_hand_is_warned_of():
+    train = [replace(d, group="x") for d in documents("one", "two")]
+    heldout = [replace(d, group="x") for d in documents("three")]
+    [warning] = hold_out_given(train, heldout, share(group_by="author")).warnings
+    assert "2 training documents belong to a group (data.group_by: author)" in warning
+    assert hold_out_given(train, documents("three"), share(group_by="author")).warnings == ()

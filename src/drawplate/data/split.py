@@ -105,7 +105,16 @@ def hold_out_given(documents: Seq[Document], heldout: Seq[Document], section: Da
             next_step="Name other files in data.heldout_files, or leave it out to have a share held out.",
         )
     sides = Split(train=train, heldout=tuple(heldout), removed_from_train=len(documents) - len(train))
-    return _separated(sides, section, *(word_hashes(d.text for d in side) for side in (sides.train, sides.heldout)))
+    sides = _separated(sides, section, *(word_hashes(d.text for d in side) for side in (sides.train, sides.heldout)))
+    groups = {document.group for document in heldout} - {""}
+    divided = sum(document.group in groups for document in sides.train)
+    if not divided:
+        return sides
+    warning = (
+        f"{format_count(divided)} training documents belong to a group (data.group_by: {section.group_by}) that is also "
+        "in data.heldout_files, and are trained on all the same: which documents are held out was given by hand."
+    )
+    return replace(sides, warnings=(*sides.warnings, warning))
 
 
 def _share(document: Document, words: np.ndarray) -> float:
