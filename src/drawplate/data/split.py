@@ -111,8 +111,8 @@ def hold_out_given(documents: Seq[Document], heldout: Seq[Document], section: Da
     if not divided:
         return sides
     warning = (
-        f"{format_count(divided)} training documents belong to a group (data.group_by: {section.group_by}) that is also "
-        "in data.heldout_files, and are trained on all the same: which documents are held out was given by hand."
+        f"{format_count(divided)} training documents belong to a group (data.group_by: {section.group_by}) that "
+        "data.heldout_files has too, and are trained on all the same: what is held out was given by hand."
     )
     return replace(sides, warnings=(*sides.warnings, warning))
 
