@@ -4,7 +4,7 @@
     load                      load the model
     curve CASE STEPS          steps with dropout 0, for the gate
     warm CASE                 compile and warm up; the first gradient is kept for the gate
-    time CASE STEPS           one step untimed, then STEPS timed
+    time CASE STEPS           some steps untimed, because memory was given back before, then STEPS timed
     quit
 
 The driver (bench/compare.py) lets `load`, `curve` and `warm` of several processes overlap and runs `time` alone.
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 BEGAN = time.monotonic()
+UNTIMED_STEPS = 3
 MODULES = {
     "reference": "bench.peers.huggingface",
     "mission": "bench.peers.huggingface",
@@ -85,7 +86,9 @@ class Worker:
 
     def time(self, case: str, steps: str) -> dict[str, Any]:
         """Seconds of steps on their own."""
-        return self._steps(case, int(steps) + 1, dropout=self.setting.dropout)
+        answer = self._steps(case, int(steps) + UNTIMED_STEPS, dropout=self.setting.dropout)
+        answer["step_seconds"] = answer["step_seconds"][-int(steps) :]
+        return answer
 
     def _steps(self, name: str, count: int, *, dropout: float, kept_gradient: str = "") -> dict[str, Any]:
         import torch
