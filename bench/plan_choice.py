@@ -2,9 +2,13 @@
 
     python bench/plan_choice.py OUT.json probe
     python bench/plan_choice.py OUT.json time SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:TOKENS/LENGTH[:packed][:r=N][:all] ...
+    python bench/plan_choice.py OUT.json choose SHAPE:GIB,GIB,... ... [sweep=SHAPE:GIB,GIB,...] [seconds=N]
 
 `time` loads each case, takes a few optimizer steps of one micro-batch each (TOKENS tokens in documents of LENGTH), and
-writes the seconds of its parts on the GPU's clock beside the host's. Cases share a process, and nothing else.
+writes the seconds of its parts on the GPU's clock beside the host's. `choose` asks the plan what it would do with each
+budget and takes optimizer steps of two packed micro-batches each; for the budgets of `sweep` it also measures the best
+choices of other precisions and micro-batches, so that the plan's own can be compared. Cases share a process, and nothing
+else; `seconds` ends it before a time limit does.
 """
 
 from __future__ import annotations
@@ -16,7 +20,10 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +161,176 @@ def time_case(case: str) -> dict[str, Any]:
         if "packed" in flags
         else cut_padded(sequences, len(sequences), 16, 0)[0]
     )
-    return {"case": case, "load_seconds": round(loaded, 2), **timed_steps(model, batch)}
+    return {"load_seconds": round(loaded, 2), **timed_steps(model, batch)}
+
+
+DOCUMENT_TOKENS = 512
+STEP_DOCUMENTS = 256
+ALTERNATIVES = 5
+
+
+def search_over(shape: str, speed: Any) -> tuple[Any, Any]:
+    """The plan's search for a shape on this machine, and what a budget of device bytes is."""
+    import torch
+
+    from bench.shapes import shape_config
+    from drawplate.device import machine, memory_sample
+    from drawplate.model.anatomy import build_anatomy
+    from drawplate.plan import choose
+    from drawplate.prepare import model_shape
+    from drawplate.recipe import load_recipe
+
+    recipe = load_recipe(
+        {
+            "model": {"name_or_path": "random"},
+            "data": {"files": ["random"]},
+            "lora": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+            "train": {"effective_batch_size": STEP_DOCUMENTS},
+        }
+    )
+    situation = choose.Situation(
+        recipe=recipe,
+        machine=machine(torch.device("cuda", 0)),
+        model=model_shape(build_anatomy(shape_config(shape)), recipe),
+        base_bytes=memory_sample().process_bytes,
+        speed=speed,
+    )
+    corpus = choose.CorpusShape(lengths=(DOCUMENT_TOKENS,) * 4 * STEP_DOCUMENTS)
+    batch = choose._batch(recipe, corpus, {})
+    search = choose.search_of(situation, corpus, "bfloat16", batch)
+    return search, lambda device_bytes: replace(situation.budget, device_bytes=device_bytes)
+
+
+def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
+    """Predicted and measured tokens/s and peak of one choice within a budget."""
+    import torch
+
+    from drawplate.data.batches import cut_packed
+    from drawplate.model.causal_lm import Placement
+    from drawplate.model.frozen import Storage
+    from drawplate.plan.cost import step_cost
+    from drawplate.prepare import policies_of, tiers_of
+
+    choice, layers = found.choice, search.model.layers
+    counts = SimpleNamespace(
+        dequantized_layers=choice.dequantized_layers,
+        device_layers=choice.device_layers,
+        host_layers=choice.host_layers(layers),
+        kept_layers=choice.kept_layers,
+        policy=choice.policy,
+        layers=layers,
+    )
+    placement = Placement(
+        device=torch.device("cuda", 0),
+        storage=Storage(choice.precision),
+        compute_dtype=torch.bfloat16,
+        weights=tiers_of(counts),  # type: ignore[arg-type]
+        activations=policies_of(counts),  # type: ignore[arg-type]
+        slots=choice.slots,
+        head_rows=choice.head_rows,
+        compiled=choice.compiled,
+        dequantize=choice.dequantize,
+    )
+    lora = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
+    model = build(shape, placement, lora)
+    sequences = sequences_of([DOCUMENT_TOKENS] * (2 * choice.micro_batch_tokens // DOCUMENT_TOKENS), search.model.vocab)
+    batches = cut_packed(sequences, choice.micro_batch_tokens, 16, 0)
+    timed = timed_accumulation(model, batches)
+    predicted = step_cost(search.model, choice, replace(found.batch.work, micro_batches=2), search.speed)
+    return {
+        "predicted_step_seconds": round(predicted.seconds, 4),
+        "predicted_tokens_per_second": round(predicted.tokens_per_second, 1),
+        **timed,
+        "error_percent": round(100 * (predicted.seconds / timed["step_seconds"] - 1), 1),
+        "device_peak_predicted_bytes": found.ledger.peak("device"),
+        "device_peak_bytes": timed["peak_reserved_bytes"] + search.around.context_bytes,
+        "lines": {line.name: round(line.seconds, 4) for line in predicted.lines},
+    }
+
+
+def timed_accumulation(model: Any, batches: list[Any], steps: int = 3) -> dict[str, Any]:
+    """Seconds of optimizer steps over all the batches, and the most that was reserved, loading included."""
+    import torch
+
+    from drawplate.recipe import TrainSection
+    from drawplate.train import make_optimizer
+
+    torch._dynamo.reset()
+    optimizer = make_optimizer(model.adapter.parameters(), TrainSection())
+    counted = sum(batch.counted_tokens for batch in batches)
+    seconds = []
+    for number in range(steps + 2):
+        torch.cuda.synchronize()
+        began = time.monotonic()
+        for batch in batches:
+            loss, _ = model.sum_nats(batch, scale=1 / counted, dropout_seed=(0, number))
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.adapter.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        seconds.append(time.monotonic() - began)
+    tokens, middle = sum(batch.tokens for batch in batches), sorted(seconds[2:])[steps // 2]
+    return {
+        "tokens_per_second": round(tokens / middle, 1),
+        "step_seconds": round(middle, 4),
+        "all_step_seconds": [round(s, 4) for s in seconds],
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
+def described(found: Any, layers: int) -> dict[str, Any]:
+    """A choice in words."""
+    from drawplate.plan.explain import activation_words, weight_words
+
+    choice = found.choice
+    return {
+        "precision": choice.precision,
+        "weights": weight_words(choice, layers),
+        "host_layers": choice.host_layers(layers),
+        "dequantized_layers": choice.dequantized_layers,
+        "activations": activation_words(choice, layers),
+        "kept_layers": choice.kept_layers,
+        "micro_batch_tokens": choice.micro_batch_tokens,
+        "head_rows": choice.head_rows,
+        "dequantize": choice.dequantize,
+    }
+
+
+def choose_cases(arguments: list[str], speed: Any) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """Every budget of every shape, then every sweep: what is measured, and how."""
+    from drawplate.plan.choose import fastest
+
+    for argument in arguments:
+        kind, _, rest = argument.rpartition("=")
+        shape, _, sizes = rest.partition(":")
+        search, budget_of = search_over(shape, speed)
+        seen: dict[Any, int] = {}
+        for gib in (float(n) for n in sizes.split(",")):
+            budget = budget_of(int(gib * 2**30))
+            best = fastest(search, budget)
+            if best is None:
+                yield {"shape": shape, "gib": gib}, lambda: {"does_not_fit": True}
+                continue
+            tried = [best] if kind != "sweep" else alternatives(search, budget, best)
+            for found in tried:
+                facts = {"shape": shape, "gib": gib, "kind": kind or "choice", **described(found, search.model.layers)}
+                if found.choice in seen:
+                    yield facts, lambda gib=seen[found.choice]: {"same_as_gib": gib}  # type: ignore[misc]
+                    continue
+                seen[found.choice] = int(gib)
+                yield facts, lambda f=found, s=search, n=shape: measure_found(n, s, f)  # type: ignore[misc]
+
+
+def alternatives(search: Any, budget: Any, best: Any) -> list[Any]:
+    """The best choice of every other precision and micro-batch, the most promising first."""
+    found = [
+        other
+        for precision in search.space.precisions
+        for batch in search.space.batches
+        if (other := search.best(precision, budget, tokens=batch.tokens)) and other.choice != best.choice
+    ]
+    return sorted(found, key=lambda other: other.seconds_per_token)[:ALTERNATIVES]
 
 
 def emptied(call: Any) -> dict[str, Any]:
@@ -179,15 +355,19 @@ def main() -> None:
     from drawplate.records import to_json
     from drawplate.speed import probe
 
-    out, mode, cases = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    device = torch.device("cuda", 0)
-    began = time.monotonic()
-    speeds = [to_json(probe(device, torch.bfloat16, machine(device))) for _ in range(2)]
-    result = record()
-    result |= {"probe_seconds": round((time.monotonic() - began) / 2, 2), "speed": speeds, "results": []}
-    print(json.dumps(speeds), flush=True)
-    for case in cases if mode == "time" else ():
-        measured = {"case": case, **emptied(lambda case=case: time_case(case))}
+    out, mode, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    limit = next((float(a[8:]) for a in arguments if a.startswith("seconds=")), float("inf"))
+    arguments = [a for a in arguments if not a.startswith("seconds=")]
+    device, began = torch.device("cuda", 0), time.monotonic()
+    speed = probe(device, torch.bfloat16, machine(device))
+    torch.cuda.empty_cache()
+    result = record() | {"probe_seconds": round(time.monotonic() - began, 2), "speed": to_json(speed), "results": []}
+    print(json.dumps(result["speed"]), flush=True)
+    timed = [({"case": case}, lambda case=case: time_case(case)) for case in arguments if mode == "time"]
+    for facts, call in timed or (choose_cases(arguments, speed) if mode == "choose" else ()):
+        if time.monotonic() - began > limit:
+            break
+        measured = {**facts, **emptied(call)}
         result["results"].append(measured)
         out.write_text(json.dumps(result, indent=1))
         print(json.dumps(measured), f"{time.monotonic() - began:.0f} s so far", flush=True)
