@@ -7,7 +7,7 @@
 `time` loads each case, takes a few optimizer steps of one micro-batch each (TOKENS tokens in documents of LENGTH), and
 writes the seconds of its parts on the GPU's clock beside the host's. `choose` asks the plan what it would do with each
 budget and takes optimizer steps of two packed micro-batches each; for the budgets of `sweep` it also measures the best
-choices of other precisions and micro-batches, so that the plan's own can be compared. Cases share a process, and nothing
+choices of other precisions and micro-batches, so that the plan's own can be compared. Cases share a process and nothing
 else; `seconds` ends it before a time limit does.
 """
 
