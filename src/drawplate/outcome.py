@@ -30,6 +30,7 @@ from drawplate.records import (
     Machine,
     MemoryFacts,
     ModelFacts,
+    RehearsedPhase,
     RunRecord,
     TimeFacts,
     TrainingFacts,
@@ -66,6 +67,7 @@ class Outcome:
     clock: Clock = field(default_factory=Clock)
     earlier_peaks: tuple[int, int] = (0, 0)
     resumed: list[str] = field(default_factory=list)
+    rehearsal: tuple[RehearsedPhase, ...] = ()
     machine: Machine = field(init=False)
     fingerprints: dict[str, str] = field(init=False)
 
@@ -140,6 +142,7 @@ class Outcome:
             fingerprints=self.fingerprints,
             resumed=tuple(self.resumed),
             times=self._time_facts(),
+            rehearsal=self.rehearsal,
         )
 
     def _model_facts(self) -> ModelFacts:

@@ -248,6 +248,10 @@ class MemorySection(Section):
     activations: Literal["auto", "keep", "recompute", "offload"] = Field(
         "auto", description="Kept, recomputed from inputs on the device, or from inputs offloaded to the host."
     )
+    rehearsal: Annotated[Literal["auto", "replan", "off"], BeforeValidator(_off)] = Field(
+        "auto",
+        description="Try the worst batches first; auto: stop where the budget does not hold, replan: plan anew, off.",
+    )
     log_frequency: int = Field(10, ge=1, description="Optimizer steps between memory samples.")
 
 

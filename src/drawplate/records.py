@@ -546,6 +546,17 @@ class TimeFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RehearsedPhase:
+    """What a phase of the rehearsal needed at most, beside what the plan said; 0 for a place that was not used."""
+
+    phase: str
+    device_predicted_bytes: int
+    device_bytes: int
+    host_predicted_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationPoint:
     """A held-out measurement during the run; step 0 is the baseline."""
 
@@ -625,6 +636,7 @@ class RunRecord:
     fingerprints: dict[str, str] = field(default_factory=dict)
     resumed: tuple[str, ...] = ()
     times: TimeFacts = field(default_factory=TimeFacts)
+    rehearsal: tuple[RehearsedPhase, ...] = ()
     schema: int = SCHEMA
 
 

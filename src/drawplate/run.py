@@ -45,6 +45,7 @@ from drawplate.prove import Proof
 from drawplate.prove import prove as replay
 from drawplate.recipe import Recipe, expand
 from drawplate.records import Evaluation, ModelScore, Plan, RunRecord
+from drawplate.rehearse import enforce_cap, rehearsed
 from drawplate.reopen import Reopened, recipe_of, refuse_finished, reopen
 from drawplate.report.card import model_card
 from drawplate.report.html import render_report
@@ -176,7 +177,12 @@ def _tell(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> Run
     if "baseline" not in outcome.scores:
         outcome.scores["unquantized"] = score_unquantized(outcome.prepared, journal)
     with journal.in_phase("load"):
-        model = outcome.model = _load(outcome)
+        enforce_cap(outcome.prepared)
+        outcome.model = _load(outcome)
+    if "baseline" not in outcome.scores:
+        with journal.in_phase("rehearse"):
+            _rehearse(outcome, folder)
+    model = outcome.model
     if "baseline" not in outcome.scores:
         with journal.in_phase("baseline"):
             _measure(outcome, model, "baseline", step=0)
@@ -275,6 +281,17 @@ def _load(outcome: Outcome) -> CausalLM:
             "Results may not carry over to other programs."
         )
     return model
+
+
+def _rehearse(outcome: Outcome, folder: RunFolder) -> None:
+    """The worst batches first; where the plan has to be made anew, another model goes on."""
+    assert outcome.model is not None
+    models, outcome.model, journal = [outcome.model], None, outcome.journal
+    outcome.prepared, outcome.rehearsal = rehearsed(
+        outcome.prepared, models, folder.path, journal, lambda smaller: _assembled(smaller, journal)
+    )
+    outcome.model = models[0]
+    folder.write_json("plan.json", outcome.prepared.plan)
 
 
 def _measure(outcome: Outcome, model: CausalLM, name: str, step: int) -> Evaluation:

@@ -31,6 +31,7 @@ _NAMES = {
     "read": "Reading documents",
     "unquantized": "Measuring unquantized",
     "load": "Loading the model",
+    "rehearse": "Rehearsing",
     "baseline": "Measuring before",
     "train": "Training",
     "evaluate": "Evaluating",
