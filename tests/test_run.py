@@ -132,7 +132,7 @@ def test_the_numbers_of_the_record_agree_with_each_other(finished: tuple[RunReco
     assert sum(d.final_nats for d in record.documents) == pytest.approx(record.evaluation.final.nats)
     assert change < -10, "a random model learns which words there are"
     assert record.memory.host_peak_bytes >= max(point.sample.process_bytes for point in record.memory_curve)
-    assert set(record.phase_seconds) == {"read", "load", "baseline", "train", "final", "save"}
+    assert set(record.phase_seconds) == {"read", "load", "rehearse", "baseline", "train", "final", "save"}
     assert record.model.self_check_difference < 1e-5
     intake = read_lines(folder / "intake.jsonl")
     assert sum(line["documents"] for line in intake) == data.documents
@@ -147,6 +147,7 @@ def test_every_step_and_evaluation_is_in_the_metrics(finished: tuple[RunRecord, 
     assert {line["step"] for line in measured} >= {3, 6, 9}
     assert [line["name"] for line in lines if line["event"] == "phase"] == [
         "load",
+        "rehearse",
         "baseline",
         "train",
         "final",
@@ -201,7 +202,7 @@ def test_the_python_door_takes_a_dict_and_shows_progress(base: Path, corpus: Pat
     record = drawplate.tune(recipe_values(base, corpus, tmp_path / "run", train={"max_steps": 2}), seen.append)
     assert record.training.optimizer_steps == 2
     phases = list(dict.fromkeys(p.phase for p in seen if p.phase))
-    assert phases == ["read", "load", "baseline", "train", "final", "save"]
+    assert phases == ["read", "load", "rehearse", "baseline", "train", "final", "save"]
     assert max(p.done for p in seen if p.phase == "train") == 100
 
 
