@@ -188,7 +188,7 @@ def test_two_runs_of_one_seed_agree_bit_for_bit(
 def stable(record: RunRecord) -> dict[str, Any]:
     """The record without clocks, memory samples (which the ledger's predictions start from) and the folder's name."""
     values = to_json(record)
-    for name in ("started", "memory", "memory_curve", "total_seconds", "phase_seconds", "times"):
+    for name in ("started", "memory", "memory_curve", "total_seconds", "phase_seconds", "times", "rehearsal"):
         del values[name]
     for part in (values["training"], *values["steps"]):
         del part["seconds"], part["tokens_per_second"]
