@@ -361,7 +361,7 @@ def test_a_nan_that_does_not_go_away_ends_the_run_with_the_adapter_before_it(
 ) -> None:
     poison_training(monkeypatch, from_step=3)
     train = {"lr_scheduler_type": "constant", "save_steps": 1}
-    values = recipe_values(base, corpus, tmp_path / "run", train=train)
+    values = recipe_values(base, corpus, tmp_path / "run", train=train, memory={"rehearsal": "off"})
     done = invoke("tune", write_recipe(tmp_path / "r.yaml", values))
     assert done.exit_code == 6
     assert "Traceback" not in done.stderr

@@ -28,7 +28,7 @@ from drawplate.prepare import (
     require_predictable,
     situation_of,
 )
-from drawplate.recipe import Recipe
+from drawplate.recipe import Recipe, expand
 from drawplate.records import Plan
 
 ASSUMED_WINDOWS, ASSUMED_HELDOUT_WINDOWS, ASSUMED_TOKENS = 1000, 100, 512
@@ -88,8 +88,16 @@ def _corpus_shape(
         require_predictable(training, "training")
         require_predictable(heldout, "held-out")
     except (DataError, NeedsNetwork) as error:
+        if not _absent(recipe, error):
+            raise
         return *_assumed(max_length, error), ()
     return CorpusShape(lengths=lengths_of(training), heldout_lengths=lengths_of(heldout)), (), sides.warnings
+
+
+def _absent(recipe: Recipe, error: DataError | NeedsNetwork) -> bool:
+    """Whether the documents are simply not here; documents that are here and of no use are an error in a plan too."""
+    named = (*recipe.data.files, *recipe.data.heldout_files)
+    return isinstance(error, NeedsNetwork) or any(not expand(name).exists() for name in named)
 
 
 def _assumed(max_length: int, error: DataError | NeedsNetwork) -> tuple[CorpusShape, tuple[str, ...]]:
