@@ -194,7 +194,7 @@ def record(results: list[dict[str, Any]]) -> dict[str, object]:
     import transformers
 
     return {
-        "command": " ".join(["python", "bench/streaming.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
         "machine": {"gpu": torch.cuda.get_device_name(), "cpu": platform.processor(), "platform": platform.platform()},
         "versions": {
