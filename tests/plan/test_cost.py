@@ -56,10 +56,12 @@ def test_products_take_four_flops_a_weight_and_token() -> None:
     )
 
 
-def test_recomputing_costs_one_more_forward_and_offloading_no_more() -> None:
-    kept, again = cost_of(), cost_of(activations="recompute")
+def test_recomputing_costs_one_more_forward_and_offloading_only_the_gaps_between_launches() -> None:
+    kept, again, offloaded = cost_of(), cost_of(activations="recompute"), cost_of(activations="offload")
     assert 1.2 < again.seconds / kept.seconds < 1.5
-    assert cost_of(activations="offload").seconds == pytest.approx(again.seconds)
+    gaps = line(offloaded, "gaps between kernels") - line(again, "gaps between kernels")
+    assert offloaded.seconds - again.seconds == pytest.approx(gaps)
+    assert gaps > 0, "offloading cannot be captured"
 
 
 def test_streaming_is_free_above_the_tokens_that_docs_streaming_names_and_not_below() -> None:
@@ -79,10 +81,29 @@ def test_packed_documents_cost_the_sum_of_their_squares() -> None:
     assert 1.5 < line(long, "attention") / line(short, "attention") < 2.0
 
 
-def test_a_small_micro_batch_waits_for_the_host() -> None:
-    small = cost_of(work=work_of(256))
+def test_a_small_micro_batch_waits_for_the_host_unless_it_is_captured() -> None:
+    small = cost_of(activations="offload", work=work_of(256))
     assert line(small, "waiting for the host") > 0.3 * small.seconds
-    assert line(cost_of(work=work_of(32768)), "waiting for the host") == 0
+    assert line(cost_of(activations="offload", work=work_of(32768)), "waiting for the host") == 0
+    captured = cost_of(work=work_of(256))
+    assert line(captured, "waiting for the host") == 0
+    assert captured.seconds < 0.5 * small.seconds
+
+
+@pytest.mark.parametrize(
+    ("changes", "captured"),
+    [
+        ({}, True),
+        ({"activations": "recompute"}, True),
+        ({"weights": "dequantized"}, True),
+        ({"activations": "offload"}, False),
+        ({"weights": "host"}, False),
+        ({"head_rows": 4096}, False),
+        ({"device": "cpu"}, False),
+    ],
+)
+def test_micro_steps_are_captured_where_nothing_crosses_the_bus(changes: dict[str, Any], captured: bool) -> None:
+    assert choice_of(**changes).captured(MODEL.layers) == captured
 
 
 def test_dequantization_is_paid_at_every_pass_unless_the_layers_are_dequantized() -> None:

@@ -159,7 +159,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         activations=activation_words(choice, model.layers),
         compiled=choice.compiled,
         dequantize=choice.dequantize,
-        graphs=_graphs(choice, model.layers),
+        graphs=choice.captured(model.layers),
         packing=batch.packing,
         max_length=max_length,
         micro_batch_sequences=micro,
@@ -348,12 +348,6 @@ def _batch(recipe: Recipe, corpus: CorpusShape, reasons: dict[str, str]) -> _Bat
         micro = math.ceil(effective / accumulation)
         reasons["micro_batch"] = "the step's sequences over train.gradient_accumulation_steps"
     return _Batch(effective, micro, packing, row_tokens)
-
-
-def _graphs(choice: Choice, layers: int) -> bool:
-    """Whole micro-steps as CUDA graphs, where nothing crosses the bus: they take the memory a step takes anyway."""
-    crosses = choice.host_layers(layers) or choice.head_rows or "offload" in activation_words(choice, layers)
-    return choice.device == "cuda" and not crosses
 
 
 def _accumulation(recipe: Recipe, batch: _Batch, cut: MicroBatch, reasons: dict[str, str]) -> int:

@@ -32,8 +32,10 @@ UPDATE_LAUNCHES = 400.0
 TILE_LOGITS = 2**28 / 6
 
 KERNELS = {True: (45, 65), False: (110, 150)}
-GAP_SECONDS = 4e-6
-"""Kernels of a layer's forward and backward, and the idle moment after each of them on a GPU."""
+GAP_SECONDS = {False: 4e-6, True: 2e-6}
+"""Kernels of a layer's forward and backward, and the idle moment after each of them on a GPU: launched, captured."""
+REPLAY_LAUNCHES = 250.0
+"""Host time of a captured micro-step: placing its inputs and replaying it (bench/results/profile-captured-*.json)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,8 @@ def micro_batch_seconds(
     again = walk.rest * units.forward.total
     forward, backward = KERNELS[choice.compiled]
     kernels = (walk.layers + walk.rest) * forward + walk.layers * backward
-    gaps = kernels * GAP_SECONDS if choice.device == "cuda" else 0.0
+    captured = choice.captured(walk.layers)
+    gaps = kernels * GAP_SECONDS[captured] if choice.device == "cuda" else 0.0
     parts = MicroBatchSeconds(
         products=products,
         adapter=adapter,
@@ -194,6 +197,8 @@ def _host_launches(
     model: ModelShape, choice: Choice, walk: Walk, units: Units, work: StepWork, dequantized: int
 ) -> float:
     """Launches of one micro-batch: a walk forward, a walk back, what is computed again, dequantization, the head."""
+    if choice.captured(walk.layers):
+        return REPLAY_LAUNCHES
     forward, backward = LAUNCHES[choice.compiled]
     passes = (walk.layers + walk.rest) * forward + walk.layers * backward
     tiles = math.ceil(work.tokens * model.vocab / TILE_LOGITS)

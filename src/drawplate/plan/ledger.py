@@ -200,6 +200,13 @@ class Choice:
         """Layers that are streamed."""
         return max(0, layers - self.dequantized_layers - self.device_layers)
 
+    def captured(self, layers: int) -> bool:
+        """Whether micro-steps are replayed as CUDA graphs: nothing of them crosses the bus (model/graphed.py).
+
+        They take the memory that a micro-step takes anyway, and give it back before anything else runs."""
+        crosses = self.host_layers(layers) or self.head_rows or (self.policy == "offload" and self.kept_layers < layers)
+        return self.device == "cuda" and not crosses
+
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
