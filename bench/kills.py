@@ -9,8 +9,8 @@ of data, learning rate and dropout keys of the two must be the same bytes, the r
 manifest, and the two losses equal to 1e-6. Measured beside: what resuming needs of the device at its highest, and how
 long a checkpoint takes.
 
-Every process is forked from one that has imported torch and not touched the device, because importing takes longer
-than the rest.
+All processes are started at once and wait for their turn, because importing takes longer than the rest; none is
+forked, since some libraries touch the device when they are imported.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -266,7 +269,7 @@ def judge(lines: list[dict[str, Any]], kills: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Fork, wait for the kill, fork again; then judge."""
+    """Let each process have its turn, then judge."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=10)
@@ -274,29 +277,31 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--process", type=int, help="used by this program to start itself")
     options = parser.parse_args()
-    folder = options.out.with_suffix(".checkpoints")
+    folder = Path(tempfile.gettempdir()) / f"drawplate-{options.out.stem}"
     log = options.out.with_suffix(".jsonl")
+    if options.process is not None:
+        sys.stdin.readline()
+        child(options, folder, log, options.process)
+        return
     log.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    processes = [
+        subprocess.Popen([sys.executable, *sys.argv, "--process", str(number)], stdin=subprocess.PIPE, text=True)
+        for number in range(options.kills + 1)
+    ]
     died = 0
-    for number in range(options.kills + 1):
-        process = os.fork()
-        if process == 0:
-            try:
-                child(options, folder, log, number)
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        _, status = os.waitpid(process, 0)
-        died += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+    for number, process in enumerate(processes):
+        process.communicate("go\n")
+        died += process.returncode == -signal.SIGKILL
+        if process.returncode > 0:
+            for waiting in processes[number + 1 :]:
+                waiting.kill()
             raise SystemExit(f"process {number} failed")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     result = judge(lines, died)
-    keep_only(folder, [])
+    shutil.rmtree(folder)
     about = {
         "command": " ".join(["python", "bench/kills.py", *sys.argv[1:]]),
         "commit": os.environ.get("DRAWPLATE_COMMIT", ""),

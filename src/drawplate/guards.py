@@ -57,7 +57,7 @@ class Clock:
             self._continued = False
             late = now - self._ticked if self._ticked is not None else 0.0
             self.suspended_seconds += self._gap or (late if late > LONGEST_TICK_SECONDS else 0.0)
-            self._gap, self._ticked = 0.0, None
+            self._gap, self._ticked = 0.0, now
         return now - self.suspended_seconds
 
     def tick(self) -> None:
@@ -137,6 +137,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="drawplate-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        self._clock.tick()
         self._thread.start()
         return self
 

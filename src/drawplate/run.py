@@ -238,8 +238,8 @@ def _write(record: RunRecord, folder: RunFolder) -> RunRecord:
 
 def _write_beginnings(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> None:
     prepared, journal = outcome.prepared, outcome.journal
+    folder.write_text(RECIPE_NAME, prepared.recipe.to_yaml())  # first: with it, the folder is a run's
     journal.open(folder.path, folder.make_room)
-    folder.write_text(RECIPE_NAME, prepared.recipe.to_yaml())
     folder.write_json("plan.json", prepared.plan)
     folder.write_lines("intake.jsonl", prepared.corpus.intake)
     if reopened is None:

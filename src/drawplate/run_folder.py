@@ -52,7 +52,7 @@ class RunFolder:
             raise self._refusal("is not a folder")
         if self.path.is_dir():
             self._refuse_if_owned()
-            if any(child.name not in OWN_NAMES for child in self.path.iterdir()):
+            if any(not _is_nothing(child.name) for child in self.path.iterdir()):
                 raise self._refusal("is not empty")
         self._refuse_if_read_only()
 
@@ -214,6 +214,11 @@ class RunFolder:
             safe="Nothing in it was touched.",
             next_step=f"{go_on} another with --set output_dir=FOLDER, or move the old one away.",
         )
+
+
+def _is_nothing(name: str) -> bool:
+    """What a run that was killed before it had a recipe may have left."""
+    return name in OWN_NAMES or name.startswith(f".{RECIPE_NAME}.tmp-")
 
 
 def _process_start(pid: int) -> str | None:

@@ -1,0 +1,138 @@
+"""The fault matrix: what can go wrong, and what a person sees. The tests assert every word of it.
+
+`<...>` stands for a name or a number. A row is held by the tests that are called `test_row_NN_...`.
+"""
+
+from __future__ import annotations
+
+import re
+
+FAULTS: dict[int, str] = {
+    1: "SIGKILL at every write, fsync and rename of a checkpoint",
+    2: "SIGKILL at random moments, in forward, backward and the optimizer's step",
+    3: "SIGTERM; SIGTERM and then SIGKILL",
+    4: "Ctrl-C once, twice",
+    5: "SIGHUP; SIGSTOP and SIGCONT",
+    6: "disk full in a checkpoint, in the log, in the report",
+    7: "fsync returns an I/O error",
+    8: "output directory read-only or not ours",
+    9: "a checkpoint truncated, with a flipped bit, without manifest, of a newer schema",
+    10: "all checkpoints bad",
+    11: "a pickle planted in a checkpoint or model folder",
+    12: "resume with another recipe, base model or data",
+    13: "resume on another GPU or torch",
+    14: "out of memory in forward or backward",
+    15: "out of memory at one sequence",
+    16: "out of memory only when resuming",
+    17: "another process takes the GPU's memory",
+    18: "NaN or Inf in the loss, or in gradients only",
+    19: "a loss spike",
+    20: "CUDA error, device lost",
+    21: "a hang",
+    22: "tracker or display dies",
+    23: "the clock jumps",
+    24: "two runs in one folder",
+    25: "no network and the model not on this machine",
+    26: "no GPU, an old driver",
+    27: "a model configuration that asks for code",
+    35: "secrets in documents and environment",
+    36: "empty folder, all duplicates, one document, near-duplicates",
+}
+
+SEES: dict[int, tuple[str, ...]] = {
+    1: ("The checkpoint step-<n>.tmp-<pid> was never finished and is not used.", "The run goes on after step <n>."),
+    2: ("The run goes on after step <n>.",),
+    3: (
+        "The run was stopped by SIGTERM after step <n>.",
+        "Step <n> is saved, with the optimizer's state, in <folder>.",
+        "drawplate resume <run>",
+    ),
+    4: (
+        "The run was stopped by SIGINT after step <n>.",
+        "The run was interrupted.",
+        "The last good checkpoint is <folder>",
+    ),
+    5: (),
+    6: (
+        "could not be written: No space left on device. Training goes on and tries again. Step <n> is saved",
+        "It is the third checkpoint in a row.",
+        "Free some space, then: drawplate resume <run>",
+        "metrics.jsonl could not be written (No space left on device) and misses lines; training goes on.",
+    ),
+    7: ("could not be written: Input/output error.", "Look after that disk."),
+    8: ("The output folder <run> cannot be written.", "Nothing in it was touched."),
+    9: (
+        "A checkpoint is damaged: <file> has other bytes than were written (its sha256 differs). "
+        "The one before it is used.",
+        "has <n> bytes where <m> were written",
+        "MANIFEST.json is missing.",
+        "MANIFEST.json is damaged.",
+        "has schema <n>, and this version of Drawplate reads schema 1.",
+    ),
+    10: (
+        "No checkpoint can be trusted. <reasons>",
+        "Nothing was changed or removed.",
+        "Start over on request: drawplate tune <run>/recipe.yaml --set output_dir=ANOTHER_FOLDER",
+    ),
+    11: (
+        "<file> is not in its manifest; it was not opened.",
+        "has its weights only as pickles (<file>), which can run code when opened.",
+    ),
+    12: (
+        "The run is not the one that was saved: train.learning_rate is <a> and was <b>.",
+        "data: the training documents are others (sha256 <a> and was <b>)",
+        "model: the base model's weights are others (sha256 <a> and was <b>)",
+        "Undo the change, or accept it by name: drawplate resume <run> --accept <key>",
+    ),
+    13: ("it is no longer promised to be equal bit for bit.",),
+    14: (
+        "Out of memory in step <n>: it is done again with micro-batches of <n> tokens.",
+        "its largest line is <line>",
+    ),
+    15: (
+        "Out of memory in step <n>: it is done again with memory.activations: recompute.",
+        "Out of memory in step <n>: it is done again with memory.activations: offload.",
+        "Step <n> runs out of memory with a micro-batch of one sequence.",
+    ),
+    16: (),
+    17: ("of the device are free: another process may hold the rest.",),
+    18: (
+        "The loss of step <n> is not a number. Documents in it: <documents>. The step is skipped.",
+        "It is not the first: training goes back to step <n>.",
+        "The step was not applied; the adapter is that of step <n>.",
+    ),
+    19: ("The loss of step <n> jumped to <loss>. Documents in it: <documents>.",),
+    20: ("The device was lost (<error>).", "Step <n> is saved, with the optimizer's state, in <folder>."),
+    21: ("Step <n> hangs: nothing came of it for <n> s. What every thread was doing is in <file>.",),
+    22: (
+        "<tracker> failed and gets no more records (<error>); training goes on.",
+        "The display failed (<error>) and shows nothing more; training goes on.",
+    ),
+    23: (),
+    24: ("is in use by another run (process <pid> on <host>).",),
+    25: ("<model> is not on this machine and could not be fetched", "With a network run `hf download <model>`"),
+    26: ("model.device_map asks for cuda, but <cause>.", "<cure>; or set model.device_map to cpu."),
+    27: ("asks to run code that comes with the model; Drawplate never does.",),
+    35: (),
+    36: ("There are no documents",),
+}  # fmt: skip
+
+ELSEWHERE = {
+    28: "PDF bomb, page bomb, encrypted or truncated PDF",
+    29: "DOCX or EPUB zip bomb, lying sizes, nested zips",
+    30: "HTML nested 200,000 deep; a line of 1 GB",
+    31: "XXE, billion laughs, external DTD",
+    32: "traversal names, symlinks, loops, FIFOs, devices, a sparse 1 TB file",
+    33: "wrong encodings, NUL, ANSI and bidi escapes",
+    34: "markup in names, text, model name",
+    37: "special tokens or chat tags inside documents",
+    38: "export interrupted; merged or GGUF perplexity off",
+}
+
+
+def shows(row: int, text: str, which: int = 0) -> None:
+    """Assert that what a person saw has the sentence that the matrix promises."""
+    sentence = SEES[row][which]
+    pattern = ".+?".join(re.escape(part) for part in re.split(r"<[^>]*>", sentence))
+    seen = " ".join(text.split())
+    assert re.search(pattern, seen), f"row {row} promises {sentence!r}; seen: {seen[-2000:]}"
