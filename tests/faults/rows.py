@@ -114,7 +114,7 @@ SEES: dict[int, tuple[str, ...]] = {
     26: ("model.device_map asks for cuda, but <cause>.", "<cure>; or set model.device_map to cpu."),
     27: ("asks to run code that comes with the model; Drawplate never does.",),
     35: (),
-    36: ("There are no documents",),
+    36: (),
 }  # fmt: skip
 
 ELSEWHERE = {

@@ -1,0 +1,188 @@
+"""Disks that are full, failing or closed to us (rows 6 to 8)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import drawplate.run as story
+import drawplate.saving as saving
+from drawplate.errors import StoppedSafely, StorageError
+from drawplate.recipe import load_recipe
+from drawplate.records import RunRecord
+from drawplate.run_folder import RunFolder
+from tests.faults.conftest import same_adapter, values_of
+from tests.faults.inject import SmallDisk
+from tests.faults.rows import shows
+from tests.tiny import read_lines
+
+MIB = 2**20
+
+
+def tune(small: Path, run: Path, **sections: Any) -> RunRecord:
+    return story.tune(load_recipe(values_of(small, run, **sections)))
+
+
+@pytest.fixture
+def full_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that fills the disk for the checkpoints of the steps it is given."""
+    write = saving.write_checkpoint
+
+    def spoil(steps: set[int], number: int = errno.ENOSPC) -> None:
+        def spoiled(checkpoints: Path, position: Any, files: Any) -> Path:
+            if position.step not in steps:
+                return write(checkpoints, position, files)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync" if number == errno.EIO else "write", _refuse(number))
+                return write(checkpoints, position, files)
+
+        monkeypatch.setattr(saving, "write_checkpoint", spoiled)
+        monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
+
+    return spoil
+
+
+def _refuse(number: int) -> Any:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def test_row_06_a_full_disk_costs_a_warning_and_is_tried_again(
+    small: Path, clean: Path, tmp_path: Path, full_at: Any
+) -> None:
+    full_at({3})
+    record = tune(small, tmp_path / "run")
+    shows(6, " ".join(record.warnings), 0)
+    assert same_adapter(tmp_path / "run", clean)
+    names = [line["name"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["event"] == "checkpoint"]
+    assert names[:2] == ["step-000000", "step-000004"], "tried again at the next step, the older one kept till then"
+
+
+def test_row_06_the_third_refusal_ends_the_run_where_it_can_go_on(
+    small: Path, clean: Path, tmp_path: Path, full_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_at(set(range(4, 10)))
+    with pytest.raises(StoppedSafely) as stopped:
+        tune(small, tmp_path / "run")
+    assert stopped.value.exit_code == 75
+    shows(6, str(stopped.value), 1)
+    shows(6, str(stopped.value), 2)
+    assert "step-000003" in stopped.value.safe
+    monkeypatch.undo()
+    story.resume(tmp_path / "run")
+    assert same_adapter(tmp_path / "run", clean)
+
+
+def test_row_06_control_a_refusal_that_is_not_caught_ends_the_run(
+    small: Path, tmp_path: Path, full_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_at({3})
+    monkeypatch.setattr(saving, "DiskFull", ZeroDivisionError)
+    with pytest.raises(StorageError):
+        tune(small, tmp_path / "run")
+
+
+def test_row_06_log_and_report_are_written_from_the_reserve(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, on_step = tmp_path / "run", story.Journal.on_step
+    disks: list[SmallDisk] = []
+
+    def fill(self: Any, record: Any, progress: float) -> None:
+        if record.step == 5:
+            disks.append(SmallDisk(monkeypatch, run, 0))
+            disks[0].quota = disks[0].used  # not a byte more
+        on_step(self, record, progress)
+
+    monkeypatch.setattr(story.Journal, "on_step", fill)
+    tune(small, run)
+    assert disks[0].refused
+    assert not (run / ".reserve").exists()
+    steps = [line["step"] for line in read_lines(run / "metrics.jsonl") if line["event"] == "step"]
+    assert steps == list(range(1, 10)), "no line is lost"
+
+
+def test_row_06_control_without_a_reserve_lines_are_lost_and_counted(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, on_step = tmp_path / "run", story.Journal.on_step
+    monkeypatch.setattr(RunFolder, "make_room", lambda self: False)
+    disks: list[SmallDisk] = []
+
+    def fill(self: Any, record: Any, progress: float) -> None:
+        if record.step == 5:
+            disks.append(SmallDisk(monkeypatch, run, 0))
+        on_step(self, record, progress)
+        if record.step == 5:
+            disks[0].quota = 10**9
+
+    monkeypatch.setattr(story.Journal, "on_step", fill)
+    record = tune(small, run)
+    shows(6, " ".join(record.warnings), 3)
+    steps = [line["step"] for line in read_lines(run / "metrics.jsonl") if line["event"] == "step"]
+    assert 5 not in steps
+    assert 6 in steps, "and the file holds whole lines only"
+
+
+def test_row_07_an_io_error_ends_the_run_and_the_checkpoint_is_not_called_good(
+    small: Path, tmp_path: Path, full_at: Any
+) -> None:
+    full_at({6}, errno.EIO)
+    with pytest.raises(StorageError) as error:
+        tune(small, tmp_path / "run")
+    assert error.value.exit_code == 7
+    shows(7, str(error.value), 0)
+    shows(7, str(error.value), 1)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000000", "step-000003"]
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "failed"
+
+
+def test_row_07_control_an_error_that_nobody_looks_at_is_called_good(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: Any
+) -> None:
+    full_at({6}, errno.EIO)
+    monkeypatch.setattr("drawplate.checkpoint._flush", lambda path: None)
+    write_file = __import__("drawplate.checkpoint", fromlist=["x"])._write_file
+
+    def careless(path: Path, pieces: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda descriptor: None)
+            return write_file(path, pieces)
+
+    monkeypatch.setattr("drawplate.checkpoint._write_file", careless)
+    tune(small, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "step-000006").is_dir()
+
+
+def test_row_08_a_folder_that_is_not_ours_is_refused_before_the_model_is_opened(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(story, "prepare", lambda recipe: pytest.fail("the model was opened"))
+    (tmp_path / "locked").mkdir(mode=0o555)
+    if os.geteuid() == 0:  # root may write anywhere, so the question is answered as for a person
+        monkeypatch.setattr("drawplate.run_folder.os.access", lambda path, mode: False)
+    with pytest.raises(StorageError) as error:
+        tune(small, tmp_path / "locked" / "run")
+    assert error.value.exit_code == 7
+    shows(8, str(error.value), 0)
+    shows(8, str(error.value), 1)
+
+
+def test_row_08_control_without_the_question_the_model_is_opened(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(recipe: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(story, "prepare", opened)
+    monkeypatch.setattr(RunFolder, "check_free", lambda self: None)
+    monkeypatch.setattr("drawplate.run_folder.os.access", lambda path, mode: False)
+    with pytest.raises(ZeroDivisionError):
+        tune(small, tmp_path / "run")
