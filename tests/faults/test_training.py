@@ -60,7 +60,7 @@ def test_row_14_out_of_memory_cuts_the_micro_batch_in_two_and_the_loss_is_the_sa
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backward: bool
 ) -> None:
     whole = tune(small, tmp_path / "whole", train=FIVE, **DROPPING)
-    no_memory_above(monkeypatch, 70, backward=backward)
+    no_memory_above(monkeypatch, 130, backward=backward)
     cut = tune(small, tmp_path / "cut", train=FIVE, **DROPPING)
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
     shows(14, " ".join(cut.warnings), 0)
@@ -71,7 +71,7 @@ def test_row_14_out_of_memory_cuts_the_micro_batch_in_two_and_the_loss_is_the_sa
 def test_row_14_the_correction_stays_and_is_in_the_checkpoint(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_memory_above(monkeypatch, 70)
+    no_memory_above(monkeypatch, 130)
     on_step = story.Journal.on_step
 
     def interrupt(self: Any, record: Any, progress: float) -> None:
@@ -110,7 +110,7 @@ def test_row_17_memory_that_another_process_took_is_told_apart(monkeypatch: pyte
 def test_row_14_control_without_the_guard_the_run_ends(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_memory_above(monkeypatch, 70)
+    no_memory_above(monkeypatch, 130)
     monkeypatch.setattr(accumulate, "is_out_of_memory", lambda error: False)
     with pytest.raises(torch.OutOfMemoryError):
         tune(small, tmp_path / "run", train=FIVE)
@@ -210,7 +210,7 @@ def test_row_18_control_without_the_guard_the_adapter_is_ruined(
 ) -> None:
     nan_at(monkeypatch, lambda step: step == 5, where="gradient")
     monkeypatch.setattr("drawplate.train.math", SimpleNamespace(isfinite=lambda _: True))
-    with pytest.raises(NumericError, match="not a finite|not a number|finite"):
+    with pytest.raises(NumericError, match=r"finite|not a number"):
         tune(small, tmp_path / "run")
 
 
@@ -248,11 +248,11 @@ def test_row_19_control_a_run_without_a_spike_is_not_warned_of(
 
 def lose_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fifth pass fails as a GPU does that is gone."""
-    sum_nats, calls = CausalLM.sum_nats, itertools.count(1)
+    sum_nats, calls, failure = CausalLM.sum_nats, itertools.count(1), torch.AcceleratorError
 
     def spoiled(self: CausalLM, batch: Any, **options: Any) -> Any:
         if options and next(calls) == 5:
-            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+            raise failure("CUDA error: unspecified launch failure")
         return sum_nats(self, batch, **options)
 
     monkeypatch.setattr(CausalLM, "sum_nats", spoiled)
