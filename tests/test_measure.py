@@ -48,6 +48,7 @@ def test_the_tax_is_the_step_from_the_unquantized_models_own_baseline(recipe: Re
     assert low <= evaluation.quantization_tax_percent <= high
     assert evaluation.quantization_tax_documents == record.data.heldout_documents
     assert record.plan.quantization_tax
+    assert story.plan(recipe).quantization_tax, "drawplate plan says so too"
     assert list(record.phase_seconds)[:3] == ["read", "unquantized", "load"], "before the quantized model is loaded"
     assert plain.evaluation.unquantized_baseline is None
     assert plain.evaluation.quantization_tax_percent is None

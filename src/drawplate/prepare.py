@@ -32,6 +32,7 @@ from drawplate.records import Plan, Sequence
 from drawplate.speed import measured_speed
 from drawplate.train import Cutting
 
+HOST_SHARE = 0.85  # of what the host can still give, the most that a measurement beside the run takes
 GENERAL_TOKENS = {"cpu": 3072, "cuda": 65_536}  # some seconds of each
 
 
@@ -72,13 +73,7 @@ def prepare(recipe: Recipe) -> Prepared:
     lengths = tuple(len(sequence) for sequence in training.sequences)
     advised = advise(recipe, Learner(lengths=lengths, hidden=anatomy.config.hidden_size)).recipe
     chosen = choose_plan(recipe, checkpoint, anatomy, training, heldout, max_length)
-    chosen = plan_quantization_tax(
-        chosen,
-        model_shape(anatomy, recipe),
-        asked=recipe.evaluation.quantization_tax,
-        stored_precision=checkpoint.quantized_precision,
-        host_room_bytes=_host_room_bytes(recipe),
-    )
+    chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy)
     chosen = replace(chosen, warnings=sides.warnings + chosen.warnings)
     return Prepared(
         recipe=advised,
@@ -118,12 +113,18 @@ def _general_windows(
     return sample(tokens.sequences, documents, GENERAL_TOKENS[device.type])
 
 
-def _host_room_bytes(recipe: Recipe) -> int:
-    """What the process may still take of the host, with some to spare."""
+def with_quantization_tax(chosen: Plan, recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy) -> Plan:
+    """The plan with the decision on measuring the unquantized base model, within what the host can still give."""
     available = available_ram_bytes()
     if recipe.memory.ram is not None:
         available = min(available, recipe.memory.ram - memory_sample().process_bytes)
-    return int(0.85 * available)
+    return plan_quantization_tax(
+        chosen,
+        model_shape(anatomy, recipe),
+        asked=recipe.evaluation.quantization_tax,
+        stored_precision=checkpoint.quantized_precision,
+        host_room_bytes=int(HOST_SHARE * available),
+    )
 
 
 def choose_context_tokens(recipe: Recipe, max_length: int) -> int:
