@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -11,6 +12,9 @@ from bitsandbytes.nn import Int8Params
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from drawplate.errors import EnvironmentProblem, UsageError
+from drawplate.model.assemble import require_fp8_units
+from drawplate.model.causal_lm import Placement
 from drawplate.model.frozen import FrozenLinear, Storage, fp8_rows, frozen_product
 from drawplate.plan.ledger import stored_bits
 
@@ -264,3 +268,27 @@ def test_the_compilers_opaque_product_is_the_same(precision: str, double_quant: 
     assert torch.equal(
         opaque(y, stored, precision, double_quant, [96, 64], True), frozen_product(y, stored, storage, (96, 64), True)
     )
+
+
+@pytest.mark.parametrize(
+    ("capability", "features", "dtype", "refusal"),
+    [
+        ((8, 9), 64, torch.bfloat16, None),
+        ((9, 0), 64, torch.float32, None),
+        ((8, 6), 64, torch.bfloat16, (EnvironmentProblem, "no fp8 units")),
+        ((9, 0), 40, torch.bfloat16, (UsageError, "sizes that 16 divides")),
+        ((9, 0), 64, torch.float16, (UsageError, "float16")),
+    ],
+)
+def test_fp8_is_refused_where_a_gpu_cannot_multiply_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], features: int, dtype: torch.dtype, refusal: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    placement = Placement(device=torch.device("cuda", 0), storage=Storage("fp8"), compute_dtype=dtype)
+    anatomy: Any = SimpleNamespace(layers=[nn.Sequential(nn.Linear(features, 32))])
+    if refusal is None:
+        require_fp8_units(placement, anatomy)
+        return
+    with pytest.raises(refusal[0], match=refusal[1]):
+        require_fp8_units(placement, anatomy)

@@ -79,7 +79,7 @@ def assemble(
     config = lora(anatomy) if callable(lora) else lora
     tiers = placement.tiers(len(anatomy.layers))
     targets = target_names(config, anatomy)
-    _require_fp8_units(placement, anatomy)
+    require_fp8_units(placement, anatomy)
     plain = next(name for name, dtype in PLAIN_DTYPES.items() if dtype == placement.compute_dtype)
     for i, (layer, tier) in enumerate(zip(anatomy.layers, tiers, strict=True)):
         storage = Storage(plain) if tier == "dequantized" else placement.storage
@@ -160,7 +160,7 @@ def _arena_of(
     return kept_arena(key, layouts, fill, progress=progress, tell=tell)
 
 
-def _require_fp8_units(placement: Placement, anatomy: Anatomy) -> None:
+def require_fp8_units(placement: Placement, anatomy: Anatomy) -> None:
     """Refuse fp8 where a GPU cannot multiply it. A CPU can, slowly."""
     if placement.storage.precision != "fp8" or placement.device.type != "cuda":
         return
