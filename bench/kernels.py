@@ -25,9 +25,10 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 import torch  # noqa: E402
 
-from drawplate.model import loss as loss_module  # noqa: E402
+from drawplate.model import loss_tile  # noqa: E402
 from drawplate.model.head import Head, ResidentRows  # noqa: E402
-from drawplate.model.loss import IGNORED, LossShape, _Tile, head_cross_entropy  # noqa: E402
+from drawplate.model.loss import IGNORED, head_cross_entropy  # noqa: E402
+from drawplate.model.loss_tile import LossShape, Tile  # noqa: E402
 
 VOCAB = 128256
 ALLOWED_ERROR_RATIO = 1.25
@@ -85,7 +86,7 @@ def loss_errors(tokens: int, hidden: int) -> dict[str, list[float]]:
 
 def products_alone(hidden_NH: torch.Tensor, head: Head) -> float:
     """The two products of every tile, with nothing between them."""
-    tile = _Tile.of(LossShape.of(hidden_NH, head), len(hidden_NH))
+    tile = Tile.of(LossShape.of(hidden_NH, head), len(hidden_NH))
     tile.allocate(hidden_NH.shape[1])
     gradient_NH, hidden_NH = torch.zeros_like(hidden_NH, dtype=torch.float32), hidden_NH.detach()
 
@@ -127,11 +128,11 @@ def loss_times(tokens: int, hidden: int) -> list[dict[str, Any]]:
 
     results: list[dict[str, Any]] = []
     shapes = {(min(tokens, t), w) for t in (4096, 7168, 14336) for w in (128, 256, 512)}
-    before = dict(loss_module.TILE_TOKENS), dict(loss_module.WORKSPACE_BYTES)
+    before = dict(loss_tile.TILE_TOKENS), dict(loss_tile.WORKSPACE_BYTES)
     common = {"kernel": "loss", "hidden": hidden, "tokens": tokens}
     for tile_tokens, workspace in sorted(shapes):
-        loss_module.TILE_TOKENS["cuda"], loss_module.WORKSPACE_BYTES["cuda"] = tile_tokens, workspace * MIB
-        tile = _Tile.of(LossShape.of(hidden_NH, head), counted)
+        loss_tile.TILE_TOKENS["cuda"], loss_tile.WORKSPACE_BYTES["cuda"] = tile_tokens, workspace * MIB
+        tile = Tile.of(LossShape.of(hidden_NH, head), counted)
         times = {"triton_ms": milliseconds(call("triton")), "products_ms": products_alone(hidden_NH, head)}
         if (tile_tokens, workspace) == (min(tokens, 4096), 256):
             times |= {"torch_ms": milliseconds(call("torch"))}
@@ -143,8 +144,8 @@ def loss_times(tokens: int, hidden: int) -> list[dict[str, Any]]:
         facts = {"workspace_mib": workspace, "tile": [tile.tokens, tile.columns], "products_tflops": rate}
         results.append(common | facts | times | {"share_of_products": share})
         print(json.dumps(results[-1]), flush=True)
-    loss_module.TILE_TOKENS.update(before[0])
-    loss_module.WORKSPACE_BYTES.update(before[1])
+    loss_tile.TILE_TOKENS.update(before[0])
+    loss_tile.WORKSPACE_BYTES.update(before[1])
     return results
 
 

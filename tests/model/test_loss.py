@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drawplate.model import loss as loss_module
+from drawplate.model import loss_tile
 from drawplate.model.head import Head, ResidentRows, StreamedRows
-from drawplate.model.loss import IGNORED, LossShape, head_cross_entropy, loss_workspace_bytes
+from drawplate.model.loss import IGNORED, head_cross_entropy
+from drawplate.model.loss_tile import LossShape, loss_workspace_bytes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 VARIANTS = {
@@ -26,7 +27,7 @@ VARIANTS = {
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles of tokens even in tiny cases, and columns no multiple of anything."""
-    monkeypatch.setattr(loss_module, "TILE_TOKENS", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(loss_tile, "TILE_TOKENS", {"cpu": 16, "cuda": 16})
 
 
 def problem(
