@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 
 from drawplate.device import machine
+from drawplate.kernels.four_bits import dequantize
 from drawplate.recipe import cache_folder
 from drawplate.records import DeviceSpeed, Machine, from_json, to_json
 from drawplate.units import MIB
 
-VERSION = 1
+VERSION = 2
 PRODUCT_ROWS = {"cuda": (256, 1024, 4096, 16384), "cpu": (64, 256, 1024)}
 PRODUCT_WEIGHTS = {"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": ((192, 576), (1536, 576), (2048, 2048))}
 ATTENTION_SHAPE = {"cuda": (4, 32, 2048, 128), "cpu": (1, 8, 256, 64)}
@@ -202,7 +203,8 @@ def _dequantize_rate(timer: _Timer, dtype: torch.dtype) -> float:
     packed, state = bnb.quantize_4bit(
         torch.randn(shape, device=timer.device, dtype=dtype), quant_type="nf4", compress_statistics=True
     )
-    seconds = timer.seconds(lambda: bnb.dequantize_4bit(packed, state))
+    stored = [packed, state.absmax, state.state2.absmax, state.offset]
+    seconds = timer.seconds(lambda: dequantize(stored, "nf4", shape, dtype))
     return shape[0] * shape[1] / seconds
 
 

@@ -23,7 +23,7 @@ from drawplate.records import CostLine, DeviceSpeed
 LAUNCHES = {True: (130.0, 125.0), False: (190.0, 240.0)}
 """Host time of one layer's forward and backward, in launches of a small operation, by `compiled`: the layer's kernels
 and what torch and Python do around them. Compiled: measured on an H100 (bench/results/plan-calibration-h100.json)."""
-DEQUANTIZE_LAUNCHES = 18.0
+DEQUANTIZE_LAUNCHES = 12.0
 """The same for dequantizing one weight matrix."""
 HEAD_LAUNCHES = 16.0
 """The same for a tile of the head."""
@@ -31,7 +31,7 @@ UPDATE_LAUNCHES = 400.0
 """The same for clipping and the optimizer's step."""
 TILE_LOGITS = 2**28 / 6
 
-KERNELS = {True: (45, 65), False: (110, 150)}
+KERNELS = {True: (38, 47), False: (110, 150)}
 GAP_SECONDS = {False: 4e-6, True: 2e-6}
 """Kernels of a layer's forward and backward, and the idle moment after each of them on a GPU: launched, captured."""
 REPLAY_LAUNCHES = 250.0
@@ -162,7 +162,8 @@ def micro_batch_seconds(
         streamed_head=_head_wait(model, choice, units.head, speed),
         host=0.0,
     )
-    host = _host_launches(model, choice, walk, units, work, dequantized) * speed.launch_seconds
+    launches = REPLAY_LAUNCHES if captured else _host_launches(model, choice, walk, units, work, dequantized)
+    host = launches * speed.launch_seconds
     return parts._replace(host=host if choice.device == "cpu" else max(0.0, host - sum(parts)))
 
 
