@@ -230,6 +230,7 @@ def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
         head_rows=choice.head_rows,
         compiled=choice.compiled,
         dequantize=choice.dequantize,
+        graphs=choice.captured(layers),
     )
     lora = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
     model = build(shape, placement, lora)
@@ -262,12 +263,11 @@ def timed_accumulation(model: Any, batches: list[Any], steps: int = 3) -> dict[s
     for number in range(steps + 2):
         torch.cuda.synchronize()
         began = time.monotonic()
+        model.adapter.zero_gradients()
         for batch in batches:
-            loss, _ = model.sum_nats(batch, scale=1 / counted, dropout_seed=(0, number))
-            loss.backward()
+            model.add_gradients(batch, scale=1 / counted, dropout_seed=(0, number))
         torch.nn.utils.clip_grad_norm_(model.adapter.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
         torch.cuda.synchronize()
         seconds.append(time.monotonic() - began)
     tokens, middle = sum(batch.tokens for batch in batches), sorted(seconds[2:])[steps // 2]

@@ -121,14 +121,15 @@ def worst_batch(sequences: tuple[Sequence, ...], cutting: Cutting, step_sequence
 
 
 def _train(prepared: Prepared, model: CausalLM) -> None:
-    """Two micro-batches and an optimizer step: from the second on, gradients are there all the time."""
+    """Two micro-batches of one shape, the second of which may be captured as a graph, and an optimizer step."""
     section = prepared.recipe.train
     batch = worst_batch(prepared.train.sequences, train_cutting(prepared), prepared.plan.effective_batch_size)
     optimizer = make_optimizer(model.adapter.parameters(), section)
-    for _ in range(2 if prepared.plan.gradient_accumulation_steps > 1 else 1):
-        loss, _ = model.sum_nats(batch, scale=1 / max(1, batch.counted_tokens), dropout_seed=(section.seed, 0))
-        loss.backward()
+    model.adapter.zero_gradients()
+    for _ in range(2):
+        model.add_gradients(batch, scale=1 / max(1, batch.counted_tokens), dropout_seed=(section.seed, 0))
     optimizer.step()
+    model.forget_graphs()
 
 
 def _evaluate(prepared: Prepared, model: CausalLM) -> None:
