@@ -6,12 +6,14 @@ import errno
 import itertools
 import math
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import drawplate.guards as guards
@@ -234,3 +236,42 @@ def nan_at(monkeypatch: Any, steps: Callable[[int], bool], where: str = "loss") 
 
     monkeypatch.setattr("drawplate.train._take_step", taking)
     monkeypatch.setattr(CausalLM, "sum_nats", spoiled)
+
+
+def random_faults(seed: int, kinds: list[str], chance: float) -> None:
+    """At each training pass, with a chance, sigterm, sigkill, disk, nan or oom; `tracker` is down all the time."""
+    import drawplate.run as story
+    import drawplate.saving as saving
+    from drawplate.errors import DiskFull
+    from drawplate.integrations.trackers import Trackers
+
+    rng, full = random.Random(seed), [False]
+    sudden = [kind for kind in kinds if kind != "tracker"]
+    sum_nats, write = CausalLM.sum_nats, saving.write_checkpoint
+
+    def spoiled(self: CausalLM, batch: Any, **options: Any) -> Any:
+        kind = rng.choice(sudden) if options and rng.random() < chance else ""
+        if kind in ("sigterm", "sigkill"):
+            os.kill(os.getpid(), signal.SIGTERM if kind == "sigterm" else signal.SIGKILL)
+        full[0] = full[0] or kind == "disk"
+        if kind == "oom":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        loss, nats = sum_nats(self, batch, **options)
+        return (loss * math.nan, nats * math.nan) if kind == "nan" else (loss, nats)
+
+    def refusing(checkpoints: Path, position: Any, files: Any) -> Path:
+        if full[0]:
+            full[0] = False
+            raise DiskFull(f"{checkpoints} could not be written: No space left on device.", next_step="")
+        return write(checkpoints, position, files)
+
+    def dead(recipe: Any, warn: Callable[[str], None]) -> Trackers:
+        def fail() -> Any:
+            raise ConnectionError("network is unreachable")
+
+        return Trackers({"wandb": fail}, {}, warn)
+
+    CausalLM.sum_nats = spoiled  # type: ignore[method-assign]
+    saving.write_checkpoint = refusing
+    if "tracker" in kinds:
+        story.open_trackers = dead
