@@ -92,6 +92,7 @@ class Outcome:
             "started": self.started,
             "self_check_difference": self.self_check_difference,
             "scores": to_json(self.scores),
+            "rehearsal": to_json(self.rehearsal),
             "peaks": self.peaks,
             "resumed": self.resumed,
             "journal": self.journal.kept(),
@@ -104,6 +105,7 @@ class Outcome:
         self.journal.take_up(kept["journal"])
         if measured:
             self.self_check_difference = kept["self_check_difference"]
+            self.rehearsal = tuple(from_json(RehearsedPhase, phase) for phase in kept["rehearsal"])
             self.scores = {
                 name: tuple(from_json(DocumentScore, score) for score in scores)
                 for name, scores in kept["scores"].items()

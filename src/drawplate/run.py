@@ -337,6 +337,7 @@ def train_task(prepared: Prepared, model: CausalLM, optimizer: torch.optim.Optim
         section=recipe.train,
         fp16=chosen.compute_dtype == "float16",
         optimizer=optimizer,
+        loraplus_lr_ratio=recipe.lora.loraplus_lr_ratio,
         eval_steps=recipe.evaluation.eval_steps,
         patience=recipe.evaluation.early_stopping_patience,
         keep_best=recipe.evaluation.load_best_model_at_end,
