@@ -1,7 +1,7 @@
 """Which recipe learns best: rate, batch, rank, targets and the rest, on one small model and corpora of several kinds.
 
     python bench/recipe_study.py corpora FOLDER          # here: climate articles, Python functions, manual pages
-    python bench/recipe_study.py run FOLDER OUT.jsonl [--seconds 200] [--model FOLDER] [--device cpu]
+    python bench/recipe_study.py run FOLDER OUT.jsonl [--seconds 200] [--skip N] [--model FOLDER] [--device cpu]
     python bench/recipe_study.py table OUT.jsonl OUT.json
 
 `corpora` writes .jsonl files of some 0.6 MB each, from the demo's page (examples/fetch_demo.py), the standard library
@@ -128,6 +128,7 @@ class Variant:
     targets: str = "all"
     loraplus: float = 1.0
     start: str = "zero"
+    dropout: float = 0.0
 
     def factor(self, step: int, steps: int) -> float:
         """Of the peak rate, at the step about to be taken; Drawplate's own where it has the schedule."""
@@ -177,6 +178,17 @@ RANKS = (
     replace(BASE, r=64),
     replace(BASE, r=64, scale=4.0),  # rank-stabilised: the scale of rank 16 times sqrt(64 / 16)
 )
+REFINED = tuple(
+    replace(BASE, **{"rate": 7e-4, **change})
+    for change in (
+        {},
+        {"r": 32},
+        {"dropout": 0.1},
+        {"rate": 1e-3, "dropout": 0.1},
+        {"schedule": "linear"},
+        {"schedule": "constant then decay"},
+    )
+)
 AGAIN = (
     *(replace(BASE, rate=rate) for rate in (5e-4, 1e-3, 2e-3)),
     *(change for change in CHANGES if change.loraplus > 1 or change.start != "zero" or "then" in change.schedule),
@@ -194,6 +206,7 @@ def groups_of(corpus: str) -> list[Group]:
     return [
         replace(base, variants=(*rates(*RATES), *CHANGES[:3])),
         replace(base, variants=(*rates(5e-4, 1e-3, 2e-3), changed(BASE, loraplus=4.0)), precision="bf16"),
+        replace(base, variants=REFINED),
         replace(base, variants=CHANGES[3:]),
         replace(base, variants=rates(5e-4, 1e-3, 2e-3, 4e-3), step_tokens=4096),
         replace(base, variants=AGAIN, seed=1),
@@ -234,7 +247,11 @@ class Adapters:
             leaf.grad = self.gradients[:, part].view(-1, rows, columns)
             self.leaves.append(leaf)
             start += size
-        self.scale = torch.tensor([v.scale for v in variants], device=device)[:, None, None]
+        self.scale, self.dropout = (
+            torch.tensor(values, device=device)[:, None, None]
+            for values in ([v.scale for v in variants], [v.dropout for v in variants])
+        )
+        self.dropping = False
         self._start(model, seed)
 
     def pair(self, name: str) -> tuple[Any, Any]:
@@ -270,10 +287,15 @@ class Adapters:
             a_VIR, b_VRO = self.pair(name)
 
             def forward(x: Any, linear: Any = linear, a: Any = a_VIR, b: Any = b_VRO) -> Any:
+                import torch
                 import torch.nn.functional as F
 
                 y = F.linear(x, linear.weight, linear.bias)
-                t = x.view(a.shape[0], -1, a.shape[1]) @ a.to(x.dtype)
+                x_VTI = x.view(a.shape[0], -1, a.shape[1])
+                if self.dropping:
+                    kept = torch.rand(x_VTI.shape, device=x.device) >= self.dropout
+                    x_VTI = x_VTI * (kept / (1 - self.dropout)).to(x.dtype)
+                t = x_VTI @ a.to(x.dtype)
                 return y + ((t * self.scale.to(x.dtype)) @ b.to(x.dtype)).view(y.shape)
 
             linear.forward = forward
@@ -403,8 +425,10 @@ def train_group(model: Any, group: Group, texts: dict[str, Any], deadline: float
         counted = sum(int(w.counted.sum()) for w in chosen)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the gradients lie strided, so that a row is one variant's
+            adapters.dropping = any(v.dropout for v in group.variants)
             for row in rows_of(chosen, variants):
                 (nats_of(model, row, variants).sum() / counted).backward()
+            adapters.dropping = False
         optimizer.step(step, steps)
         if (step + 1) % an_epoch == 0:
             last = step + 1 == steps
@@ -501,7 +525,7 @@ def study(corpus: str, given: argparse.Namespace, model_folder: Path, began: flo
     base = Base(model_folder, given.device)
     texts = load_texts(given.folder, corpus, model_folder, min(2048, base.model.config.max_position_embeddings))
     tell(f"ready, {len(texts[corpus][0])} training windows, {sum(map(len, texts[corpus][0]))} tokens")
-    for number, group in enumerate(groups_of(corpus)):
+    for number, group in list(enumerate(groups_of(corpus)))[given.skip :]:
         result = train_group(base.in_precision(group.precision), group, texts, began + given.seconds)
         if result is None:
             tell(f"group {number} was cut off: the time is up")
@@ -526,7 +550,8 @@ def table(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in lines:
         shared = {key: line[key] for key in ("precision", "step_tokens", "epochs")}
         for v, variant in enumerate(line["variants"]):
-            row = found.setdefault(json.dumps({**shared, **variant}), {"recipe": {**shared, **variant}, "runs": []})
+            recipe = {**shared, "dropout": 0.0, **variant}
+            row = found.setdefault(json.dumps(recipe, sort_keys=True), {"recipe": recipe, "runs": []})
             row["runs"].append((line, v))
     return sorted((_row(row["recipe"], row["runs"]) for row in found.values()), key=lambda row: row["mean_percent"])
 
@@ -585,6 +610,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--seconds", type=float, default=200)
+    parser.add_argument("--skip", type=int, default=0, help="groups that an earlier run has done")
     parser.add_argument("--model", help="a model's folder, instead of the demo's")
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args()
