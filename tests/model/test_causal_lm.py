@@ -17,6 +17,7 @@ from drawplate.model.anatomy import build_anatomy
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.frozen import Storage
+from drawplate.model.layers import RECOMPILE_LIMIT
 from drawplate.model.residency import Residency
 from drawplate.model.weights import Checkpoint
 from drawplate.recipe import LoraSection
@@ -238,3 +239,14 @@ def test_nothing_of_the_base_model_is_trained_or_moves(llama, sequences) -> None
     train_steps(model, sequences, steps=2)
     assert all(torch.equal(v, model.residency.stored(i)[k]) for i in before for k, v in before[i].items())
     assert all(not p.requires_grad for p in model.anatomy.skeleton.parameters() if not p.is_meta)
+
+
+def test_a_mixed_placement_does_not_exhaust_the_compilers_versions(
+    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own limit of 8 once made layers run uncompiled: gradients or not, whole or not, and a few shapes."""
+    import torch._dynamo
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    build(llama, compiled=True)
+    assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT > 8

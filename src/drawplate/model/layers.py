@@ -30,6 +30,9 @@ from drawplate.model.residency import Residency
 from drawplate.model.saved_inputs import InputStore
 
 POLICIES = ("keep", "recompute", "offload")
+RECOMPILE_LIMIT = 64
+"""Versions of a layer's function before the compiler gives up on it and runs it uncompiled, torch's own limit being 8:
+with and without gradients, dequantized whole or not, and a few shapes each of training and of measuring."""
 Tensors = dict[str, Tensor]
 
 
@@ -79,7 +82,7 @@ class LayerRunner:
         self._salts = _module_salts([len(names) for names in self._key_names], residency.device)
         self._keys: list[Tensor] = []
         self._no_key = torch.empty(0, dtype=torch.int32, device=residency.device)
-        self._no_whole = torch.empty(0, device=residency.device)
+        self._no_whole = torch.empty(0, dtype=whole_dtype or torch.float32, device=residency.device)
         self._whole_dtype = whole_dtype
         self._quantized = [_quantized_linears(template) for template in templates]
         self._functions = _shared_functions(self.templates) if compiled else [_call_of(t) for t in self.templates]
@@ -248,6 +251,7 @@ def _call_of(template: nn.Module) -> Callable[..., Any]:
 
 def _shared_functions(templates: Sequence[nn.Module]) -> list[Callable[..., Any]]:
     """One compiled function for each kind of layer; layers alike but for their index are one kind."""
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     by_kind: dict[str, Callable[..., Any]] = {}
     return [
         by_kind.setdefault(kind, torch.compile(_call_of(template), dynamic=False))
