@@ -208,7 +208,7 @@ def train_cutting(prepared: Prepared) -> Cutting:
         packing=chosen.packing,
         tokens=chosen.micro_batch_tokens,
         sequences=chosen.micro_batch_sequences,
-        pad_to_multiple_of=chosen.row_multiple or prepared.recipe.data.pad_to_multiple_of,
+        pad_to_multiple_of=prepared.recipe.data.pad_to_multiple_of,
         pad_id=pad_id(prepared.tokenizer),
     )
 

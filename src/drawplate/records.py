@@ -301,7 +301,6 @@ class Plan:
     Attributes:
         slots: of the ring for streamed layers.
         head_rows: rows of a slot of the streamed head; 0 keeps embedding and head on the device.
-        row_multiple: tokens that rows are padded to a multiple of, so that few shapes are compiled; 0 for the recipe's.
         assumptions: what was not known and is assumed.
     """
 
@@ -338,7 +337,6 @@ class Plan:
     policy: str = "recompute"
     slots: int = 2
     head_rows: int = 0
-    row_multiple: int = 0
     times: PlanTimes | None = None
     frontier: tuple[FrontierPoint, ...] = ()
     assumptions: tuple[str, ...] = ()

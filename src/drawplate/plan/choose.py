@@ -31,8 +31,7 @@ ROW_TOKENS = {
 }
 SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 LARGEST_PADDED_TOKENS = {"cpu": 8192, "cuda": 32768}
-SHAPES_OF_ROWS = 4
-"""A compiled layer is compiled anew for every row width, so rows are padded to quarters of the widest."""
+WIDTHS_OF_ROWS = 8
 
 PRECISION_TOLERANCE = 1.05
 USABLE_SHARE = 0.85
@@ -183,7 +182,6 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         policy=choice.policy,
         slots=choice.slots,
         head_rows=choice.head_rows,
-        row_multiple=_row_multiple(recipe, machine.device, choice.micro_batch_tokens, batch),
         times=_times(situation, corpus, found, batch, steps),
         frontier=_frontier(situation, search),
         assumptions=situation.assumptions,
@@ -282,12 +280,12 @@ def _micro_batches(situation: Situation, corpus: CorpusShape, batch: _Batch) -> 
 
 
 def _row_multiple(recipe: Recipe, device: str, tokens: int, batch: _Batch) -> int:
-    """Rows are as wide as a multiple of this: the recipe's, or on a GPU a quarter of the widest row."""
+    """Rows are as wide as a multiple of this: the recipe's, or on a GPU an eighth of the widest (device_batch.py)."""
     multiple = recipe.data.pad_to_multiple_of
-    if device != "cuda" or recipe.model.compile is False:
+    if device != "cuda":
         return multiple
     widest = tokens if batch.packing else batch.row_tokens
-    return max(1, widest // SHAPES_OF_ROWS // multiple) * multiple
+    return max(1, widest // WIDTHS_OF_ROWS // multiple) * multiple
 
 
 def _times(situation: Situation, corpus: CorpusShape, found: Found, batch: _Batch, steps: int) -> PlanTimes:
