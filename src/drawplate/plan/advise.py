@@ -23,14 +23,14 @@ RATE, RATE_WIDTH, RATE_EXPONENT = 7e-4, 576, 0.781
 FAR_OFF_RATE = 8.0
 MANY_EPOCHS = 8.0
 USUAL: dict[str, tuple[float | str, str]] = {
-    "num_train_epochs": (3.0, "held-out text still gains from the third pass"),
+    "num_train_epochs": (3.0, "the third pass still gains a little, a fourth would begin to learn by heart"),
     "lr_scheduler_type": ("cosine", "a rate that falls to zero leaves the least noise at the end"),
     "warmup_ratio": (0.05, "Adam's averages settle in the first steps, at a small rate"),
 }
 ADAPTER_REASONS = {
-    "r": f"rank {USUAL_RANK} learns small corpora as well as larger ones do",
-    "lora_alpha": "twice the rank: the rate was tuned for it",
-    "target_modules": "all linear layers learn more than query and value alone",
+    "r": f"rank {USUAL_RANK} on all linear layers has more numbers than a small corpus has tokens",
+    "lora_alpha": "twice the rank: the learning rate was found with it",
+    "target_modules": "all linear layers learn a sixth more than query and value alone",
 }
 
 
@@ -131,16 +131,16 @@ def _batch(recipe: Recipe, learner: Learner, epochs: float, reasons: dict[str, s
 def _rate(hidden: int) -> tuple[float | str, str]:
     """Peak learning rate, to two figures.
 
-    The study's best at its model's width. Beyond it the rate falls with the width to the power 0.781, which others
+    At the width of the study's model between its two best. Beyond it the rate falls with the width to the power 0.781, which others
     fitted over Llama models of several sizes (Thinking Machines Lab, "Supervised Learning Hyperparameters", Tinker
     documentation, 2025; for Qwen they found 0.078, nearly flat): an extrapolation, and the careful one of the two.
     """
     rate = float(f"{RATE * min(1.0, RATE_WIDTH / hidden) ** RATE_EXPONENT:.1e}")
     if hidden <= RATE_WIDTH:
-        return rate, "the best on three kinds of text for a small model"
+        return rate, "between the two best on three kinds of text, for a small model; general text holds"
     return (
         rate,
-        f"{RATE:g} was best at width {RATE_WIDTH}, and wider models want less: width {format_count(hidden)} here",
+        f"{RATE:g} did best at width {RATE_WIDTH}, and wider models want less: width {format_count(hidden)} here",
     )
 
 
