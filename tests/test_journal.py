@@ -132,3 +132,31 @@ def test_metrics_are_appended_to_and_never_cut(tmp_path: Path) -> None:
     journal.close()
     assert [line["event"] for line in read_lines(tmp_path / "metrics.jsonl")] == ["step", "warning"]
     assert "ü" in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_later_process_takes_up_the_curves_and_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CURVE_POINTS", 8)
+    first, whole = Journal(), Journal()
+    first.open(tmp_path)
+    for step in range(1, 12):
+        first.on_step(a_step(step), 0.1)
+        whole.on_step(a_step(step), 0.1)
+    first.on_evaluation(11, EVALUATION)
+    first.on_warning("mind the gap")
+    kept = json.loads(json.dumps(first.kept()))
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "st')  # killed in the middle of a line
+    second = Journal()
+    second.open(tmp_path)
+    second.take_up(kept)
+    for step in range(12, 30):
+        second.on_step(a_step(step), 0.1)
+        whole.on_step(a_step(step), 0.1)
+    second.close()
+    assert list(second.steps) == list(whole.steps)
+    assert second.evaluations == first.evaluations
+    assert second.warnings == ["mind the gap"]
+    assert second.seconds >= first.seconds - 1
+    steps = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl") if line["event"] == "step"]
+    assert steps == list(range(1, 30)), "the torn line is gone and nothing else"

@@ -56,7 +56,7 @@ class Clock:
         if self._continued:
             self._continued = False
             late = now - self._ticked if self._ticked is not None else 0.0
-            self.suspended_seconds += self._gap or (late if late > LONGEST_TICK_SECONDS else 0.0)
+            self.suspended_seconds += late if late > LONGEST_TICK_SECONDS else self._gap
             self._gap, self._ticked = 0.0, now
         return now - self.suspended_seconds
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from drawplate.records import Evaluation, EvaluationFacts, RunRecord
-from drawplate.report.wording import format_figure, heldout_change, memory_facts, verdict
+from drawplate.report.wording import format_figure, heldout_change, memory_facts, training_facts, verdict
 
 
 def with_change(record: RunRecord, after: float, interval: tuple[float, float] | None) -> RunRecord:
@@ -86,3 +86,12 @@ def test_predicted_memory_stands_beside_measured(gpu_record: RunRecord, record: 
 )
 def test_figures_of_any_size_can_be_read(value: float, text: str) -> None:
     assert format_figure(value) == text
+
+
+def test_what_memory_forced_and_where_a_run_was_taken_up_again_are_said(record: RunRecord) -> None:
+    training = dataclasses.replace(record.training, corrections=("from step 3 on: micro-batches of 1,024 tokens",))
+    again = dataclasses.replace(record, training=training, resumed=("after step 40", "after step 90"))
+    facts = {fact.label: fact for fact in training_facts(again)}
+    assert facts["Out of memory, so"].value == "from step 3 on: micro-batches of 1,024 tokens"
+    assert (facts["Taken up again"].value, facts["Taken up again"].note) == ("after step 90", "2 times")
+    assert not {"Out of memory, so", "Taken up again"} & {fact.label for fact in training_facts(record)}

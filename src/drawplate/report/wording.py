@@ -202,6 +202,11 @@ def training_facts(record: RunRecord) -> list[Fact]:
         facts.append(Fact(label="Ended early", value=training.stopped_because))
     if training.best_step is not None:
         facts.append(Fact(label="Adapter kept from step", value=format_count(training.best_step)))
+    if training.corrections:
+        facts.append(Fact(label="Out of memory, so", value=training.corrections[-1]))
+    if record.resumed:
+        times = len(record.resumed)
+        facts.append(Fact(label="Taken up again", value=record.resumed[-1], note=f"{times} times" if times > 1 else ""))
     total = record.total_seconds or training.seconds
     if total:
         note = f"{format_seconds(training.seconds)} of it training" if training.seconds and record.total_seconds else ""
