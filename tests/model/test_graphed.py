@@ -13,7 +13,9 @@ from drawplate.data.batches import Batch, cut_packed, cut_padded
 from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
+from drawplate.model.device_batch import DeviceBatch
 from drawplate.model.frozen import Storage
+from drawplate.model.graphed import GraphedSteps
 from drawplate.model.weights import Checkpoint
 from drawplate.recipe import LoraSection
 from tests.model.conftest import random_sequences
@@ -67,6 +69,39 @@ def test_added_gradients_are_those_of_the_summed_loss(llama: Checkpoint, sequenc
     model.adapter.zero_gradients()
     assert model.adapter.parameters()[0].grad.data_ptr() == before, "a graph adds to where it was captured"
     assert not any(p.grad.any() for p in model.adapter.parameters())
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_a_micro_step_on_leaves_of_its_own_adds_the_same_gradients(
+    llama: Checkpoint, sequences: list, activations: str
+) -> None:
+    cpu = {"storage": Storage("fp32"), "compute_dtype": torch.float32, "activations": activations}
+    model, twin = build(llama, **cpu), build(llama, **cpu)
+    graphed = GraphedSteps(model._nats, model.adapter)
+    model.adapter.zero_gradients()
+    twin.adapter.zero_gradients()
+    for batch in cut_packed(sequences, 64, 16, 0):
+        graphed._add_gradients(model.placed(batch, (0, 1)), torch.tensor(0.5))
+        twin.add_gradients(batch, scale=0.5, dropout_seed=(0, 1))
+    for ours, theirs in zip(model.adapter.parameters(), twin.adapter.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+        assert ours.grad.any()
+    assert model.adapter.of_layer(0) is model.adapter.layers[0], "the leaves are gone"
+
+
+def test_adapters_of_modules_that_are_never_called_get_no_gradient(llama: Checkpoint, sequences: list) -> None:
+    model = build(llama, storage=Storage("fp32"), compute_dtype=torch.float32)
+    model.adapter.zero_gradients()
+
+    def step(batch: DeviceBatch, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        used = next(iter(model.adapter.of_layer(0).values()))
+        return used.sum() * scale, torch.zeros(1)
+
+    batch = model.placed(cut_packed(sequences, 64, 16, 0)[0], None)
+    GraphedSteps(step, model.adapter)._add_gradients(batch, torch.tensor(2.0))
+    first, *others = model.adapter.parameters()
+    assert (first.grad == 2).all()
+    assert not any(p.grad.any() for p in others)
 
 
 def launched(model: CausalLM) -> CausalLM:

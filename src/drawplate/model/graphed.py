@@ -109,8 +109,10 @@ class GraphedSteps:
     def _add_gradients(self, batch: DeviceBatch, scale: Tensor) -> Tensor:
         with self._adapter.aliased() as leaves:
             loss, nats_N = self._step(batch, scale)
-            gradients = torch.autograd.grad(loss, leaves)
-        torch._foreach_add_([_gradient(p) for p in self._parameters], gradients)
+            # A module that its layer never calls leaves its adapter unused.
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        pairs = [(_gradient(p), g) for p, g in zip(self._parameters, gradients, strict=True) if g is not None]
+        torch._foreach_add_([total for total, _ in pairs], [gradient for _, gradient in pairs])
         return nats_N.sum(dtype=torch.float64)
 
 
