@@ -131,9 +131,10 @@ def _batch(recipe: Recipe, learner: Learner, epochs: float, reasons: dict[str, s
 def _rate(hidden: int) -> tuple[float | str, str]:
     """Peak learning rate, to two figures.
 
-    At the width of the study's model between its two best. Beyond it the rate falls with the width to the power 0.781, which others
-    fitted over Llama models of several sizes (Thinking Machines Lab, "Supervised Learning Hyperparameters", Tinker
-    documentation, 2025; for Qwen they found 0.078, nearly flat): an extrapolation, and the careful one of the two.
+    At the width of the study's model between its two best. Beyond it the rate falls with the width to the power 0.781,
+    which others fitted over Llama models of several sizes (Thinking Machines Lab, "Supervised Learning
+    Hyperparameters", Tinker documentation, 2025; for Qwen they found 0.078, nearly flat): an extrapolation, and the
+    careful one of the two.
     """
     rate = float(f"{RATE * min(1.0, RATE_WIDTH / hidden) ** RATE_EXPONENT:.1e}")
     if hidden <= RATE_WIDTH:
