@@ -5,6 +5,7 @@ python bench/plot_compare.py docs/pictures/compare.png bench/results/compare-3b-
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+from bench.peers.ceiling import H100_BF16_FLOPS, ceiling  # noqa: E402
 from bench.peers.table import GIB, ratios, table  # noqa: E402
+from bench.shapes import SHAPES  # noqa: E402
 
 LOOKS = {
     "drawplate": ("#2a6fb0", "o", "Drawplate"),
@@ -85,11 +88,15 @@ def main() -> None:
     figure.savefig(picture, dpi=120)
     print(table([json.loads(p.read_text(encoding="utf-8")) for p in paths]))
     for model, results in models.items():
-        for peer in ("unsloth", "liger", "mission"):
-            for budget in (None, 6, 8):
-                for case, own, other, ratio in ratios(results, peer, budget):
-                    within = f" within {budget} GiB" if budget else ""
-                    print(f"{model} {case}{within}: {own:,.0f} / {other:,.0f} of {peer} = {ratio:.2f}")
+        for peer, budget, fp8 in itertools.product(("unsloth", "liger", "mission"), (None, 6, 8), (False, True)):
+            for case, own, other, ratio in ratios(results, peer, budget, fp8=fp8):
+                within, how = f" within {budget} GiB" if budget else "", "fp8" if fp8 else "bf16"
+                print(f"{model} {case}{within}, {how}: {own:,.0f} / {other:,.0f} of {peer} = {ratio:.2f}")
+        for r in results:
+            if r["system"] == "drawplate" and "tokens_per_second" in r and "x" in r["case"]:
+                most = ceiling(SHAPES[model], int(r["case"].partition("x")[2]), H100_BF16_FLOPS)
+                share = r["tokens_per_second"] / most
+                print(f"{model} {r['case']} {r['setting']}: {share:.0%} of the bf16 ceiling of {most:,.0f}")
 
 
 if __name__ == "__main__":

@@ -60,12 +60,16 @@ def best_within(results: Iterable[dict[str, Any]], case: str, budget_gib: float 
 
 
 def ratios(
-    results: Sequence[dict[str, Any]], peer: str, budget_gib: float | None
+    results: Sequence[dict[str, Any]], peer: str, budget_gib: float | None, *, fp8: bool = False
 ) -> list[tuple[str, float, float, float]]:
-    """(case, Drawplate's tokens/s, the peer's best, their ratio) for each case that both ran within the budget."""
+    """(case, Drawplate's tokens/s, the peer's best, their ratio) for each case that both ran within the budget.
+
+    Drawplate's fp8 arithmetic is compared by itself: with `fp8` it alone, else everything but it.
+    """
     found = []
+    kept = [r for r in results if r["system"] != "drawplate" or r["setting"].startswith("fp8") == fp8]
     for case in dict.fromkeys(r["case"] for r in results):
-        best = best_within(results, case, budget_gib)
+        best = best_within(kept, case, budget_gib)
         if "drawplate" in best and peer in best:
             own, other = best["drawplate"]["tokens_per_second"], best[peer]["tokens_per_second"]
             found.append((case, own, other, own / other))

@@ -48,3 +48,9 @@ def test_a_ratio_compares_each_systems_best_within_the_budget() -> None:
     assert ratios(RESULTS, "unsloth", None) == [("7x512", 40000.0, 30000.0, 40000 / 30000)]
     assert ratios(RESULTS, "unsloth", 6) == [("7x512", 20000.0, 10000.0, 2.0)]
     assert ratios(RESULTS, "liger", None) == []
+
+
+def test_fp8_is_compared_by_itself() -> None:
+    results = [*RESULTS, result("drawplate", "fp8, all kept", 60000.0, 30.0)]
+    assert ratios(results, "unsloth", None)[0][1] == 40000.0
+    assert ratios(results, "unsloth", None, fp8=True) == [("7x512", 60000.0, 30000.0, 2.0)]
