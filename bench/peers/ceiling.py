@@ -1,4 +1,4 @@
-"""The most tokens per second that a card's matrix rate allows for LoRA training without recomputation. No torch here."""
+"""The most tokens per second that a card's matrix rate allows for LoRA training without recomputation."""
 
 from __future__ import annotations
 
