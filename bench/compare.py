@@ -37,6 +37,7 @@ from bench.peers.cases import MAIN, MISSION, OTHERS, REFERENCE, Setting, parse_c
 from bench.peers.gate import Curve, Verdict, judge  # noqa: E402
 from bench.peers.table import table  # noqa: E402
 
+LOG_CHARACTERS = 3000
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger_kernel", "unsloth", "unsloth_zoo", "trl")
 
 
@@ -153,13 +154,14 @@ def run_group(task: Task, group: Sequence[Process], told: Callable[[str], None])
         process.loaded.update(answer)
     told("loaded")
     alive = [p for p in group if not failed(p.loaded)]
-    for process, answer in _answers(task, alive, "curve", task.gate_case, task.gate_steps):
-        process.curve = answer
-    alive = [p for p in alive if not failed(p.curve)]
-    for reference in [p for p in alive if p.setting is REFERENCE]:  # its memory is needed afterwards
+    for reference in [p for p in alive if p.setting is REFERENCE]:  # alone: it needs the most memory, and leaves
+        reference.curve = reference.ask("curve", task.gate_case, task.gate_steps)
         reference.warm = {case: reference.ask("warm", case) for case in task.cases}
         reference.stop()
         alive.remove(reference)
+    for process, answer in _answers(task, alive, "curve", task.gate_case, task.gate_steps):
+        process.curve = answer
+    alive = [p for p in alive if not failed(p.curve)]
     told("through the gate's steps")
     for case in task.cases:
         if task.out_of_time():
@@ -211,6 +213,8 @@ def _case_entry(process: Process, case: str, reference: Process, mission: Proces
     if problem:
         fits = not any("memory" in answer for answer in [process.loaded, process.curve, warm, *timed])
         return {"refused": problem if fits else "does not fit into memory", "detail": problem}
+    if not reference.curve.get("losses") or not reference.warm.get(case, {}).get("losses"):
+        return {"refused": "the fp32 reference did not run", "detail": failed(reference.curve)}
     whole = _verdict(process, reference, mission, lambda p: p.curve, "curve")
     here = _verdict(process, reference, mission, lambda p: _first_step(p, case), case)
     gate = {"gate": dataclasses.asdict(whole), "gate_of_case": dataclasses.asdict(here)}
@@ -367,6 +371,7 @@ def measure(
             machine=machine(),
             versions=versions(),
             results=results_of(task, everyone),
+            logs={p.out.name: (p.out / "log.txt").read_text(errors="replace")[-LOG_CHARACTERS:] for p in everyone},
         )
         out.write_text(json.dumps(record, indent=1))
         print(f"{line}\n{time.monotonic() - began:.0f} s so far", flush=True)

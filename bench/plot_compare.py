@@ -25,6 +25,7 @@ from bench.shapes import SHAPES  # noqa: E402
 
 LOOKS = {
     "drawplate": ("#2a6fb0", "o", "Drawplate"),
+    "drawplate fp8": ("#2a6fb0", "*", "Drawplate, fp8"),
     "unsloth": ("#b8460e", "s", "Unsloth"),
     "liger": ("#6b8e23", "^", "transformers + PEFT + Liger"),
     "trl": ("#8a63a8", "v", "TRL SFTTrainer + Liger"),
@@ -32,11 +33,17 @@ LOOKS = {
 }
 
 
+def look_of(result: dict[str, Any]) -> str:
+    """The key of LOOKS."""
+    fp8 = result["system"] == "drawplate" and result["setting"].startswith("fp8")
+    return "drawplate fp8" if fp8 else str(result["system"])
+
+
 def panel(axes: Any, results: list[dict[str, Any]], title: str) -> None:
     """One model and case; hollow markers are runs without dropout."""
-    for system, (colour, marker, _) in LOOKS.items():
+    for look, (colour, marker, _) in LOOKS.items():
         for r in results:
-            if r["system"] != system or "tokens_per_second" not in r:
+            if look_of(r) != look or "tokens_per_second" not in r:
                 continue
             axes.plot(
                 r["peak_reserved_bytes"] / GIB,
@@ -44,7 +51,7 @@ def panel(axes: Any, results: list[dict[str, Any]], title: str) -> None:
                 marker,
                 color=colour,
                 markerfacecolor=colour if r["dropout"] else "white",
-                markersize=7,
+                markersize=11 if marker == "*" else 7,
             )
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xscale("log", base=2)
@@ -53,6 +60,11 @@ def panel(axes: Any, results: list[dict[str, Any]], title: str) -> None:
     axes.set_xlabel("peak reserved, GiB")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def systems_in(results: list[dict[str, Any]], case: str) -> int:
+    """How many systems have a speed in a case."""
+    return len({r["system"] for r in results if r["case"] == case and "tokens_per_second" in r})
 
 
 def merged(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
@@ -69,22 +81,25 @@ def main() -> None:
     picture, paths = Path(sys.argv[1]), [Path(p) for p in sys.argv[2:]]
     models = merged(paths)
     panels = [(model, case) for model, results in models.items() for case in dict.fromkeys(r["case"] for r in results)]
-    panels = [(model, case) for model, case in panels if not case.startswith("climate")]
+    panels = [(model, case) for model, case in panels if "x" in case and systems_in(models[model], case) > 1]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.5 * rows), squeeze=False)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(4.2 * columns + 2, 3.5 * rows), squeeze=False, layout="constrained"
+    )
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (model, case) in zip(grid.flat, panels, strict=False):
         panel(axes, [r for r in models[model] if r["case"] == case], f"{model}, {case.replace('x', ' x ')} tokens")
     for axes in grid[:, 0]:
         axes.set_ylabel("tokens per second")
+    shown = {look_of(r) for model, case in panels for r in models[model] if r["case"] == case}
     handles = [
         plt.Line2D([], [], linestyle="", marker=marker, color=colour, label=name)
-        for colour, marker, name in LOOKS.values()
+        for look, (colour, marker, name) in LOOKS.items()
+        if look in shown
     ]
-    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(picture, dpi=120)
     print(table([json.loads(p.read_text(encoding="utf-8")) for p in paths]))
     for model, results in models.items():

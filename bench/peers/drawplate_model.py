@@ -75,6 +75,7 @@ class DrawplatePeer:
             return {}
         self.__dict__.pop("model", None)
         self.adapter = {}
+        torch._dynamo.reset()  # its limit of compilations is meant for one run
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -39,7 +39,7 @@ def _rows(results: Iterable[dict[str, Any]]) -> str:
             f"{r['peak_reserved_bytes'] / GIB:.2f} ({process / GIB:.2f})"
             if process
             else f"{r['peak_reserved_bytes'] / GIB:.2f}",
-            f"{r['first_step_seconds']:.0f}",
+            f"{r['first_step_seconds']:.0f}" if r["first_step_seconds"] else "-",
             f"{r['first_loss']:.3f} -> {r['last_loss']:.3f}",
             f"{r['gate']['difference']:.4f} ({r['gate']['allowed']:.4f})",
         ]

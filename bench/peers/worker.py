@@ -44,11 +44,13 @@ class Worker:
         self.peer: Any = None
         self.first_step_seconds: float | None = None
         self.decided: dict[str, Any] = {}
+        self.busy_seconds = 0.0  # importing and loading, without waiting for the driver
 
     def imports(self) -> dict[str, Any]:
         """Import what the system needs; Unsloth wants to be the first."""
         self.module = importlib.import_module(MODULES[self.setting.system])
-        return {"import_seconds": round(time.monotonic() - BEGAN, 2)}
+        self.busy_seconds = time.monotonic() - BEGAN
+        return {"import_seconds": round(self.busy_seconds, 2)}
 
     def load(self) -> dict[str, Any]:
         """Load; the allocator is capped first, so that loading must fit too."""
@@ -70,6 +72,7 @@ class Worker:
         self.vocab = json.loads((self.folder / "config.json").read_text())["vocab_size"]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        self.busy_seconds += time.monotonic() - began
         return {
             "load_seconds": round(time.monotonic() - began, 2),
             "load_peak_reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
@@ -96,7 +99,7 @@ class Worker:
         from bench.peers.cases import documents, parse_case
         from bench.peers.stepping import set_adapter, take_steps
 
-        case, cuda = parse_case(name), torch.cuda.is_available()
+        case, cuda, began = parse_case(name), torch.cuda.is_available(), time.monotonic()
         steps = [documents(case, step, self.vocab, self.corpus) for step in range(count)]
         if kept_gradient and hasattr(self.peer, "prepare"):
             self.decided = self._prepare(case)
@@ -107,7 +110,7 @@ class Worker:
         take = getattr(self.peer, "take_steps", None) or (lambda *a, **k: take_steps(self.peer, *a, **k))
         if self.first_step_seconds is None and self.setting.system != "reference":
             take(steps[:1], dropout=dropout, packed_tokens=case.packed_tokens)
-            self.first_step_seconds = round(time.monotonic() - BEGAN, 2)
+            self.first_step_seconds = round(self.busy_seconds + time.monotonic() - began, 2)
             set_adapter(self.peer, self.start)
         taken = take(steps, dropout=dropout, packed_tokens=case.packed_tokens, gradient=gradient)
         answer = {
@@ -170,8 +173,8 @@ def main() -> None:
         except BaseException as error:
             kind = "memory" if "OutOfMemory" in type(error).__name__ else "error"
             answer = {kind: f"{type(error).__name__}: {error}"[:600], "trace": traceback.format_exc()[-1500:]}
-            if worker.peer is not None:
-                _forget_failed(worker)
+        if "trace" in answer and worker.peer is not None:
+            _forget_failed(worker)  # out here, where the error no longer holds the failed step's tensors
         print(f"# {time.monotonic() - BEGAN:.1f} s: {line.strip()}", file=sys.stderr, flush=True)
         answers.write(json.dumps(answer) + "\n")
     os._exit(0)  # leave without the libraries' tear-down, which takes seconds
