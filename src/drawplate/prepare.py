@@ -21,6 +21,7 @@ from drawplate.errors import DataError, UsageError
 from drawplate.model.adapter import lora_config, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.causal_lm import Placement
+from drawplate.model.footprint import layer_shapes, outer_footprints
 from drawplate.model.frozen import Storage
 from drawplate.model.weights import Checkpoint, open_checkpoint
 from drawplate.plan.advise import Learner, advise
@@ -245,7 +246,15 @@ def model_shape(anatomy: Anatomy, recipe: Recipe) -> ModelShape:
         m for name, m in linears.items() if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "qkv_proj")
     ]
     settings = anatomy.config
+    kinds, kind_of_layer = layer_shapes(anatomy, config)
+    opening, closing = outer_footprints(anatomy)
     return ModelShape(
+        kinds=kinds,
+        kind_of_layer=kind_of_layer,
+        opening=opening,
+        closing=closing,
+        tied=anatomy.tied,
+        softcap=anatomy.softcap is not None,
         parameters=anatomy.parameters,
         layers=len(anatomy.layers),
         linear_parameters=linear_parameters,

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from drawplate.plan.estimate import estimate
 from drawplate.plan.ledger import (
     PHASES,
     Choice,
@@ -20,9 +21,11 @@ from drawplate.plan.ledger import (
     stored_bits,
 )
 from drawplate.records import LedgerLine
+from drawplate.units import MIB
 
-AROUND = Surroundings(base_bytes=10**8, context_bytes=10**8, dataset_bytes=10**6)
-settings = st.fixed_dictionaries(
+QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # a ledger takes hundredths of a second: no shrinking
+AROUND = Surroundings(base_bytes=10**8, context_bytes=10**8, dataset_bytes=10**6, self_check=False)
+values_of_choices = st.fixed_dictionaries(
     {
         "precision": st.sampled_from(["nf4", "fp4", "int8", "fp8", "bf16", "fp16", "fp32"]),
         "double_quant": st.booleans(),
@@ -73,12 +76,19 @@ def lines_of(model: ModelShape, **values: Any) -> dict[str, LedgerLine]:
 
 
 def total(model: ModelShape, **values: Any) -> int:
-    found = ledger_of(model, **values)
-    return found.peak("device") + found.peak("host")
+    """All blocks; without the allocator's gaps, which may be smaller where blocks are larger."""
+    lines = ledger_of(model, **values).lines
+    return sum(line.bytes for line in lines if "gaps" not in line.name)
 
 
+@settings(max_examples=10, deadline=None, phases=QUICK)
 @given(
-    settings, st.integers(1, 10**5), st.integers(1, 100), st.integers(1, 100), st.integers(1, 256), st.integers(1, 64)
+    values_of_choices,
+    st.integers(1, 10**5),
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.integers(1, 256),
+    st.integers(1, 64),
 )
 def test_more_tokens_layers_or_rank_never_cost_less(
     values: dict[str, Any], tokens: int, layers: int, more_layers: int, rank: int, more_rank: int
@@ -90,11 +100,13 @@ def test_more_tokens_layers_or_rank_never_cost_less(
     assert total(shape(layers, rank + more_rank), **values) >= base
 
 
-@given(settings)
+@settings(max_examples=15, deadline=None, phases=QUICK)
+@given(values_of_choices)
 def test_spending_less_memory_is_predicted_to_need_less(values: dict[str, Any]) -> None:
     def device(**changes: Any) -> int:
         where = "device" if values["device"] == "cuda" else "host"
-        return ledger_of(shape(), **{**values, **changes}).peak(where)
+        lines = ledger_of(shape(), **{**values, **changes}).largest(where).lines
+        return sum(line.bytes for line in lines if line.where == where and "gaps" not in line.name)
 
     assert device(activations="recompute") <= device(activations="keep")
     if values["device"] == "cuda":
@@ -104,13 +116,15 @@ def test_spending_less_memory_is_predicted_to_need_less(values: dict[str, Any]) 
     assert device(weights="device", precision="int8") < device(weights="device", precision="bf16")
 
 
-@given(settings)
+@settings(max_examples=15, deadline=None, phases=QUICK)
+@given(values_of_choices)
 def test_on_a_cpu_every_byte_is_the_hosts(values: dict[str, Any]) -> None:
     lines = ledger_of(shape(), **{**values, "device": "cpu"}).lines
     assert {line.where for line in lines} <= {"host", "disk"}
 
 
-@given(settings)
+@settings(max_examples=15, deadline=None, phases=QUICK)
+@given(values_of_choices)
 def test_the_lines_of_each_place_sum_to_its_peak(values: dict[str, Any]) -> None:
     found = ledger_of(shape(), **values)
     assert tuple(phase.phase for phase in found.phases) == PHASES
@@ -127,11 +141,14 @@ def test_stored_bits_are_those_of_the_format() -> None:
 
 def test_the_lines_of_a_known_case() -> None:
     lines = lines_of(shape(), **KNOWN)
-    assert lines["frozen weights on the device"].bytes == int(2_818_572_288 * 4.126953125 / 8)
-    assert lines["embedding, head and norms"].bytes == 2 * (128_256 * 3072 + 57 * 3072)
+    exact = 100_663_296 * stored_bits("nf4", True) / 8
+    a_layer = lines["frozen weights on the device"].bytes / 28
+    assert exact < a_layer < exact + 7 * 4 * 256 + 512, "each tensor is rounded up to 256 bytes, the layer to 512"
+    assert lines["embedding and head"].bytes == 2 * 128_256 * 3072
     assert lines["adapter"].bytes == lines["adapter gradients"].bytes == 4 * 2_293_760
     assert lines["optimizer moments"].bytes == 8 * 2_293_760
     assert lines["layer inputs kept"].bytes == 28 * 2048 * 3072 * 2
+    assert lines["CUDA context"].bytes == 10**8
     streamed = lines_of(shape(), **{**KNOWN, "weights": "host"})
     assert streamed["frozen weights on the host"].where == "host"
     assert streamed["ring slots"].bytes == 2 * (lines["frozen weights on the device"].bytes // 28)
@@ -141,11 +158,22 @@ def test_tiers_and_policies_can_be_mixed() -> None:
     counts = {"dequantized_layers": 4, "device_layers": 10, "kept_layers": 5, "policy": "offload"}
     plain = {name: value for name, value in KNOWN.items() if name not in ("weights", "activations")}
     mixed = ledger(shape(), Choice(**plain, **counts), AROUND)  # type: ignore[arg-type]
-    names = {line.name: line.where for line in mixed.phases[2].lines}
-    assert names["frozen weights on the host"] == names["layer inputs kept"] == "host"
+    names = {line.name: line.where for phase in mixed.phases for line in phase.lines}
+    assert names["frozen weights on the host"] == names["offloaded layer inputs"] == "host"
     assert names["frozen weights, dequantized"] == names["activations kept"] == "device"
     more = replace(Choice(**plain, **counts), kept_layers=6)  # type: ignore[arg-type]
     assert ledger(shape(), more, AROUND).peak("device") > mixed.peak("device")
+
+
+@settings(max_examples=15, deadline=None, phases=QUICK)
+@given(values_of_choices, st.integers(0, 28), st.integers(0, 28))
+def test_the_estimate_agrees_with_the_ledger(values: dict[str, Any], away: int, kept: int) -> None:
+    words = Choice.in_words(28, **values)
+    policy = "recompute" if values["activations"] == "keep" else values["activations"]
+    choice = replace(words, device_layers=28 - away, dequantized_layers=0, kept_layers=kept, policy=policy)
+    exact = ledger(shape(), choice, AROUND)
+    for where, guess in zip(("device", "host"), estimate(shape(), choice, AROUND), strict=True):
+        assert guess == pytest.approx(exact.peak(where), rel=0.15, abs=64 * MIB)
 
 
 @given(st.sampled_from([2, 4]))

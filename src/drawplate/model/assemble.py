@@ -83,7 +83,7 @@ def assemble(
     plain = next(name for name, dtype in PLAIN_DTYPES.items() if dtype == placement.compute_dtype)
     for i, (layer, tier) in enumerate(zip(anatomy.layers, tiers, strict=True)):
         storage = Storage(plain) if tier == "dequantized" else placement.storage
-        _freeze_linears(layer, f"{anatomy.layers_path}.{i}", storage, config, targets)
+        freeze_linears(layer, f"{anatomy.layers_path}.{i}", storage, config, targets)
     found = walk(anatomy)
     require_streamable(anatomy, found, tiers, placement.policies(len(anatomy.layers)))
     names = _CheckpointNames(checkpoint, anatomy)
@@ -92,7 +92,7 @@ def assemble(
     adapter = Adapter(
         config,
         anatomy.layers_path,
-        [_trained_shapes(m, config) for m in anatomy.layers],
+        [trained_shapes(m, config) for m in anatomy.layers],
         seed=seed,
         device=placement.device,
         on_host=placement.adapter == "host",
@@ -115,7 +115,7 @@ def _loaded_layers(
 ) -> Residency:
     """Every layer's frozen weights where they are to live: from the cache's arena, or from the checkpoint."""
     layers, device, tiers = anatomy.layers, placement.device, placement.tiers(len(anatomy.layers))
-    layouts = [LayerLayout.of(_stored_specs(layer, placement.compute_dtype)) for layer in layers]
+    layouts = [LayerLayout.of(stored_specs(layer, placement.compute_dtype)) for layer in layers]
     host_layers = [i for i, tier in enumerate(tiers) if tier == "host"]
     held = range(len(layers)) if device.type == "cpu" else host_layers
     require_host_memory(sum(layouts[i].bytes for i in held), _smaller_on_host(placement))
@@ -190,7 +190,8 @@ def _smaller_on_host(placement: Placement) -> str:
     return "Free some memory, or use a smaller model or a machine with more memory."
 
 
-def _freeze_linears(layer: nn.Module, path: str, storage: Storage, config: LoraConfig, targets: set[str]) -> None:
+def freeze_linears(layer: nn.Module, path: str, storage: Storage, config: LoraConfig, targets: set[str]) -> None:
+    """Put a FrozenLinear in the place of every linear layer; those in `targets` with an adapter."""
     for parent_path, parent in list(layer.named_modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear):
@@ -225,7 +226,7 @@ def _kept_buffers(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]
 
 
-def _stored_specs(layer: nn.Module, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def stored_specs(layer: nn.Module, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Everything of a layer that is frozen: name -> (shape, dtype)."""
     specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, tensor in layer.named_buffers():
@@ -238,10 +239,10 @@ def _stored_specs(layer: nn.Module, dtype: torch.dtype) -> dict[str, tuple[tuple
 
 
 def _kept_specs(layer: nn.Module, placement: Placement) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What `_stored_specs` gives for a layer that is not dequantized, in the same order."""
+    """What `stored_specs` gives for a layer that is not dequantized, in the same order."""
     linears = {path: module for path, module in layer.named_modules() if isinstance(module, FrozenLinear)}
     specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for name, spec in _stored_specs(layer, placement.compute_dtype).items():
+    for name, spec in stored_specs(layer, placement.compute_dtype).items():
         path, _, last = name.rpartition(".")
         linear = linears.get(path)
         if linear is None or last not in linear.stored_names:
@@ -252,7 +253,8 @@ def _kept_specs(layer: nn.Module, placement: Placement) -> dict[str, tuple[tuple
     return specs
 
 
-def _trained_shapes(layer: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+def trained_shapes(layer: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Everything of a layer with frozen linear layers that is trained: name -> shape."""
     shapes = {n: tuple(p.shape) for n, p in layer.named_parameters() if n.rpartition(".")[2] in ("lora_A", "lora_B")}
     if config.bias == "none":
         return shapes

@@ -254,6 +254,11 @@ def _sdpa(
         wide = (query_BHTD.float(), key_BKSD.float(), value_BKSD.float())
         return _sdpa(*wide, rule, mask_TS=mask_TS, is_causal=is_causal).to(dtype)
     half = dtype in (torch.float16, torch.bfloat16)
+    if query_BHTD.device.type == "meta" and half and mask_TS is None and is_causal:
+        # What a GPU would choose: without one, torch would plan for its slowest way.
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out_BHTD: Tensor = flash(query_BHTD, key_BKSD, value_BKSD, 0.0, is_causal, scale=rule.scaling)[0]
+        return out_BHTD
     grouped = query_BHTD.device.type == "cpu" or (half and mask_TS is None and query_BHTD.shape[-1] <= 256)
     if not grouped:
         key_BKSD, value_BKSD = _repeat(key_BKSD, heads), _repeat(value_BKSD, heads)
@@ -305,7 +310,7 @@ def _borders(query_BHTD: Tensor, kwargs: dict[str, Any]) -> tuple[int, ...]:
 def _varlen_serves(query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, rule: _Rule, packed: bool) -> bool:
     """Can and should torch's variable-length kernel do this? (Plain causal rows are as fast without.)"""
     return (
-        query_BHTD.device.type == "cuda"
+        query_BHTD.device.type in ("cuda", "meta")
         and query_BHTD.dtype in (torch.float16, torch.bfloat16)
         and (packed or (rule.window is not None and query_BHTD.shape[2] == key_BKSD.shape[2]))
         and rule.softcap is None

@@ -82,7 +82,9 @@ def does_not_fit(situation: Situation, search: Search, would_fit: Callable[[Situ
         f"{choice.precision}, weights: {weight_words(choice, layers)}, "
         f"activations: {activation_words(choice, layers)}, {format_count(choice.micro_batch_tokens)} tokens at a time"
     )
-    line = max(near.ledger.largest(next(iter(missing))).lines, key=lambda line: line.bytes)
+    where = next(iter(missing))
+    lines = [line for line in near.ledger.largest(where).lines if line.where == where]
+    line = max(lines, key=lambda line: line.bytes)
     return DoesNotFit(
         f"No plan fits. The nearest ({what}) needs {' and '.join(parts)}. Its largest line is {line.name}, "
         f"{format_bytes(line.bytes)}.",

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from drawplate.plan.cost import Cost, step_cost, step_seconds
+from drawplate.plan.estimate import estimate
 from drawplate.plan.ledger import Choice, Ledger, ModelShape, Surroundings, ledger
 from drawplate.plan.unit_cost import QUANTIZED, Units, units_of
 from drawplate.plan.work import StepWork
@@ -149,6 +150,7 @@ class Search:
     _priced: dict[str, list[_Candidate]] = field(default_factory=dict)
     _won: dict[tuple[str, Budget], tuple[float, _Candidate, int]] = field(default_factory=dict)
     _needs: dict[Choice, Need] = field(default_factory=dict)
+    _ledgers: dict[Choice, Ledger] = field(default_factory=dict)
     _estimates: dict[tuple[Hashable, ...], Need] = field(default_factory=dict)
 
     def best(
@@ -278,18 +280,27 @@ class Search:
         return self._estimates[key], alike
 
     def _fits(self, candidate: _Candidate, kept: int, budget: Budget) -> bool:
-        return not budget.excess(self._need(_keeping(candidate.choice, kept)))
+        """Asked of the ledger itself, where the estimate says that it may."""
+        choice = _keeping(candidate.choice, kept)
+        if budget.excess(self._need(choice)):
+            return False
+        exact = self._ledger(choice)
+        return not budget.excess(Need(exact.peak("device"), exact.peak("host")))
+
+    def _ledger(self, choice: Choice) -> Ledger:
+        if choice not in self._ledgers:
+            self._ledgers[choice] = ledger(self.model, choice, self.around)
+        return self._ledgers[choice]
 
     def _need(self, choice: Choice) -> Need:
         if choice not in self._needs:
-            predicted = ledger(self.model, choice, self.around)
-            self._needs[choice] = Need(predicted.peak("device"), predicted.peak("host"))
+            self._needs[choice] = Need(*estimate(self.model, choice, self.around))
         return self._needs[choice]
 
     def _found(self, candidate: _Candidate, kept: int) -> Found:
         choice = _keeping(candidate.choice, kept)
         cost = step_cost(self.model, choice, candidate.batch.work, self.speed, candidate.units)
-        return Found(choice=choice, batch=candidate.batch, cost=cost, ledger=ledger(self.model, choice, self.around))
+        return Found(choice=choice, batch=candidate.batch, cost=cost, ledger=self._ledger(choice))
 
 
 def _smallest(low: int, high: int, holds: Callable[[int], bool]) -> int:

@@ -1,0 +1,474 @@
+"""Predicted against measured peaks of memory, on random weights of real shapes.
+
+    python bench/plan_accuracy.py MEASURED.json [CASE ...] [context=BYTES] [needs=FILE] [device=GIB] [host=GIB]
+    python bench/plan_accuracy.py --again MEASURED.json OUT.json     predict them (no GPU), write both, print errors
+    python bench/plan_accuracy.py --needs FILE                       predictions alone, to pack processes by
+    python bench/plan_accuracy.py --trace OUT.json.gz CASE ...  all in this process, with every allocation of one step
+
+A case is SHAPE:PRECISION:TIERS:POLICY:SIZES:RANK:TARGETS:DROPOUT:PACKING[:option=value ...], like
+`3b:nf4:streamed:offload:2x2048,1x1024:8:qv:0.1:padded:head=8192`. TIERS is resident, dequantized, streamed or partial
+(the first half on the device); POLICY keep, recompute, offload or mixed (the last quarter keeps, the others recompute).
+With --trace a size ROWSxLENGTH is measured after those before it on the same loaded model, the cache emptied between.
+Each size runs one evaluation micro-batch, three optimizer steps and another evaluation. Without cases those of
+bench/plan_cases.txt are run, each in a process of its own, some at a time.
+
+The CUDA context cannot be told apart where several processes share a device: it is measured in one small run before all
+others, as is the host memory of CUDA and the compiler, and given to every prediction. Speeds are not measured here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+STEPS = 3
+
+
+def parse(case: str) -> dict[str, Any]:
+    """The case's parts by name."""
+    names = ("shape", "precision", "tiers", "policy", "sizes", "rank", "targets", "dropout", "packing")
+    parts = case.split(":")
+    values: dict[str, Any] = dict(zip(names, parts, strict=False))
+    values["options"] = dict(option.partition("=")[::2] for option in parts[len(names) :])
+    return values
+
+
+def load(case: str) -> tuple[Any, dict[str, Any]]:
+    """The case's model in its placement, and what loading took."""
+    import torch
+
+    from bench.shapes import random_checkpoint, shape_config
+    from drawplate.model.adapter import lora_config
+    from drawplate.model.assemble import assemble
+    from drawplate.model.causal_lm import Placement
+    from drawplate.model.frozen import Storage
+    from drawplate.recipe import LoraSection
+
+    facts = parse(case)
+    options = facts["options"]
+    layers = int(options.get("layers", 0)) or shape_config(facts["shape"]).num_hidden_layers
+    half, quarter = layers // 2, layers // 4
+    tiers = {
+        "resident": ("device",) * layers,
+        "dequantized": ("dequantized",) * layers,
+        "streamed": ("host",) * layers,
+        "partial": ("device",) * half + ("host",) * (layers - half),
+    }[facts["tiers"]]
+    policies = ("recompute",) * (layers - quarter) + ("keep",) * quarter
+    torch.manual_seed(0)
+    placement = Placement(
+        device=torch.device("cuda", torch.cuda.current_device()),
+        storage=Storage(facts["precision"]),
+        compute_dtype=torch.bfloat16,
+        weights=tiers,
+        activations=policies if facts["policy"] == "mixed" else facts["policy"],
+        head_rows=int(options.get("head", 0)),
+        compiled=facts["precision"] != "int8" or facts["tiers"] == "dequantized",
+        dequantize=options.get("dequantize", "product" if facts["shape"] == "70b" else "layer"),
+    )
+    section = LoraSection(
+        r=int(facts["rank"]),
+        lora_alpha=32,
+        target_modules="all-linear" if facts["targets"] == "all" else ["q_proj", "v_proj"],
+        lora_dropout=float(facts["dropout"]),
+    )
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    began = time.monotonic()
+    checkpoint = random_checkpoint(facts["shape"], layers=layers)
+    model = assemble(checkpoint, placement, lambda a: lora_config(section, a, "random", None), seed=0)  # type: ignore[arg-type]
+    torch.cuda.synchronize()
+    return model, {"seconds": round(time.monotonic() - began, 2), **_peaks()}
+
+
+def batch_of(model: Any, size: str, packing: str) -> Any:
+    """Random tokens in rows of one length: a row each, or end to end in one row."""
+    import numpy as np
+
+    from drawplate.data.batches import cut_packed, cut_padded
+    from drawplate.records import Sequence
+
+    rows, length = (int(n) for n in size.split("x"))
+    rng = np.random.default_rng(0)
+    sequences = [
+        Sequence(
+            index=i,
+            document=str(i),
+            input_ids=rng.integers(0, model.anatomy.config.vocab_size, length).astype(np.int32),
+            counted=np.ones(length, bool),
+            text_bytes=length,
+        )
+        for i in range(rows)
+    ]
+    if packing == "packed":
+        return cut_packed(sequences, rows * length, 16, 0)[0]
+    return cut_padded(sequences, rows, 16, 0)[0]
+
+
+def run_size(model: Any, size: str, packing: str, *, traced: bool) -> dict[str, Any]:
+    """One evaluation, some optimizer steps, another evaluation; the peaks of each."""
+    import torch
+
+    from drawplate.recipe import TrainSection
+    from drawplate.train import make_optimizer
+
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()
+    batch, found = batch_of(model, size, packing), {}
+    optimizer = make_optimizer(model.adapter.parameters(), TrainSection())
+
+    def evaluate() -> float:
+        with torch.no_grad():
+            return float(model.sum_nats(batch)[0]) / batch.counted_tokens
+
+    def step(number: int) -> float:
+        loss, _ = model.sum_nats(batch, scale=1 / batch.counted_tokens, dropout_seed=(0, number))
+        loss.backward()
+        optimizer.step()
+        for parameter in model.adapter.parameters():
+            parameter.grad = None
+        return float(loss.detach())
+
+    stages = {"baseline": evaluate} | {f"step{i}": lambda i=i: step(i) for i in range(STEPS)} | {"final": evaluate}
+    for name, stage in stages.items():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        began = time.monotonic()
+        watched = traced and name == f"step{STEPS - 1}"
+        value, trace = _traced(stage) if watched else (stage(), None)
+        torch.cuda.synchronize()
+        found[name] = {"loss": value, "seconds": round(time.monotonic() - began, 4), **_peaks()}
+        if trace:
+            found["trace"] = trace
+    return found
+
+
+def _traced(stage: Any) -> tuple[float, dict[str, Any]]:
+    """The stage's result, with the live blocks before it and every allocation and release during it."""
+    import torch
+
+    torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=300_000)
+    before = torch.cuda.memory._snapshot()["segments"]
+    value = stage()
+    torch.cuda.synchronize()
+    events = torch.cuda.memory._snapshot()["device_traces"][0]
+    torch.cuda.memory._record_memory_history(enabled=None)
+    places: dict[str, int] = {}
+    kinds = {"alloc": "a", "free_completed": "f", "segment_map": "m", "segment_unmap": "u", "segment_alloc": "s"}
+    lines = [
+        [
+            kinds[e["action"]],
+            e["addr"],
+            e["size"],
+            e["stream"],
+            places.setdefault(_place(e.get("frames", [])), len(places)),
+        ]
+        for e in events
+        if e["action"] in kinds
+    ]
+    segments = [
+        {
+            "address": s["address"],
+            "bytes": s["total_size"],
+            "stream": s["stream"],
+            "pool": s["segment_type"],
+            "blocks": [[b["size"], b["requested_size"], b["state"]] for b in s["blocks"]],
+        }
+        for s in before
+    ]
+    return value, {"before": segments, "events": lines, "places": list(places)}
+
+
+def _place(frames: list[dict[str, Any]]) -> str:
+    """The innermost own or generated frame, and the innermost of all."""
+    own = [f for f in frames if "drawplate" in f["filename"] or "torchinductor" in f["filename"]]
+    names = [f"{Path(f['filename']).name}:{f['line']}:{f['name']}" for f in [*own[:2], *frames[:1]]]
+    return " < ".join(names)
+
+
+def _peaks() -> dict[str, int]:
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "allocated_bytes": torch.cuda.memory_allocated(),
+        "reserved_bytes": torch.cuda.memory_reserved(),
+        "outside_allocator_bytes": total - free - torch.cuda.memory_reserved(),
+        "host_bytes": _resident_bytes("VmRSS"),
+        "host_peak_bytes": _resident_bytes("VmHWM"),
+        "host_locked_bytes": _resident_bytes("VmPin"),
+    }
+
+
+def _resident_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), 0)
+
+
+def trace(cases: list[str], out: Path) -> None:
+    """Every case in this process, with one step's allocations."""
+    import gc
+    import gzip
+
+    import torch
+
+    results: list[dict[str, Any]] = []
+    torch.cuda.init()
+    start = _peaks()
+    for case in cases:
+        began = time.monotonic()
+        try:
+            model, loading = load(case)
+            sizes = {
+                s: run_size(model, s, parse(case)["packing"], traced=True) for s in parse(case)["sizes"].split(",")
+            }
+            results.append({"case": case, "load": loading, "sizes": sizes})
+            del model
+        except Exception as error:
+            results.append({"case": case, "error": repr(error)[-2000:]})
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(f"{case}  {time.monotonic() - began:.1f} s  {results[-1].get('error', '')}", flush=True)
+        with gzip.open(out, "wt") as file:
+            json.dump({"start": start, "results": results}, file)
+
+
+def predict(case: str, around: dict[str, int]) -> dict[str, Any]:
+    """The ledger of a case: peaks by phase and place, and the lines of the largest phase."""
+    from dataclasses import replace
+
+    from bench.shapes import shape_config
+    from drawplate.model.adapter import lora_config
+    from drawplate.model.anatomy import build_anatomy
+    from drawplate.model.footprint import layer_shapes, outer_footprints
+    from drawplate.plan.ledger import Choice, Surroundings, ledger
+    from drawplate.prepare import model_shape
+    from drawplate.recipe import load_recipe
+
+    facts = parse(case)
+    options = facts["options"]
+    anatomy = build_anatomy(shape_config(facts["shape"], layers=int(options.get("layers", 0)) or None))
+    targets = "all-linear" if facts["targets"] == "all" else ["q_proj", "v_proj"]
+    lora = {"r": int(facts["rank"]), "lora_dropout": float(facts["dropout"]), "target_modules": targets}
+    recipe = load_recipe({"model": {"name_or_path": "random"}, "data": {"files": ["none"]}, "lora": lora})
+    kinds, kind_of_layer = layer_shapes(anatomy, lora_config(recipe.lora, anatomy, "random", None))
+    opening, closing = outer_footprints(anatomy)
+    shape = replace(
+        model_shape(anatomy, recipe),
+        kinds=kinds,
+        kind_of_layer=kind_of_layer,
+        opening=opening,
+        closing=closing,
+        tied=anatomy.tied,
+    )
+    rows, length = (int(n) for n in facts["sizes"].split("x"))
+    packed, layers = facts["packing"] == "packed", shape.layers
+    choice = Choice(
+        precision=facts["precision"],
+        double_quant=True,
+        compute_dtype="bfloat16",
+        device="cuda",
+        dequantized_layers=layers if facts["tiers"] == "dequantized" else 0,
+        device_layers={"resident": layers, "partial": layers // 2}.get(facts["tiers"], 0),
+        kept_layers={"keep": layers, "mixed": layers // 4}.get(facts["policy"], 0),
+        policy="offload" if facts["policy"] == "offload" else "recompute",
+        micro_batch_tokens=rows * length,
+        rows=1 if packed else rows,
+        packing=packed,
+        documents=rows if packed else 1,
+        micro_batches=1,
+        head_rows=int(options.get("head", 0)),
+        compiled=facts["precision"] != "int8" or facts["tiers"] == "dequantized",
+        dequantize=options.get("dequantize", "product" if facts["shape"] == "70b" else "layer"),  # type: ignore[arg-type]
+        dropout=float(facts["dropout"]),
+    )
+    made = ledger(shape, choice, Surroundings(self_check=False, **around))
+    return {
+        "phases": {
+            p.phase: {"moment": p.moment, "device": p.bytes("device"), "host": p.bytes("host")} for p in made.phases
+        },
+        "device": made.peak("device"),
+        "host": made.peak("host"),
+        "lines": {
+            where: {line.name: line.bytes for line in made.largest(where).lines if line.where == where}
+            for where in ("device", "host")
+        },
+    }
+
+
+def measure(case: str) -> dict[str, Any]:
+    """The case in this process."""
+    import torch
+
+    import drawplate.run  # noqa: F401 - what a run has imported before it loads
+
+    base = _resident_bytes("VmRSS")
+    torch.cuda.init()
+    model, loading = load(case)
+    stages = run_size(model, parse(case)["sizes"], parse(case)["packing"], traced=False)
+    return {"base_bytes": base, "load": loading, **stages, **summary({"load": loading, **stages})}
+
+
+def summary(stages: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Peaks over all stages."""
+    return {
+        name: max(stage[f"{name}_bytes"] for stage in stages.values())
+        for name in ("peak_reserved", "peak_allocated", "host_peak", "outside_allocator")
+    }
+
+
+def probe() -> tuple[dict[str, int], dict[str, Any]]:
+    """What a process takes beside the ledger's other lines, from one small run alone on the device."""
+    case = "1b:nf4:resident:recompute:1x1024:8:qv:0.1:packed:layers=2"
+    found = run_apart("--one", case)
+    if "error" in found:
+        raise SystemExit(found["error"])
+    lines = run_apart("--predict", case, "{}")
+    held = lines["phases"]["baseline evaluation"]["host"]
+    around = {
+        "context_bytes": found["outside_allocator"],
+        "loading_host_bytes": found["load"]["host_bytes"] - found["base_bytes"] - held,
+        "runtime_host_bytes": found[f"step{STEPS - 1}"]["host_bytes"] - found["base_bytes"] - held,
+    }
+    return around, {"case": case, "measured": found, "predicted": lines}
+
+
+def run_apart(*arguments: str) -> dict[str, Any]:
+    """This file in a process of its own; its last line is JSON."""
+    import subprocess
+
+    ran = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    line = next((x for x in reversed(ran.stdout.splitlines()) if x.startswith("RESULT ")), None)
+    return dict(json.loads(line[7:])) if line else {"error": (ran.stderr or ran.stdout)[-3000:]}
+
+
+class Room:
+    """Lets processes start while their predicted peaks fit together on the device and the host."""
+
+    def __init__(self, device: int, host: int, most: int) -> None:
+        import threading
+
+        self.left, self.running, self.most = [device, host], 0, most
+        self.changed = threading.Condition()
+
+    def _fits(self, needs: tuple[int, int]) -> bool:
+        return self.running < self.most and all(n <= x for n, x in zip(needs, self.left, strict=True))
+
+    def run(self, needs: tuple[int, int], task: Any) -> Any:
+        """The task's result, once there is room for it."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._fits(needs))
+            self.running += 1
+            self.left = [x - n for n, x in zip(needs, self.left, strict=True)]
+        try:
+            return task()
+        finally:
+            with self.changed:
+                self.running -= 1
+                self.left = [x + n for n, x in zip(needs, self.left, strict=True)]
+                self.changed.notify_all()
+
+
+def measure_all(cases: list[str], out: Path, options: dict[str, str]) -> None:
+    """Measure every case, some at a time, and write it all; predictions beside them where there is time for both."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from bench.streaming import record
+
+    began = time.monotonic()
+    around, probed = probe()
+    if "context" in options:  # measured before, alone: others share the device now
+        around["context_bytes"] = int(options["context"])
+    needs = json.loads(Path(options["needs"]).read_text()) if "needs" in options else {}
+    results: list[dict[str, Any]] = []
+    room = Room(int(options.get("device", 70)) * 2**30, int(options.get("host", 100)) * 2**30, most=6)
+
+    def one(case: str) -> None:
+        need = needs.get(case) or run_apart("--predict", case, json.dumps(around))
+        found = room.run((need["device"], need["host"]), lambda: run_apart("--one", case))
+        results.append({"case": case, "measured": found, "error": found.get("error", "")})
+        out.write_text(json.dumps({**record(results), "around": around, "probe": probed}, indent=1))
+        print(f"{time.monotonic() - began:6.0f} s  {case}  {results[-1]['error'][-500:]}", flush=True)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, cases))
+
+
+def predict_all(measured: Path, out: Path) -> None:
+    """Predict every case of a file of measurements, write both, print the errors."""
+    stored = json.loads(measured.read_text())
+    around = stored["around"]
+    for result in stored["results"]:
+        if not result["error"]:
+            base = {"base_bytes": result["measured"]["base_bytes"]}
+            result["predicted"] = predict(result["case"], {**around, **base})
+        print(line_of(result, around), flush=True)
+    out.write_text(json.dumps(stored, indent=1))
+    print_summary(stored["results"], around)
+
+
+def errors(result: dict[str, Any], around: dict[str, int]) -> tuple[float, float]:
+    """Percent by which device and host peaks were predicted too high."""
+    predicted, measured = result["predicted"], result["measured"]
+    device = measured["peak_reserved"] + around["context_bytes"]
+    return 100 * (predicted["device"] / device - 1), 100 * (predicted["host"] / measured["host_peak"] - 1)
+
+
+def line_of(result: dict[str, Any], around: dict[str, int]) -> str:
+    """One row of the table."""
+    if result["error"]:
+        return f"{result['case']:70s} {result['error'][-300:]}"
+    predicted, measured = result["predicted"], result["measured"]
+    device, host = errors(result, around)
+    peak = measured["peak_reserved"] + around["context_bytes"]
+    return (
+        f"{result['case']:72s} device {predicted['device'] / 2**20:8.0f} {peak / 2**20:8.0f} {device:+6.2f} %   "
+        f"host {predicted['host'] / 2**20:8.0f} {measured['host_peak'] / 2**20:8.0f} {host:+6.2f} %"
+    )
+
+
+def print_summary(results: list[dict[str, Any]], around: dict[str, int]) -> None:
+    """How large the errors are, over all cases."""
+    from statistics import median
+
+    good = [errors(r, around) for r in results if not r["error"]]
+    for name, values in (("device", [e[0] for e in good]), ("host", [e[1] for e in good])):
+        if values:
+            sizes = sorted(abs(v) for v in values)
+            found = f"median {median(sizes):.2f} %, worst {sizes[-1]:.2f} %, lowest {min(values):+.2f} %"
+            print(f"{name}: {len(sizes)} runs, {found}")
+
+
+CASES = Path(__file__).with_name("plan_cases.txt")
+
+
+def main() -> None:
+    """See the file's docstring."""
+    if sys.argv[1] == "--trace":
+        trace(sys.argv[3:], Path(sys.argv[2]))
+    elif sys.argv[1] == "--one":
+        print("RESULT " + json.dumps(measure(sys.argv[2])))
+    elif sys.argv[1] == "--predict":
+        print("RESULT " + json.dumps(predict(sys.argv[2], json.loads(sys.argv[3]))))
+    elif sys.argv[1] == "--again":
+        predict_all(Path(sys.argv[2]), Path(sys.argv[3]))
+    elif sys.argv[1] == "--needs":
+        Path(sys.argv[2]).write_text(json.dumps({case: predict(case, {}) for case in CASES.read_text().split()}))
+    else:
+        options = dict(x.partition("=")[::2] for x in sys.argv[2:] if ":" not in x)
+        cases = [x for x in sys.argv[2:] if ":" in x] or CASES.read_text().split()
+        measure_all(cases, Path(sys.argv[1]), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+"""What a compiled decoder layer holds, from the graphs that the compiler would make of it.
+
+AOTAutograd's joint graph, cut in two by the partitioner that torch.compile uses (min-cut with recomputation), gives the
+tensors saved for backward exactly. When the blocks of the two halves come and go is found by walking them under the
+rules by which the compiler makes kernels: matrix products, attention and the like have buffers of their own; pointwise
+operations are fused into whoever reads them; those that read the same buffers and have the same size share a kernel;
+a kernel writes in place over a buffer that nobody else reads again, or over one of the same size let go of before; and
+the kernels' order is the compiler's choice (model/kernel_order.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from drawplate.footprints import Footprint, Line, Trace
+from drawplate.model.frozen import BLOCK
+from drawplate.model.kernel_order import Job, Jobs
+from drawplate.model.recorder import KEPT, TRACED_TOKENS, Recorder, Watch, kernel_lines, line_of
+
+if TYPE_CHECKING:
+    from drawplate.model.footprint import Trial
+
+_VIEWS = {
+    "view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select", "alias", "detach",
+    "as_strided", "reshape", "split", "split_with_sizes", "unbind", "_unsafe_view", "unflatten",
+}  # fmt: skip
+_REDUCTIONS = {"mean", "sum", "amax", "amin", "var_mean", "var", "prod", "any", "all", "_softmax"}
+TYPICAL_TOKENS = 4096
+"""The compiler orders kernels by sizes, which are not known yet."""
+_EXTERN_WORDS = ("mm", "attention", "attn", "frozen_product", "bitsandbytes", "convolution", "sort", "index_put")
+
+
+def compiled_footprint(trial: Trial) -> Footprint:
+    """The traces of the compiled layer."""
+    forward, backward = _graphs(trial)
+    weights = _whole_weights(trial)
+    inference = _traced_forward(forward, weights, outputs=_outputs(forward)[:1])
+    training = _traced_forward(forward, weights, outputs=_outputs(forward))
+    out, *saved = _outputs(forward)
+    names = {node.name: training.names[_root(node)] for node in saved if _root(node) in training.names}
+    back = _Walk(backward, names, _outputs(backward), training.recorder)
+    start = len(training.recorder.events)
+    back.run()
+    *gradients, grad_in = [back.names.get(_root(node), "") for node in _outputs(backward)]
+    meanings = {name: f"grad:{i}" for i, name in enumerate(gradients)} | {grad_in: "grad_in"}
+    for_training = {training.names[_root(out)]: "out"}
+    return Footprint(
+        inference=inference.recorder.cut(0, None, {inference.names[_root(out)]: "out"}),
+        forward=training.recorder.cut(0, start, for_training),
+        backward=training.recorder.cut(start, None, for_training | meanings),
+    )
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    """What is borrowed from torch's compiler. Imported late: it takes a second."""
+
+    aot_function: Callable[..., Any]
+    make_boxed_func: Callable[..., Any]
+    partition: Callable[..., Any]
+    decompositions: Callable[..., Any]
+    reorder_for_locality: Callable[..., Any]
+
+    @classmethod
+    def imported(cls) -> _Compiler:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch warns of its own parts
+            from torch._functorch.aot_autograd import aot_function, make_boxed_func
+            from torch._functorch.partitioners import min_cut_rematerialization_partition
+            from torch._inductor.decomposition import select_decomp_table
+            from torch._inductor.fx_passes.post_grad import reorder_for_locality
+        partition = min_cut_rematerialization_partition
+        return cls(aot_function, make_boxed_func, partition, select_decomp_table, reorder_for_locality)
+
+
+def _graphs(trial: Trial) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """(forward, backward) of the layer in training."""
+    compiler = _Compiler.imported()
+    names = list(trial.tensors)
+    leaves, structure = pytree.tree_flatten(trial.arguments)
+    wanted = [tensor.requires_grad_() for tensor in (*trial.trained.values(), trial.hidden)]
+    flat = [*trial.tensors.values(), trial.hidden, *leaves]
+    found: dict[str, fx.GraphModule] = {}
+
+    def keep(which: str) -> Any:
+        def compile_(graph: fx.GraphModule, _: Any) -> Any:
+            found[which] = graph
+            return compiler.make_boxed_func(graph.forward)
+
+        return compile_
+
+    def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        return compiler.partition(joint, inputs, compiler="inductor", **options)
+
+    def run(*values: Any) -> Tensor:
+        tensors = dict(zip(names, values, strict=False))
+        return trial.call(tensors, values[len(names)], pytree.tree_unflatten(values[len(names) + 1 :], structure))
+
+    traced = compiler.aot_function(run, keep("forward"), keep("backward"), partition, compiler.decompositions())
+    with _as_if_compiling():
+        out = traced(*flat)
+        torch.autograd.grad(out, wanted, torch.empty_like(out))
+    for graph in found.values():
+        compiler.reorder_for_locality(graph.graph)
+    return found["forward"], found["backward"]
+
+
+@contextmanager
+def _as_if_compiling() -> Iterator[None]:
+    """Code that asks whether it is being compiled is told so, as under torch.compile."""
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = False
+
+
+def _whole_weights(trial: Trial) -> tuple[Trace, dict[str, str]]:
+    """How a layer is dequantized before it is called, and the block of each weight by the name of its graph input."""
+    recorder = Recorder()
+    with torch.no_grad(), Watch(recorder, list(trial.stored.values())) as watch:
+        weights = trial.whole()
+        blocks = {name: watch.name_of(tensor) for name, tensor in weights.items()}
+        made = recorder.cut(0, None, {})
+    places = {name: f"primals_{i + 1}" for i, name in enumerate(trial.tensors)}
+    return made, {places[name]: block for name, block in blocks.items()}
+
+
+def _traced_forward(graph: fx.GraphModule, weights: tuple[Trace, dict[str, str]], outputs: list[fx.Node]) -> _Walk:
+    """The layer is dequantized, called, and the weights are let go of unless they are among what is kept."""
+    made, blocks = weights
+    recorder = Recorder()
+    recorder.events += [(f"w{name}", line) for name, line in made]
+    walk = _Walk(graph, {name: f"w{block}" for name, block in blocks.items()}, outputs, recorder, release_inputs=False)
+    walk.run()
+    kept = {walk.names.get(_root(node)) for node in outputs}
+    for block in blocks.values():
+        if f"w{block}" not in kept:
+            recorder.give(f"w{block}")
+    return walk
+
+
+@dataclass
+class _Kernel:
+    """One launch: the buffers it writes, each with those it is made of; `size` is what it walks over."""
+
+    reads_of: dict[fx.Node, set[fx.Node]]
+    size: int
+    generated: bool
+
+    @property
+    def writes(self) -> list[fx.Node]:
+        """The buffers that it makes."""
+        return list(self.reads_of)
+
+    @property
+    def reads(self) -> set[fx.Node]:
+        """The buffers that must be there before."""
+        return set().union(*self.reads_of.values()) - self.reads_of.keys()
+
+
+@dataclass
+class _Walk:
+    """Records the blocks of a graph, kernel by kernel.
+
+    Attributes:
+        graph: the nodes in the order in which they run.
+        inputs: blocks of those inputs that are let go of after their last use, by the name of their node.
+        outputs: what the graph must make.
+        recorder: takes the events.
+        release_inputs: whether inputs are let go of at all.
+        names: the block of each buffer, once `run` is done.
+    """
+
+    graph: fx.GraphModule
+    inputs: Mapping[str, str]
+    outputs: list[fx.Node]
+    recorder: Recorder
+    release_inputs: bool = True
+    names: dict[fx.Node, str] = field(default_factory=dict)
+    _wanted: set[fx.Node] = field(default_factory=set)
+    _kernels: list[_Kernel] = field(default_factory=list)
+    _last: dict[fx.Node, int] = field(default_factory=dict)
+    _peaks: list[int] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Record it: once to see where the peak is, then with buffers used again where that does not raise it."""
+        self._wanted = {_root(node) for node in self.outputs}
+        self._kernels = self._ordered(_kernels(list(self.graph.graph.nodes), self._wanted))
+        self._last = {source: i for i, kernel in enumerate(self._kernels) for source in kernel.reads}
+        into = self.recorder
+        self.recorder, self._peaks = Recorder("trial "), []
+        places = [n for n in self.graph.graph.nodes if n.op == "placeholder" and n.name in self.inputs]
+        self.recorder.events += {self.inputs[n.name]: (self.inputs[n.name], _line(n)) for n in places}.values()
+        self._pass()
+        self._peaks, self.recorder = self.recorder.peaks(self._marks), into
+        self._pass()
+
+    def _ordered(self, kernels: list[_Kernel]) -> list[_Kernel]:
+        """As the compiler orders them; weights and other inputs of the forward are not its to let go of."""
+        made = {node for kernel in kernels for node in kernel.reads_of}
+        inputs = {n for kernel in kernels for n in kernel.reads - made if not n.name.startswith("primals_")}
+        jobs = [
+            Job(i, {n: _typical(n) for n in kernel.reads_of}, frozenset(kernel.reads & (made | inputs)))
+            for i, kernel in enumerate(kernels)
+        ]
+        order = Jobs(jobs, {node: _typical(node) for node in inputs}, frozenset(self._wanted & made)).best_order()
+        return [kernels[i] for i in order]
+
+    def _pass(self) -> None:
+        places = [node for node in self.graph.graph.nodes if node.op == "placeholder" and node.name in self.inputs]
+        self.names = {node: self.inputs[node.name] for node in places}
+        self._views_of = Counter(self.names.values())
+        self._marks: list[int] = []
+        self._freed: list[tuple[str, Line, int, int]] = []
+        for i, kernel in enumerate(self._kernels):
+            dying = {s for s in kernel.reads if self._last[s] == i and s not in self._wanted and s in self.names}
+            if not self.release_inputs:
+                dying = {s for s in dying if s.op != "placeholder"}
+            for node in kernel.writes:
+                self._write(node, i, dying)
+            if not kernel.generated:
+                self.recorder.pass_by(*_workspace(kernel.writes[0]))
+            self._marks.append(len(self.recorder.events))
+            for source in sorted(dying, key=lambda n: n.name):
+                self._give(source, i)
+            for node in kernel.writes:
+                if node not in self._last and node not in self._wanted and node in self.names:
+                    self._give(node, i)
+
+    def _give(self, node: fx.Node, at: int) -> None:
+        """The buffer is let go of, unless another input is a view of it that is still to be read."""
+        name = self.names[node]
+        self._views_of[name] -= 1
+        if self._views_of[name] <= 0:
+            if node.op != "placeholder" and _is_planned(node):
+                self._freed.append((name, _line(node), len(self.recorder.events), at))
+            self.recorder.give(name)
+
+    def _write(self, node: fx.Node, at: int, dying: set[fx.Node]) -> None:
+        """That of an input which only this operation still reads, one let go of before, or a buffer of its own."""
+        line, kernel = _line(node), self._kernels[at]
+        if not any(line):
+            return
+        if kernel.generated and (source := self._replaced(node, at, dying)) is not None:
+            dying.discard(source)
+            self.names[node] = self.names[source]
+            if node in self._wanted and self.names[source] in self.inputs.values():  # it leaves under its own name
+                self.recorder.give(self.names[source])
+                self.names[node] = self.recorder.take(line)
+            return
+        again = self._used_again(line, at) if _is_planned(node) else None
+        self.names[node] = self.recorder.take(line) if again is None else again
+
+    def _replaced(self, node: fx.Node, at: int, dying: set[fx.Node]) -> fx.Node | None:
+        line, kernel = _line(node), self._kernels[at]
+        for source in sorted(kernel.reads_of[node] & dying, key=lambda n: n.name):
+            readers = sum(source in reads for later in self._kernels[at:] for reads in later.reads_of.values())
+            if readers == 1 and _line(source) == line and self._views_of[self.names[source]] <= 1:
+                return source
+        return None
+
+    def _used_again(self, line: Line, at: int) -> str | None:
+        """The buffer of that size let go of last, if keeping it until now does not raise the graph's peak."""
+        for freed in reversed(self._freed if self._peaks else []):
+            name, size, event, since = freed
+            if size != line:
+                continue
+            between = self._peaks[since + 1 : at]
+            if between and max(between) + line.bytes(TRACED_TOKENS) > max(self._peaks):
+                continue
+            self._freed.remove(freed)
+            self.recorder.events[event] = (name, KEPT)
+            return name
+        return None
+
+
+def _kernels(nodes: list[fx.Node], wanted: set[fx.Node]) -> list[_Kernel]:
+    """The launches, in order; operations that read the same and have the same size are launched together."""
+    needed = _needed(wanted)
+    buffers = {node for node in needed if _has_buffer(node, wanted, needed)}
+    kernels: list[_Kernel] = []
+    made_by: dict[fx.Node, int] = {}
+    for node in nodes:
+        if node not in buffers or node.op == "placeholder":
+            continue
+        if _name(node) == "getitem":
+            made_by[node] = made_by[node.all_input_nodes[0]]
+            kernels[made_by[node]].reads_of[node] = set()
+            continue
+        kernel = _Kernel({node: _buffers_read(node, buffers)}, _iterated(node), _is_fused(node))
+        ready = max((made_by[source] for source in kernel.reads if source in made_by), default=-1)
+        home = _home(kernels, kernel, ready) if kernel.generated else None
+        if home is None:
+            made_by[node] = len(kernels)
+            kernels.append(kernel)
+        else:
+            made_by[node] = home
+            kernels[home].reads_of |= kernel.reads_of
+    return kernels
+
+
+def _home(kernels: list[_Kernel], kernel: _Kernel, ready: int) -> int | None:
+    """An earlier launch that can take it in: all that it reads is there by then, or made there."""
+    for i in range(max(ready, 0), len(kernels)):
+        other = kernels[i]
+        shares = other.reads & kernel.reads or set(other.writes) & kernel.reads
+        if other.generated and other.size == kernel.size and shares:
+            return i
+    return None
+
+
+def _needed(wanted: set[fx.Node]) -> set[fx.Node]:
+    """Those nodes and all that they are made of."""
+    seen: set[fx.Node] = set()
+    waiting = list(wanted)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return seen
+
+
+def _has_buffer(node: fx.Node, wanted: set[fx.Node], needed: set[fx.Node]) -> bool:
+    if node.op == "placeholder":
+        return True
+    if node.op != "call_function" or _is_view(node):
+        return False
+    if node in wanted or not _is_fused(node) or _name(node) in _REDUCTIONS:
+        return True
+    return any(not _is_fused(reader) for reader in _readers(node) if reader in needed)
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Who reads it, looking through views."""
+    for user in node.users:
+        if _is_view(user):
+            yield from _readers(user)
+        elif user.op != "output":
+            yield user
+
+
+def _buffers_read(node: fx.Node, buffers: set[fx.Node]) -> set[fx.Node]:
+    """The buffers that a kernel reads, looking through views and what is fused into it."""
+    found: set[fx.Node] = set()
+    waiting, seen = list(node.all_input_nodes), set()
+    while waiting:
+        source = waiting.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        if source in buffers:
+            found.add(source)
+        else:
+            waiting += source.all_input_nodes
+    return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op == "call_function" and _name(node) == "getitem":  # a piece of what was split
+        return _is_view(node.all_input_nodes[0])
+    return node.op == "call_function" and _name(node) in _VIEWS
+
+
+def _is_planned(node: fx.Node) -> bool:
+    """Whether the compiler allocates its buffer, not the operation itself."""
+    return _is_fused(node) or _name(node) in ("mm", "addmm", "bmm", "baddbmm")
+
+
+def _is_fused(node: fx.Node) -> bool:
+    """Whether a generated kernel computes it, not a library's."""
+    if node.op != "call_function" or _name(node) == "getitem":
+        return False
+    return not any(word in str(node.target) for word in _EXTERN_WORDS)
+
+
+def _iterated(node: fx.Node) -> int:
+    """Elements that a generated kernel for it walks over."""
+    source = node.all_input_nodes[0] if _name(node) in _REDUCTIONS else node
+    value = source.meta.get("val")
+    return value.numel() if isinstance(value, Tensor) else 0
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__)
+    return getattr(target, "__name__", str(target))
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The node whose buffer it is a view of."""
+    while _is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _outputs(graph: fx.GraphModule) -> list[fx.Node]:
+    values: Any = next(iter(graph.graph.find_nodes(op="output"))).args[0]
+    return [value for value in values if isinstance(value, fx.Node)]
+
+
+def _line(node: fx.Node) -> Line:
+    value = node.meta.get("val")
+    return line_of(value.numel() * value.element_size()) if isinstance(value, Tensor) else Line(0, 0)
+
+
+def _typical(node: fx.Node) -> int:
+    """Its bytes in a micro-batch of usual size."""
+    return _line(node).bytes(TYPICAL_TOKENS)
+
+
+def _workspace(node: fx.Node) -> list[Line]:
+    """What a library's kernel takes beside what it returns."""
+    values: list[Any] = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
+    if "frozen_product" not in str(node.target):
+        return kernel_lines(node.target, values)
+    element_bytes, precision, (out, inner) = values[0].element_size(), values[2], values[4]
+    if precision == "int8":
+        return [Line(out * inner * element_bytes, 0)] * 2
+    return [Line(out * inner // BLOCK * 4, 0), Line(out * inner * element_bytes, 0)]

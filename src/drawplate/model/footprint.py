@@ -1,0 +1,345 @@
+"""What a decoder layer's function holds in memory, from running the real layer without data.
+
+    template layer (transformers' own, with FrozenLinear) -- shapes only, no data --> Footprint: numbers
+
+As the layer will be run. **Eager** (here): the layer runs on tensors without data, forward and backward, under a mode
+that sees every storage come and go; exact. **Compiled** (model/compiled_footprint.py): by the compiler's own graphs.
+
+A GPU is stood in for by the meta device, so that planning for one needs none; a CPU by fake tensors. One run is enough
+for all sizes: the number of tokens in it is prime, so a tensor grows with the tokens if and only if its size is a
+multiple of it.
+
+Left out: the blocks of soft-capped or windowed attention beyond the traced length, and what kernels take for themselves
+while they run, but for the one that matters: attention's backward (`kernel_lines`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from drawplate.footprints import Footprint, LayerShape, LinearShape, Mode, Trace
+from drawplate.model import attention
+from drawplate.model.adapter import target_names
+from drawplate.model.anatomy import Anatomy
+from drawplate.model.assemble import freeze_linears, stored_specs, trained_shapes
+from drawplate.model.compiled_footprint import compiled_footprint
+from drawplate.model.frozen import PLAIN_DTYPES, WHOLE, FrozenLinear, Storage
+from drawplate.model.layers import kind_of
+from drawplate.model.recorder import TRACED_BORDERS, TRACED_TOKENS, Recorder, Watch
+
+PLAIN_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in PLAIN_DTYPES.items()}
+
+
+def layer_shapes(anatomy: Anatomy, lora: LoraConfig) -> tuple[tuple[LayerShape, ...], tuple[int, ...]]:
+    """The different decoder layers in numbers, and for each layer which of them it is.
+
+    Footprints are measured when they are first asked for, which takes about a second each.
+
+    Args:
+        anatomy: of the base model, its linear layers not yet frozen; it is left as it is.
+        lora: which linear layers have adapters.
+    """
+    targets = target_names(lora, anatomy)
+    kinds: dict[str, int] = {}
+    shapes: list[LayerShape] = []
+    of_layer = []
+    for i, layer in enumerate(anatomy.layers):
+        path = f"{anatomy.layers_path}.{i}."
+        adapted = sorted(name.removeprefix(path) for name in targets if name.startswith(path))
+        kind = f"{kind_of(layer)}\n{adapted}"
+        if kind not in kinds:
+            kinds[kind] = len(shapes)
+            shapes.append(_layer_shape(anatomy, i, lora, targets))
+        of_layer.append(kinds[kind])
+    return tuple(shapes), tuple(of_layer)
+
+
+def _layer_shape(anatomy: Anatomy, index: int, lora: LoraConfig, targets: set[str]) -> LayerShape:
+    layer, path = anatomy.layers[index], f"{anatomy.layers_path}.{index}"
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    weights = {id(module.weight) for module in linears.values()}
+    others = [*layer.parameters(), *layer.buffers()]
+    trained = trained_shapes(_frozen_layer(anatomy, index, lora, Storage("bf16")), lora)
+    return LayerShape(
+        linears=tuple(
+            LinearShape(
+                out_features=module.out_features,
+                in_features=module.in_features,
+                rank=lora.r if f"{path}.{name}" in targets else 0,
+            )
+            for name, module in linears.items()
+        ),
+        plain=tuple(tensor.numel() for tensor in others if id(tensor) not in weights),
+        trained=tuple(torch.Size(shape).numel() for shape in trained.values()),
+        footprints=_Footprints(functools.partial(measure, anatomy, index, lora)),
+    )
+
+
+def outer_footprints(anatomy: Anatomy) -> tuple[Mapping[Mode, Footprint], Mapping[Mode, Footprint]]:
+    """(opening, closing) of the body, measured when they are first asked for."""
+    measured = functools.cache(functools.partial(measure_outer, anatomy))
+    return _Footprints(lambda mode: measured(mode)[0]), _Footprints(lambda mode: measured(mode)[1])
+
+
+def device_of(mode: Mode) -> str:
+    """Where tensors without data stand in for the mode's device."""
+    return "meta" if mode.device == "cuda" else "cpu"
+
+
+class _Footprints(Mapping[Mode, Footprint]):
+    """Measured when asked for, each mode once."""
+
+    def __init__(self, measure: Callable[[Mode], Footprint]) -> None:
+        self._measure = functools.cache(measure)
+
+    def __getitem__(self, mode: Mode) -> Footprint:
+        return self._measure(mode)
+
+    def __iter__(self) -> Iterator[Mode]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def measure(anatomy: Anatomy, index: int, lora: LoraConfig, mode: Mode) -> Footprint:
+    """The footprint of one decoder layer, run as `mode` says."""
+    attention.register()
+    storage = Storage(mode.stored or PLAIN_NAMES[mode.compute_dtype])
+    layer = _frozen_layer(anatomy, index, lora, storage)
+    storage.decode(list(storage.encode(torch.zeros(64, 64)).values()), (64, 64), torch.float32)  # fills its caches
+    with FakeTensorMode(allow_non_fake_inputs=True) if mode.device == "cpu" else nullcontext():
+        trial = Trial.of(layer, anatomy, index, lora, mode)
+        found = compiled_footprint(trial) if mode.compiled else _eager_footprint(trial)
+    return replace(found, keys=len(trial.keys) if mode.dropout else 0)
+
+
+@dataclass
+class Trial:
+    """A layer and what it is called with, all without data.
+
+    Attributes:
+        layer: the decoder layer with frozen linear layers and our attention.
+        stored, trained, keys: its tensors by name.
+        hidden: its input, shape (1, TRACED_TOKENS, H).
+        arguments: what transformers' body passes along beside it: (args, kwargs).
+    """
+
+    layer: nn.Module
+    mode: Mode
+    stored: dict[str, Tensor]
+    trained: dict[str, Tensor]
+    keys: dict[str, Tensor]
+    hidden: Tensor
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the layer's, those of a whole dequantized layer standing in for what they were made of."""
+        whole = {name: torch.empty_like(tensor) for name, tensor in self.whole().items()}
+        return {**self.stored, **whole, **self.trained, **self.keys}
+
+    def whole(self) -> dict[str, Tensor]:
+        """The layer's weights dequantized, where that is done before it is called; else none."""
+        if not self.mode.whole:
+            return {}
+        dtype, modules = self.hidden.dtype, self.layer.named_modules()
+        linears = {path: m for path, m in modules if isinstance(m, FrozenLinear) and m.storage.quantized}
+        return {f"{path}.{WHOLE}": m.dequantized(self.stored, path, dtype) for path, m in linears.items()}
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """As the layer's runner calls it."""
+        return self.call({**self.stored, **self.whole(), **self.trained, **self.keys}, hidden, self.arguments)
+
+    @classmethod
+    def of(cls, layer: nn.Module, anatomy: Anatomy, index: int, lora: LoraConfig, mode: Mode) -> Trial:
+        """Everything a call of the frozen layer needs."""
+        device = device_of(mode)
+        dtype = getattr(torch, mode.compute_dtype)
+        hidden = torch.empty(1, TRACED_TOKENS, anatomy.config.hidden_size, dtype=dtype, device=device)
+        specs = stored_specs(layer, dtype)
+        adapted = [path for path, m in layer.named_modules() if isinstance(m, FrozenLinear) and m.rank]
+        shape = (1, TRACED_TOKENS) if mode.dropout else (0,)
+        return cls(
+            layer=layer,
+            mode=mode,
+            stored={n: torch.empty(s, dtype=d, device=device) for n, (s, d) in specs.items()},
+            trained={n: torch.empty(s, device=device) for n, s in trained_shapes(layer, lora).items()},
+            keys={f"{path}.dropout_key": torch.empty(shape, dtype=torch.int32, device=device) for path in adapted},
+            hidden=hidden,
+            arguments=_arguments(anatomy, index, hidden, mode),
+        )
+
+    def call(self, tensors: dict[str, Tensor], hidden: Tensor, arguments: Any) -> Tensor:
+        """The layer's output."""
+        args, kwargs = arguments
+        out = functional_call(self.layer, tensors, (hidden, *args), kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _frozen_layer(anatomy: Anatomy, index: int, lora: LoraConfig, storage: Storage) -> nn.Module:
+    layer = copy.deepcopy(anatomy.layers[index])
+    for module in layer.modules():
+        if (config := getattr(module, "config", None)) is not None:
+            config._attn_implementation = attention.NAME
+    freeze_linears(layer, f"{anatomy.layers_path}.{index}", storage, lora, target_names(lora, anatomy))
+    return layer.eval()
+
+
+class _Passage(nn.Module):
+    """Stands in for a decoder layer: remembers what it was called with, and hands over what it was given to."""
+
+    def __init__(self, layer: nn.Module, on_call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        object.__setattr__(self, "layer", layer)
+        self.on_call = on_call
+        self.called_with: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.called_with = (args, kwargs)
+        return self.on_call(hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "layer"), name)
+
+
+@contextmanager
+def _hollow(anatomy: Anatomy, on_call: Callable[[int, Tensor], Tensor]) -> Iterator[list[_Passage]]:
+    """The body with layers that do nothing but call `on_call(index, hidden)`, for a while."""
+    layers = anatomy.skeleton.get_submodule(anatomy.layers_path)
+    assert isinstance(layers, nn.ModuleList)
+    kept, implementation = list(layers), anatomy.config._attn_implementation
+    passages = [_Passage(layer, functools.partial(on_call, i)) for i, layer in enumerate(kept)]
+    try:
+        anatomy.config._attn_implementation = attention.NAME
+        for i, passage in enumerate(passages):
+            layers[i] = passage
+        yield passages
+    finally:
+        anatomy.config._attn_implementation = implementation
+        for i, layer in enumerate(kept):
+            layers[i] = layer
+
+
+def _run_body(anatomy: Anatomy, embedded: Tensor, mode: Mode, outside: dict[str, Tensor]) -> Tensor:
+    """transformers' own forward of the body, as model/causal_lm.py calls it."""
+    positions = torch.empty(1, TRACED_TOKENS, dtype=torch.int64, device=embedded.device)
+    inputs = {"inputs_embeds": embedded, "position_ids": positions, "use_cache": False, "return_dict": True}
+    out = functional_call(anatomy.body, outside, (), inputs | _packing(embedded, mode))
+    hidden: Tensor = out.last_hidden_state
+    return hidden
+
+
+def _outside_tensors(anatomy: Anatomy, mode: Mode) -> dict[str, Tensor]:
+    """The body's tensors outside of its layers."""
+    dtype, layers = getattr(torch, mode.compute_dtype), f"{anatomy.layers_path.rpartition('.')[2]}."
+    named = [(n, p.shape, dtype) for n, p in anatomy.body.named_parameters() if not n.startswith(layers)]
+    named += [(n, b.shape, b.dtype) for n, b in anatomy.body.named_buffers() if not n.startswith(layers)]
+    return {name: torch.empty(shape, dtype=dtype, device=device_of(mode)) for name, shape, dtype in named}
+
+
+def _arguments(anatomy: Anatomy, index: int, hidden: Tensor, mode: Mode) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the body passes to a layer."""
+    with _hollow(anatomy, lambda _, passed: passed) as passages, torch.no_grad():
+        _run_body(anatomy, hidden, mode, _outside_tensors(anatomy, mode))
+    return passages[index].called_with
+
+
+def measure_outer(anatomy: Anatomy, mode: Mode) -> tuple[Footprint, Footprint]:
+    """What the body does before its first layer (all of it in `inference`, which holds what the layers share), and the
+    norm after the last."""
+    attention.register()
+    with FakeTensorMode(allow_non_fake_inputs=True) if mode.device == "cpu" else nullcontext():
+        outside = _outside_tensors(anatomy, mode)
+        shape, dtype = (1, TRACED_TOKENS, anatomy.config.hidden_size), getattr(torch, mode.compute_dtype)
+        embedded = torch.empty(shape, dtype=dtype, device=device_of(mode))
+        opening, inference, _, _ = _outer_traces(anatomy, mode, outside, embedded)
+        with torch.enable_grad():
+            _, forward, backward, kept = _outer_traces(anatomy, mode, outside, embedded, training=True)
+    nothing = Footprint(inference=opening, forward=opening, backward=())
+    return nothing, Footprint(inference=inference, forward=forward, backward=backward, keeps_input=kept)
+
+
+def _outer_traces(
+    anatomy: Anatomy, mode: Mode, outside: dict[str, Tensor], embedded: Tensor, *, training: bool = False
+) -> tuple[Trace, Trace, Trace, bool]:
+    """(before the first layer, after the last, backward of that, whether the last layer's output is kept)."""
+    recorder, last = Recorder(), len(anatomy.layers) - 1
+    marks: dict[str, Any] = {}
+    watch = Watch(recorder, [*outside.values(), embedded])
+
+    def on_call(index: int, hidden: Tensor) -> Tensor:
+        if index == 0:
+            marks["first"] = len(recorder.events)
+        if index != last:
+            return hidden
+        hidden = torch.empty_like(hidden).requires_grad_(training)
+        marks["input"] = watch.name_of(hidden)
+        marks["last"] = len(recorder.events)
+        leaves.append(weakref.ref(hidden))
+        return hidden
+
+    leaves: list[Any] = []
+    with _hollow(anatomy, on_call), torch.set_grad_enabled(training), watch:
+        out = _run_body(anatomy, embedded, mode, outside)
+        names, turn = {watch.name_of(out): "out"}, len(recorder.events)
+        leaf = leaves[0]()
+        if training:
+            gradient = torch.autograd.grad(out, leaf, torch.empty_like(out))[0]
+            names[watch.name_of(gradient)] = "grad_in"
+        events = recorder.cut(0, None, names)
+    first, start, of_input = marks["first"], marks["last"], marks["input"]
+    shared = {name for name, _ in events[:first]}
+    closing = [e for e in events[start:turn] if e[0] != of_input and e[0] not in shared]
+    backward = [e for e in events[turn:] if e[0] != of_input and e[0] not in shared]
+    return events[:first], tuple(closing), tuple(backward), leaf is not None
+
+
+def _packing(hidden: Tensor, mode: Mode) -> dict[str, Any]:
+    if not mode.packing:
+        return {}
+    borders = torch.empty(TRACED_BORDERS, dtype=torch.int32, device=hidden.device)
+    longest = {"max_length_q": TRACED_TOKENS, "max_length_k": TRACED_TOKENS}
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "segments": (0, TRACED_TOKENS), **longest}
+
+
+def _eager_footprint(trial: Trial) -> Footprint:
+    """Run it, forward and backward, and see."""
+    known = [*trial.tensors.values(), *_tensors(trial.arguments)]
+    inference = Recorder()
+    with torch.no_grad(), Watch(inference, [*known, trial.hidden]) as watch:
+        out = trial.run(trial.hidden)
+        names = {watch.name_of(out): "out"}
+        made = inference.cut(0, None, names)
+    recorder, trained = Recorder(), [tensor.requires_grad_() for tensor in trial.trained.values()]
+    grad_out = torch.empty_like(trial.hidden)
+    with Watch(recorder, [*known, grad_out]) as watch:
+        hidden = torch.empty_like(trial.hidden).requires_grad_()
+        of_input = watch.name_of(hidden)
+        out = trial.run(hidden)
+        names = {watch.name_of(out): "out"}
+        turn = len(recorder.events)
+        grad_in, *gradients = torch.autograd.grad(out, [hidden, *trained], grad_out)
+        names |= {watch.name_of(g): f"grad:{i}" for i, g in enumerate(gradients)} | {watch.name_of(grad_in): "grad_in"}
+        events = recorder.cut(0, None, names)
+    kept = of_input not in {name for name, line in recorder.events[:turn] if line is None}
+    beside = [event for event in events if event[0] != of_input]
+    ahead = sum(name != of_input for name, _ in events[:turn])
+    return Footprint(inference=made, forward=tuple(beside[:ahead]), backward=tuple(beside[ahead:]), keeps_input=kept)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,0 +1,179 @@
+"""The ledger's peaks without its lines: what a search among thousands of choices can afford.
+
+The same sums as plan/replay.py, taken at the few moments where the peak can be, with like layers counted instead of
+walked. The allocator's gaps are estimated: a share of the blocks that come and go. tests/plan/test_estimate.py holds it
+to the ledger.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from drawplate.footprints import Footprint, Trace
+from drawplate.plan.host import HostLines
+from drawplate.plan.replay import RETURN_BUFFERS, TRAINED_BYTES, Rows, eval_rows_of, train_rows_of
+from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
+from drawplate.plan.sketch import sketched
+from drawplate.plan.storage import Storage, layer_bytes, loss_tile
+from drawplate.units import MIB
+
+GAP_SHARE = 0.12
+GRANULE = 20 * MIB
+SMALL_POOL = 8 * MIB
+
+
+def estimate(model: ModelShape, choice: Choice, around: Surroundings | None = None) -> tuple[int, int]:
+    """Peak bytes of (device, host), within a few percent of `ledger`."""
+    around, model = around or Surroundings(), sketched(model)
+    moments = _Moments(model, choice, around)
+    places = [moments.loading(), moments.evaluation(), moments.training()]
+    host = [sum(size for _, size, _ in rows) for rows in HostLines(model, choice, around).phases()]
+    if choice.device == "cpu":  # one place: the moments of both sides fall together
+        return 0, max(sum(place) + rest for place, rest in zip(places, (host[0], host[1], host[3]), strict=True))
+    transient, held = max(places, key=sum)
+    share = GAP_SHARE if (transient, held) != places[0] else 0.0  # loading goes one tensor at a time
+    gaps = int(share * transient) + GRANULE + SMALL_POOL
+    return held + transient + gaps + around.context_bytes, max(host)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """A trace in sums: the most it holds beside what was there, and what it leaves, its output not counted."""
+
+    peak: int
+    left: int
+
+
+@dataclass(frozen=True)
+class _PartSums:
+    """A footprint's traces in sums; backward goes on from forward."""
+
+    part: Footprint  # kept, so that its id, by which it is remembered, stays its own
+    inference: _Sums
+    forward: _Sums
+    backward: _Sums
+
+
+_REMEMBERED: dict[tuple[int, Rows], _PartSums] = {}
+_MOST_REMEMBERED = 4096
+
+
+def _sums_of(part: Footprint, rows: Rows) -> _PartSums:
+    """Of a part for micro-batches of a size; remembered, because a search asks thousands of times."""
+    key = (id(part), rows)
+    if key not in _REMEMBERED:
+        if len(_REMEMBERED) >= _MOST_REMEMBERED:
+            _REMEMBERED.clear()
+        inference, *training = _sums((part.inference,), rows), *_sums((part.forward, part.backward), rows)
+        _REMEMBERED[key] = _PartSums(part, inference[0], *training)
+    return _REMEMBERED[key]
+
+
+def _sums(traces: Sequence[Trace], rows: Rows) -> list[_Sums]:
+    """Of traces that go on from each other."""
+    found, sizes = [], dict[str, int]()
+    for trace in traces:
+        held = peak = 0
+        for name, line in trace:
+            if line is None:
+                held -= sizes.pop(name)
+                continue
+            sizes[name] = line.bytes(rows.tokens, rows.borders)
+            held += sizes[name]
+            peak = max(peak, held)
+        found.append(_Sums(peak, held))
+    return found
+
+
+class _Moments:
+    """(bytes that come and go, bytes that stay) at each moment where the peak can be."""
+
+    def __init__(self, model: ModelShape, choice: Choice, around: Surroundings) -> None:
+        self.model, self.choice, self.around = model, choice, around
+        self.size = DTYPE_BYTES[choice.compute_dtype]
+        self.rows = train_rows_of(choice)
+        # Layers alike: (kind, tier, keeps) -> how many, and the place of the last of them.
+        self.groups: Counter[tuple[int, str, bool]] = Counter()
+        first_kept = model.layers - choice.kept_layers
+        borders = sorted({0, choice.dequantized_layers, choice.dequantized_layers + choice.device_layers, first_kept})
+        if len(model.kinds) == 1:
+            ends = [*[b for b in borders[1:] if b < model.layers], model.layers]
+            for start, end in zip([b for b in borders if b < model.layers], ends, strict=True):
+                self.groups[0, choice.tier(start), start >= first_kept] += end - start
+        else:
+            for i, kind in enumerate(model.kind_of_layer):
+                self.groups[kind, choice.tier(i), i >= first_kept] += 1
+        self.stored = self._stored()
+        self.trained = sum(n * sum(model.kinds[k].trained) for (k, _, _), n in self.groups.items()) * TRAINED_BYTES
+
+    def _stored(self) -> int:
+        model, choice = self.model, self.choice
+        sizes = {
+            (k, tier): layer_bytes(model.kinds[k], Storage.of(choice, tier), self.size) for k, tier, _ in self.groups
+        }
+        held = sum(n * sizes[k, tier] for (k, tier, _), n in self.groups.items() if tier != "host")
+        away = [sizes[k, tier] for k, tier, _ in self.groups if tier == "host"]
+        held += min(choice.slots, choice.host_layers(model.layers)) * max(away, default=0)
+        rows = min(choice.head_rows, model.vocab) * 2 if choice.head_rows else model.vocab * (1 if model.tied else 2)
+        return held + rows * model.hidden * self.size
+
+    def loading(self) -> tuple[int, int]:
+        """Everything stored, and a weight being quantized or the self-check."""
+        model = self.model
+        largest = max(linear.out_features * linear.in_features for kind in model.kinds for linear in kind.linears)
+        check = self.around.self_check and model.parameters * self.size <= 2**30
+        copy = (model.linear_parameters + model.vocab * model.hidden) * self.size + 64 * model.vocab * (self.size + 8)
+        encoded = 12.0 if self.choice.precision == "int8" else 0.0 if self.choice.precision in PLAIN else 0.6
+        quantizing = int(largest * (self.size + max(encoded, 2.0 if self.size != 2 else 0.0)))
+        return max(quantizing, copy if check else 0), self.stored + self.trained
+
+    def evaluation(self) -> tuple[int, int]:
+        """The largest layer without gradients, before and after training."""
+        rows, each = eval_rows_of(self.choice), self.model.hidden * self.size
+        mode = self.choice.mode
+        peak = max(
+            _sums_of(self.model.kinds[k].footprints[mode(tier)], rows).inference.peak for k, tier, _ in self.groups
+        )
+        loss = self._loss(rows, training=False)
+        held = self.stored + self._workspaces() + 3 * self.trained + 2 * rows.tokens * each
+        return max(peak, loss + rows.tokens * each), held
+
+    def training(self) -> tuple[int, int]:
+        """The loss, the backward of the last layer, that of the last recomputed one, or that of the first."""
+        rows, choice, model = self.rows, self.choice, self.model
+        each = rows.tokens * model.hidden * self.size
+        modes = {key: choice.mode(key[1], kept=key[2]) for key in self.groups}
+        parts = {key: model.kinds[key[0]].footprints[mode] for key, mode in modes.items()}
+        closing = model.closing[choice.mode(choice.tier(0))]
+        opening = _sums_of(model.opening[choice.mode(choice.tier(0))], rows).inference.left
+        sums = {key: _sums_of(part, rows) for key, part in parts.items()}
+        keys = sum(n * 4 * parts[key].keys * rows.tokens for key, n in self.groups.items())
+        kept = sum(n * sums[key].forward.left for key, n in self.groups.items() if key[2])
+        apart = sum(n for key, n in self.groups.items() if not key[2])
+        inputs = each * (1 if choice.policy == "offload" and apart else apart + 1)
+        held = self.stored + self._workspaces() + 3 * self.trained + opening + keys + 24 * rows.tokens
+        grads = self.trained if choice.micro_batches > 1 else 0
+        norm = _sums_of(closing, rows)
+        # Saved sums count a layer's output as the next one's input.
+        saved = kept + inputs if apart else kept + each
+        ends = [(self._loss(rows, training=True) + norm.forward.left, held + grads + saved)]
+        ends.append((norm.backward.peak + norm.forward.left + 2 * each, held + grads + saved))
+        returned = RETURN_BUFFERS * each if choice.policy == "offload" and apart else 0
+        for key, part in sums.items():
+            if key[2]:
+                ends.append((part.backward.peak + each, held + self.trained + saved))
+                continue
+            work = max(part.forward.peak, part.forward.left + part.backward.peak) + each
+            mine = 0 if choice.policy == "offload" else each * apart
+            ends.append((work, held + self.trained + mine + returned))
+        return max(ends, key=sum)
+
+    def _workspaces(self) -> int:
+        return 2 * self.around.product_workspace_bytes if self.choice.device == "cuda" else 0
+
+    def _loss(self, rows: Rows, *, training: bool) -> int:
+        width = rows.counted * self.model.hidden
+        tile = sum(loss_tile(self.model, self.choice, rows.counted, training=training))
+        return tile + width * self.size + (width * (4 + self.size) if training else 0) + 40 * rows.tokens

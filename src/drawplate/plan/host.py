@@ -1,0 +1,79 @@
+"""What a run holds of host memory beside the blocks of the replay: lines for each phase."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from drawplate.plan.replay import TRAINED_BYTES
+from drawplate.plan.shape import DTYPE_BYTES, Choice, ModelShape, Surroundings
+from drawplate.plan.storage import Storage, layer_bytes
+
+Row = tuple[str, int, str]
+"""Name, bytes, formula."""
+
+
+@dataclass(frozen=True)
+class HostLines:
+    """What a run holds of host memory beside the blocks of the replay."""
+
+    model: ModelShape
+    choice: Choice
+    around: Surroundings
+
+    def load(self) -> list[Row]:
+        """A weight on its way, and the head twice while it is page-locked."""
+        size = DTYPE_BYTES[self.choice.compute_dtype]
+        largest = max(linear.out_features * linear.in_features for kind in self.model.kinds for linear in kind.linears)
+        table = self.model.vocab * self.model.hidden * size
+        runtime = self.around.loading_host_bytes
+        return [*self._held(runtime), ("a tensor on its way", max(largest * 2, table), "largest tensor as read")]
+
+    def evaluation(self) -> list[Row]:
+        """What is held throughout."""
+        return self._held(self.around.runtime_host_bytes)
+
+    def training(self) -> list[Row]:
+        """Offloaded inputs besides, each in a page-locked block of its own."""
+        rows, choice = self.evaluation(), self.choice
+        away = self.model.layers - choice.kept_layers if choice.policy == "offload" else 0
+        each = choice.micro_batch_tokens * self.model.hidden * DTYPE_BYTES[choice.compute_dtype]
+        if choice.device == "cuda":
+            each = power_of_two(each)
+        rows.append(("offloaded layer inputs", away * each, "layers x tokens x hidden x bytes, rounded to 2^n each"))
+        return rows
+
+    def checkpoint(self) -> list[Row]:
+        """The adapter is copied to be written."""
+        copy = self.model.trained_parameters * TRAINED_BYTES
+        return [*self.training(), ("copy of the adapter", copy, "trained parameters x 4 bytes")]
+
+    def phases(self) -> list[list[Row]]:
+        """In the run's order."""
+        return [self.load(), self.evaluation(), self.training(), self.checkpoint(), self.evaluation()]
+
+    def _held(self, runtime_bytes: int) -> list[Row]:
+        model, choice, around = self.model, self.choice, self.around
+        size = DTYPE_BYTES[choice.compute_dtype]
+        tiers = Counter(model.kind_of_layer[i] for i in range(model.layers) if choice.tier(i) == "host")
+        stored = sum(n * layer_bytes(model.kinds[k], Storage.of(choice, "host"), size) for k, n in tiers.items())
+        rows = [("process before the model", around.base_bytes, "measured")]
+        rows.append(("CUDA and compiler in host memory", runtime_bytes, "measured"))
+        rows.append(("token windows", around.dataset_bytes, "5 bytes a token"))
+        rows.append(("frozen weights on the host", stored, "layers x stored tensors, each rounded to 256 bytes"))
+        if choice.head_rows:
+            table = model.vocab * model.hidden * size
+            rows.append(("head, page-locked", self._locked(table), "vocabulary x hidden x bytes, rounded up to 2^n"))
+            if not model.tied:
+                rows.append(("embedding", table, "vocabulary x hidden x bytes"))
+            each = self._locked(choice.micro_batch_tokens * model.hidden * size)
+            rows.append(("embedded tokens", each * (choice.device == "cuda"), "tokens x hidden x bytes"))
+        return rows
+
+    def _locked(self, size: int) -> int:
+        return power_of_two(size) if self.choice.device == "cuda" else size
+
+
+def power_of_two(size: int) -> int:
+    """What torch's page-locked allocator makes of a request."""
+    return 1 << max(0, size - 1).bit_length()

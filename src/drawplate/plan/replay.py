@@ -1,0 +1,471 @@
+"""A run on paper: every block of memory that comes and goes on the device, in order, under the allocator's rules.
+
+    load -> baseline evaluation -> optimizer steps -> final evaluation
+
+What each part does to memory is a trace (plan/shape.py); this file strings them together as model/layers.py,
+model/saved_inputs.py, model/loss.py and train.py do. Every block belongs to a line of the ledger, so that the highest
+moment of a phase can be read off line by line.
+
+Left out: blocks below a kilobyte that live for one operation, and the compiler's trial runs of kernels in the first
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from drawplate.footprints import Footprint, Trace
+from drawplate.plan.allocator import CachingAllocator, PlainMemory
+from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
+from drawplate.plan.storage import Storage, layer_bytes, loss_tile
+
+RETURN_BUFFERS = 2
+TRAINED_BYTES = 4
+
+Name = tuple[object, ...]
+
+
+@dataclass
+class Moment:
+    """The highest moment of a phase: bytes by line, and what the allocator has reserved by the phase's end."""
+
+    name: str = ""
+    lines: dict[str, int] = field(default_factory=dict)
+    allocated: int = 0
+    reserved: int = 0
+
+
+@dataclass
+class Device:
+    """Blocks by name, each on a line, and the highest moment since `begin`."""
+
+    memory: CachingAllocator | PlainMemory
+    now: str = ""
+    totals: dict[str, int] = field(default_factory=dict)
+    highest: Moment = field(default_factory=Moment)
+    _line_of: dict[Name, tuple[str, int]] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """A new phase: what is held now is its first moment."""
+        self.highest = Moment(self.now, dict(self.totals), self.memory.allocated, self.memory.reserved)
+
+    def end(self) -> Moment:
+        """The phase's highest moment."""
+        self.highest.reserved = self.memory.reserved
+        return self.highest
+
+    def take(self, line: str, name: Name, size: int) -> None:
+        """A new block."""
+        taken = self.memory.take(name, size)
+        self._line_of[name] = (line, taken)
+        self.totals[line] = self.totals.get(line, 0) + taken
+        if self.memory.allocated > self.highest.allocated:
+            self.highest = Moment(self.now, dict(self.totals), self.memory.allocated)
+
+    def give(self, name: Name) -> None:
+        """A block is let go of."""
+        line, taken = self._line_of.pop(name)
+        self.totals[line] -= taken
+        self.memory.give(name)
+
+    def give_all(self, names: Iterable[Name]) -> None:
+        """Several."""
+        for name in list(names):
+            self.give(name)
+
+    def rename(self, old: Name, new: Name, line: str = "") -> None:
+        """The same block under another name, and perhaps on another line."""
+        was, taken = self._line_of.pop(old)
+        self._line_of[new] = (line or was, taken)
+        self.memory.rename(old, new)
+        if line and line != was:
+            self.totals[was] -= taken
+            self.totals[line] = self.totals.get(line, 0) + taken
+
+    def has(self, name: Name) -> bool:
+        """Whether there is such a block."""
+        return name in self._line_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Micro-batches as attention and loss see them."""
+
+    tokens: int
+    rows: int
+    documents: int
+    packing: bool
+
+    @property
+    def borders(self) -> int:
+        """Of a packed row, rounded up as model/causal_lm.py does; without the first."""
+        return max(64, 1 << (self.documents + 1).bit_length()) - 1 if self.packing else 0
+
+    @property
+    def counted(self) -> int:
+        """Tokens that the loss counts, at most: none counts the first of a document."""
+        return max(1, self.tokens - (self.documents if self.packing else self.rows))
+
+
+def train_rows_of(choice: Choice) -> Rows:
+    """Training micro-batches."""
+    return Rows(choice.micro_batch_tokens, choice.rows, choice.documents, choice.packing)
+
+
+def eval_rows_of(choice: Choice) -> Rows:
+    """Evaluation micro-batches."""
+    tokens, rows = choice.eval_tokens or choice.micro_batch_tokens, choice.eval_rows or choice.rows
+    return Rows(tokens, rows, choice.documents, choice.packing)
+
+
+class Replay:
+    """Phases of a run, each a method that returns its highest moment; to be called in the run's order."""
+
+    def __init__(self, model: ModelShape, choice: Choice, around: Surroundings) -> None:
+        self.model, self.choice, self.around = model, choice, around
+        self.size = DTYPE_BYTES[choice.compute_dtype]
+        self.device = Device(CachingAllocator() if choice.device == "cuda" else PlainMemory())
+        self.train_rows, self.eval_rows = train_rows_of(choice), eval_rows_of(choice)
+        self._left: dict[Name, dict[Name, None]] = {}
+        self._resolved: dict[tuple[int, Rows], tuple[Trace, list[tuple[str, int | None]]]] = {}
+        self._kinds = [model.kinds[k] for k in model.kind_of_layer]
+        self._inner = [choice.mode(choice.tier(i)) for i in range(model.layers)]
+        self._kept = [choice.mode(choice.tier(i), kept=True) for i in range(model.layers)]
+        self._trained = [kind.trained for kind in self._kinds]
+        self._first_kept = model.layers - choice.kept_layers
+
+    # --- phases ---------------------------------------------------------------------------------------------------
+
+    def load(self) -> Moment:
+        """Weights, adapter, embedding and head."""
+        device, choice, model = self.device, self.choice, self.model
+        device.now = "quantizing the first layer"
+        storages = [Storage.of(choice, choice.tier(i)) for i in range(model.layers)]
+        sizes = [layer_bytes(kind, storage, self.size) for kind, storage in zip(self._kinds, storages, strict=True)]
+        for i, size in enumerate(sizes):
+            if choice.tier(i) != "host":
+                line = (
+                    "frozen weights, dequantized" if choice.tier(i) == "dequantized" else "frozen weights on the device"
+                )
+                device.take(line, ("weights", i), size)
+        away = [size for i, size in enumerate(sizes) if choice.tier(i) == "host"]
+        for slot in range(min(choice.slots, len(away))):
+            device.take("ring slots", ("slot", slot), max(away))
+        for linear in self._kinds[0].linears:
+            self._quantize(linear.out_features * linear.in_features)
+        for i, trained in enumerate(self._trained):
+            for j, count in enumerate(trained):
+                device.take("adapter", ("adapter", i, j), count * TRAINED_BYTES)
+            device.take("small tensors", ("salts", i), 4)
+        self._load_outside()
+        if self.around.self_check and model.parameters * self.size <= 2**30:
+            self._self_check()
+        return device.end()
+
+    def _quantize(self, count: int) -> None:
+        """One weight on its way: as read, in the compute dtype, and what the encoding works with."""
+        line, device = "a weight being quantized", self.device
+        device.take(line, ("read",), count * 2)
+        names: list[Name] = [("read",)]
+        if self.size != 2:
+            device.take(line, ("cast",), count * self.size)
+            device.give(names.pop())
+            names.append(("cast",))
+        if self.choice.precision == "int8":
+            parts = [count * 4, count * 4, count * 4]
+        elif self.choice.precision in PLAIN:
+            parts = []
+        else:
+            parts = [count // 2, count // 16, count // 64]
+        for i, part in enumerate(parts):
+            device.take(line, ("encoded", i), part)
+            names.append(("encoded", i))
+        device.give_all(names)
+
+    def _load_outside(self) -> None:
+        model, choice, device = self.model, self.choice, self.device
+        table = model.vocab * model.hidden * self.size
+        tables = table * (1 if model.tied else 2)
+        inside = sum(sum(kind.plain) for kind in self._kinds)
+        others = max(0, model.outside_parameters - inside) * self.size - tables
+        if not choice.head_rows:
+            device.take("embedding and head", ("embedding",), table)
+            if not model.tied:
+                device.take("embedding and head", ("head",), table)
+        else:
+            for slot in range(2):
+                rows = min(choice.head_rows, model.vocab)
+                device.take("head slots", ("head slot", slot), rows * model.hidden * self.size)
+        device.take("small tensors", ("norm",), max(0, others))
+
+    def _self_check(self) -> None:
+        """transformers' own module beside ours, on a short text (model/self_check.py)."""
+        self.device.now = "self-check"
+        inside = self.model.linear_parameters + sum(sum(kind.plain) for kind in self._kinds)
+        line, tokens = "self-check", 64
+        self.device.take(line, ("copy",), inside * self.size)
+        self.device.take(line, ("copy of the head",), self.model.vocab * self.model.hidden * self.size)
+        self.device.take(line, ("logits",), tokens * self.model.vocab * (self.size + 8))
+        self.device.give_all([("copy",), ("copy of the head",), ("logits",)])
+
+    def evaluation(self) -> Moment:
+        """One micro-batch without gradients."""
+        self.device.now = "before the first layer"
+        self._zero_gradients()
+        self.device.begin()
+        rows = self.eval_rows
+        self._product_workspace("forward")
+        self._open(rows)
+        hidden: Name = ("embedded",)
+        for i in range(self.model.layers):
+            self.device.now = f"evaluating layer {i}"
+            hidden = self._infer(i, hidden, rows)
+        self.device.now = "evaluating the head"
+        self._run(self._closing().inference, "layer being computed", ("closing",), rows)
+        self._drop_hidden(hidden)
+        self.device.give(("embedded",))
+        self._give_shared()
+        self._loss(rows, ("closing", "out"), training=False)
+        self.device.give(("closing", "out"))
+        self._give_batch()
+        return self.device.end()
+
+    def training(self) -> Moment:
+        """Two optimizer steps: in the first the moments come, in the second they are there."""
+        self.device.now = "before the first layer"
+        self.device.begin()
+        self._zero_gradients()
+        self._micro_batch(self.train_rows)
+        self._update()
+        self._zero_gradients()
+        for _ in range(2 if self.choice.micro_batches > 1 else 1):
+            self._micro_batch(self.train_rows)
+        self._update()
+        return self.device.end()
+
+    def checkpoint(self) -> Moment:
+        """The adapter is copied to the host: nothing more on the device."""
+        self.device.now = "copying the adapter"
+        self.device.begin()
+        return self.device.end()
+
+    # --- an optimizer step ----------------------------------------------------------------------------------------
+
+    def _zero_gradients(self) -> None:
+        for i, trained in enumerate(self._trained):
+            for j in range(len(trained)):
+                if self.device.has(("gradient", i, j)):
+                    self.device.give(("gradient", i, j))
+
+    def _update(self) -> None:
+        """AdamW: two moments for each trained number, and a step count for each tensor."""
+        self.device.now = "the optimizer's step"
+        each = TRAINED_BYTES if self.choice.optimizer == "adamw" else 1
+        for i, trained in enumerate(self._trained):
+            for j, count in enumerate(trained):
+                if self.device.has(("moment", i, j, 0)):
+                    return
+                self.device.take("small tensors", ("count", i, j), 4)
+                for k in range(2):
+                    self.device.take("optimizer moments", ("moment", i, j, k), count * each)
+
+    def _micro_batch(self, rows: Rows) -> None:
+        self._product_workspace("forward")
+        if self.choice.dropout:
+            self.device.take("batch and what layers share", ("keys",), 4 * rows.tokens)
+        self._open(rows)
+        hidden: Name = ("embedded",)
+        for i in range(self.model.layers):
+            self.device.now = f"layer {i}, forward"
+            hidden = self._forward(i, hidden, rows)
+        self.device.now = "the norm after the last layer"
+        closing = self._closing()
+        self._run(closing.forward, "the norm after the last layer", ("closing",), rows)
+        if not closing.keeps_input and hidden not in self._held_inputs():
+            self._drop_hidden(hidden)
+        if self._offloads(0):
+            self.device.give(("embedded",))
+        self.device.now = "the loss"
+        self._loss(rows, ("closing", "out"), training=True)
+        self.device.give(("closing", "out"))
+        self._backward(rows, hidden, closing)
+        self._give_shared()
+        self._give_batch()
+        if self.device.has(("keys",)):
+            self.device.give(("keys",))
+
+    def _keeps(self, layer: int) -> bool:
+        return layer >= self._first_kept
+
+    def _offloads(self, layer: int) -> bool:
+        return not self._keeps(layer) and self.choice.policy == "offload"
+
+    def _held_inputs(self) -> set[Name]:
+        return {self._input(i) for i in range(self.model.layers) if not self._offloads(i)}
+
+    @staticmethod
+    def _input(layer: int) -> Name:
+        return ("hidden", layer) if layer else ("embedded",)
+
+    def _forward(self, layer: int, hidden: Name, rows: Rows) -> Name:
+        """A layer's forward in training -> the block of its output."""
+        device, kind = self.device, self._kinds[layer]
+        keeps = self._keeps(layer)
+        part = kind.footprints[(self._kept if keeps else self._inner)[layer]]
+        if part.keys:
+            device.take("dropout keys of the layers", ("layer keys", layer), 4 * part.keys * rows.tokens)
+        if self._offloads(layer) and layer and device.has(("leaving",)):
+            device.give(("leaving",))
+        line = "activations kept" if keeps else "layer being computed"
+        self._run(part.forward if keeps else part.inference, line, ("layer", layer), rows)
+        output: Name = ("hidden", layer + 1)
+        device.rename(("layer", layer, "out"), output, "layer inputs kept")
+        if self._offloads(layer) and layer:
+            device.rename(hidden, ("leaving",), "layer input on its way to the host")
+        return output
+
+    def _backward(self, rows: Rows, hidden: Name, closing: Footprint) -> None:
+        device, model = self.device, self.model
+        device.now = "the loss, backward"
+        gradient = rows.counted * model.hidden * self.size
+        self._product_workspace("backward")
+        device.take("loss", ("scaled",), gradient)
+        device.take("gradient between layers", ("grad",), rows.tokens * model.hidden * self.size)
+        device.give_all([("scaled",), ("loss gradient",)])
+        device.now = "the norm after the last layer, backward"
+        self._run(closing.backward, "the norm after the last layer", ("closing",), rows)
+        self._pass_gradient(("closing",))
+        if device.has(("leaving",)):
+            device.give(("leaving",))
+        if device.has(hidden):
+            device.give(hidden)
+        for layer in reversed(range(model.layers)):
+            self._layer_backward(layer, rows)
+        device.give(("grad",))
+        if device.has(("embedded",)):
+            device.give(("embedded",))
+
+    def _layer_backward(self, layer: int, rows: Rows) -> None:
+        device, kind, keeps = self.device, self._kinds[layer], self._keeps(layer)
+        part = kind.footprints[(self._kept if keeps else self._inner)[layer]]
+        prefix: Name = ("layer", layer)
+        device.now = f"layer {layer}, " + ("backward" if keeps else "recomputed and backward")
+        line = "backward of a kept layer" if keeps else "layer being recomputed"
+        if self._offloads(layer):
+            for i in range(RETURN_BUFFERS):
+                if not device.has(("return", i)):
+                    device.take(
+                        "return buffers of offloaded inputs", ("return", i), rows.tokens * self.model.hidden * self.size
+                    )
+        if not keeps:
+            self._run(part.forward, line, prefix, rows)
+        self._run(part.backward, line, prefix, rows)
+        for j in range(len(self._trained[layer])):
+            self._accumulate(("gradient", layer, j), (*prefix, f"grad:{j}"))
+        self._pass_gradient(prefix)
+        if device.has(("layer keys", layer)):
+            device.give(("layer keys", layer))
+        if layer and not self._offloads(layer):
+            device.give(self._input(layer))
+
+    def _pass_gradient(self, prefix: Name) -> None:
+        """A part's gradient to its input is the next part's to its output; all else of the part is let go of."""
+        self.device.rename((*prefix, "grad_in"), ("next grad",), "gradient between layers")
+        self._clear(prefix)
+        self.device.give(("grad",))
+        self.device.rename(("next grad",), ("grad",))
+
+    def _accumulate(self, kept: Name, new: Name) -> None:
+        """A gradient becomes the parameter's, or is added to it."""
+        if not self.device.has(new):
+            return
+        if self.device.has(kept):
+            self.device.give(new)
+        else:
+            self.device.rename(new, kept, "adapter gradients")
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _product_workspace(self, thread: str) -> None:
+        if self.choice.device == "cuda" and not self.device.has(("cublas", thread)):
+            self.device.take("cuBLAS workspace", ("cublas", thread), self.around.product_workspace_bytes)
+
+    def _open(self, rows: Rows) -> None:
+        """The batch, its embedding, and what all layers share."""
+        line = "batch and what layers share"
+        self.device.now = "the embedding"
+        if not self.choice.head_rows:
+            self.device.take(line, ("ids",), 8 * rows.tokens)
+        self.device.take("layer inputs kept", ("embedded",), rows.tokens * self.model.hidden * self.size)
+        if self.device.has(("ids",)):
+            self.device.give(("ids",))
+        self.device.take(line, ("positions",), 8 * rows.tokens)
+        self._run(self.model.opening[self._inner[0]].inference, line, ("shared",), rows)
+
+    def _give_shared(self) -> None:
+        self._clear(("shared",))
+
+    def _give_batch(self) -> None:
+        self.device.give(("positions",))
+
+    def _closing(self) -> Footprint:
+        return self.model.closing[self._inner[0]]
+
+    def _infer(self, layer: int, hidden: Name, rows: Rows) -> Name:
+        part = self._kinds[layer].footprints[self._inner[layer]]
+        self._run(part.inference, "layer being computed", ("layer", layer), rows)
+        output: Name = ("hidden", layer + 1)
+        self.device.rename(("layer", layer, "out"), output)
+        self._drop_hidden(hidden)
+        return output
+
+    def _drop_hidden(self, hidden: Name) -> None:
+        """All but the embedding's output, which the body's caller holds."""
+        if hidden != ("embedded",) and self.device.has(hidden):
+            self.device.give(hidden)
+
+    def _loss(self, rows: Rows, hidden: Name, *, training: bool) -> None:
+        """model/loss.py: the tokens that count, their sums, a tile of logits; the gradient stays."""
+        device, counted, width, line = self.device, rows.counted, self.model.hidden, "loss"
+        tile = loss_tile(self.model, self.choice, counted, training=training)
+        parts = {"targets": 16 * rows.tokens, "counted": 8 * rows.tokens}
+        parts["compact"] = counted * width * self.size
+        if training:
+            parts |= {"gradient": counted * width * 4}
+        parts |= {f"sums{i}": counted * 4 for i in range(4)}
+        if training:
+            parts["target rows"] = counted * width * self.size
+        parts |= {f"tile{i}": part for i, part in enumerate(tile)}
+        for name, size in parts.items():
+            device.take(line, ("loss", name), size)
+        if training:
+            device.rename(("loss", "target rows"), ("loss gradient",))
+            del parts["target rows"]
+        device.give_all(("loss", name) for name in reversed(parts))
+
+    def _run(self, trace: Trace, line: str, prefix: Name, rows: Rows) -> None:
+        """Replay a trace, its blocks under a prefix."""
+        device, left = self.device, self._left.setdefault(prefix, {})
+        for name, size in self._bytes(trace, rows):
+            full = (*prefix, name)
+            if size is None:
+                device.give(full)
+                left.pop(full, None)
+            else:
+                device.take(line, full, size)
+                left[full] = None
+
+    def _bytes(self, trace: Trace, rows: Rows) -> list[tuple[str, int | None]]:
+        key = (id(trace), rows)
+        if key not in self._resolved:
+            tokens, borders = rows.tokens, rows.borders
+            sizes = [(name, None if line is None else line.bytes(tokens, borders)) for name, line in trace]
+            self._resolved[key] = (trace, sizes)  # the trace too, so that its id is not another's
+        return self._resolved[key][1]
+
+    def _clear(self, prefix: Name) -> None:
+        """Let go of what is left of a part."""
+        for name in self._left.pop(prefix, {}):
+            if self.device.has(name):
+                self.device.give(name)

@@ -1,0 +1,174 @@
+"""The words in which the plan speaks of a model, a choice and what surrounds them. Numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from drawplate.footprints import Footprint, LayerShape, Mode
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+STORED_BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "fp8": 16.0}
+PLAIN = {"bf16": 2, "fp16": 2, "fp32": 4}
+BLOCK, SCALE_BLOCK = 64, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The numbers of a base model that memory and time depend on.
+
+    Attributes:
+        parameters: all, tied ones once.
+        layers: decoder layers.
+        linear_parameters: in the linear layers of all decoder layers; these are quantized.
+        outside_parameters: embedding, head, norms and whatever else is not a linear layer of the decoder.
+        hidden, intermediate, vocab: sizes.
+        attention_width: query, key and value features of a layer together.
+        trained_parameters: of the adapter.
+        max_positions: longest input that the model was made for.
+        kinds: the different decoder layers; none where only the numbers above are known.
+        kind_of_layer: for each layer, which of `kinds` it is.
+        opening: rotary tables and whatever the body makes before its first layer, by mode; `out` is what all layers
+            share.
+        closing: the norm after the last layer, by mode.
+        tied: the head's weight is the embedding's.
+        softcap: the head's logits are capped.
+    """
+
+    parameters: int
+    layers: int
+    linear_parameters: int
+    outside_parameters: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    attention_width: int
+    trained_parameters: int
+    max_positions: int
+    kinds: tuple[LayerShape, ...] = ()
+    kind_of_layer: tuple[int, ...] = ()
+    opening: Mapping[Mode, Footprint] = field(default_factory=dict)
+    closing: Mapping[Mode, Footprint] = field(default_factory=dict)
+    tied: bool = True
+    softcap: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A plan in the ledger's words.
+
+    The first `dequantized_layers` live on the device in the compute dtype, the next `device_layers` on the device as
+    stored, the rest on the host. The last `kept_layers` keep their activations (backward lets go of them before it
+    recomputes anything); the others follow `policy`.
+
+    Attributes:
+        precision, double_quant: of the linear weights as stored.
+        compute_dtype: bfloat16, float16 or float32.
+        device: where layers are computed; on cpu every byte is the host's.
+        micro_batch_tokens: positions of a micro-batch, padding included.
+        rows, longest: padded, its rows and their length; packed, 1 and the longest document.
+        packing: several documents share a row.
+        documents: packed, the most in a row.
+        micro_batches: of an optimizer step; from 2 on, gradients are there from forward to backward.
+        slots: of the ring.
+        head_rows: rows of a slot of the streamed head; 0 for embedding and head on the device.
+        compiled, dequantize: how layers are computed (`layer`: dequantized whole before they are called).
+        dropout: of the adapter.
+        eval_tokens, eval_rows: positions and rows of an evaluation micro-batch; None for those of training.
+        optimizer: adamw or adamw_8bit.
+    """
+
+    precision: str
+    double_quant: bool
+    compute_dtype: str
+    device: Literal["cpu", "cuda"]
+    dequantized_layers: int
+    device_layers: int
+    kept_layers: int
+    policy: Literal["recompute", "offload"]
+    micro_batch_tokens: int
+    rows: int = 1
+    longest: int | None = None
+    packing: bool = True
+    documents: int = 1
+    micro_batches: int = 2
+    slots: int = 2
+    head_rows: int = 0
+    compiled: bool = False
+    dequantize: Literal["layer", "product"] = "product"
+    dropout: float = 0.0
+    eval_tokens: int | None = None
+    eval_rows: int | None = None
+    optimizer: str = "adamw"
+
+    @classmethod
+    def in_words(cls, layers: int, *, weights: str, activations: str, **others: Any) -> Choice:
+        """A choice that is the same for all layers, in the recipe's words."""
+        return cls(
+            dequantized_layers=layers if weights == "dequantized" else 0,
+            device_layers=layers if weights == "device" else 0,
+            kept_layers=layers if activations == "keep" else 0,
+            policy="offload" if activations == "offload" else "recompute",
+            **others,
+        )
+
+    def host_layers(self, layers: int) -> int:
+        """Layers that are streamed."""
+        return max(0, layers - self.dequantized_layers - self.device_layers)
+
+    def captured(self, layers: int) -> bool:
+        """Whether micro-steps are replayed as CUDA graphs: nothing of them crosses the bus (model/graphed.py).
+
+        They take the memory that a micro-step takes anyway, and give it back before anything else runs."""
+        crosses = self.host_layers(layers) or self.head_rows or (self.policy == "offload" and self.kept_layers < layers)
+        return self.device == "cuda" and not crosses
+
+    def tier(self, layer: int) -> str:
+        """dequantized, device or host."""
+        if layer < self.dequantized_layers:
+            return "dequantized"
+        return "device" if layer < self.dequantized_layers + self.device_layers else "host"
+
+    def mode(self, tier: str, *, kept: bool = False) -> Mode:
+        """How a layer of a tier is run. Kept layers are dequantized weight by weight, or autograd would keep that."""
+        stored = "" if tier == "dequantized" or self.precision in PLAIN else self.precision
+        return Mode(
+            device=self.device,
+            compute_dtype=self.compute_dtype,
+            compiled=self.compiled,
+            stored=stored,
+            whole=stored not in ("", "fp8") and self.dequantize == "layer" and not kept,
+            dropout=self.dropout > 0,
+            packing=self.packing,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the ledger cannot compute, measured.
+
+    Attributes:
+        base_bytes: resident bytes of the process before the model is loaded.
+        context_bytes: of the device, taken by the CUDA context and loaded libraries.
+        dataset_bytes: token windows in host memory.
+        product_workspace_bytes: cuBLAS keeps for itself in each of the two threads that multiply; 32 MiB on Hopper.
+        self_check: whether loading ends with the comparison of model/self_check.py.
+        loading_host_bytes: of host memory that CUDA's libraries take by the end of loading.
+        runtime_host_bytes: the same by the end of the first step, the compiler's share included.
+    """
+
+    base_bytes: int = 0
+    context_bytes: int = 0
+    dataset_bytes: int = 0
+    product_workspace_bytes: int = 32 * 2**20
+    self_check: bool = True
+    loading_host_bytes: int = 0
+    runtime_host_bytes: int = 0
+
+
+def stored_bits(precision: str, double_quant: bool) -> float:
+    """Bits per frozen weight: 4 + 32/64 for a float32 scale a block, or 4 + 8/64 + 32/(64*256) doubly quantized."""
+    if precision in STORED_BITS:
+        return STORED_BITS[precision]
+    return 4 + (8 / BLOCK + 32 / (BLOCK * SCALE_BLOCK) if double_quant else 32 / BLOCK)

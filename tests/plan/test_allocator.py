@@ -1,0 +1,58 @@
+"""The allocator on paper: rounding, pools, best fit, joining and growing."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drawplate.plan.allocator import CachingAllocator
+from drawplate.units import MIB
+
+
+def test_small_and_large_blocks_come_from_pools_that_grow_in_steps() -> None:
+    memory = CachingAllocator()
+    assert memory.take("tiny", 1) == 512
+    assert memory.reserved == 2 * MIB
+    memory.take("large", MIB + 1)
+    assert memory.reserved == 22 * MIB
+    memory.take("larger", 30 * MIB)
+    assert memory.reserved == 42 * MIB, "what is left at the end of a segment is used before it grows"
+
+
+def test_a_gap_is_used_again_and_neighbours_join() -> None:
+    memory = CachingAllocator()
+    for name in "abcd":
+        memory.take(name, 10 * MIB)
+    memory.give("b")
+    memory.give("c")
+    before = memory.reserved
+    memory.take("both", 20 * MIB)
+    assert memory.reserved == before
+
+
+def test_a_gap_that_is_too_small_makes_the_segment_grow() -> None:
+    memory = CachingAllocator()
+    for name in "abcd":
+        memory.take(name, 10 * MIB)
+    memory.give("b")
+    memory.take("too large", 12 * MIB)
+    assert memory.reserved == 60 * MIB
+    assert memory.allocated == 42 * MIB
+
+
+@given(st.lists(st.tuples(st.integers(1, 40 * MIB), st.booleans()), min_size=1, max_size=60))
+def test_what_is_reserved_covers_what_is_held_and_comes_back_whole(steps: list[tuple[int, bool]]) -> None:
+    memory, held = CachingAllocator(), []
+    for i, (size, release) in enumerate(steps):
+        memory.take(i, size)
+        held.append(i)
+        if release:
+            memory.give(held.pop(0))
+        assert memory.allocated <= memory.reserved
+    for name in held:
+        memory.give(name)
+    assert memory.allocated == 0
+    reserved = memory.reserved
+    largest = max(pool.reserved for pool in memory.pools.values())
+    memory.take("all", largest if memory.pools["large"].reserved == largest else 1)
+    assert memory.reserved == reserved, "released blocks have joined into one"
