@@ -258,7 +258,7 @@ def test_arithmetic_is_what_the_machine_is_good_at(
 
 def test_weights_are_quantized_only_where_memory_forces_it() -> None:
     assert plan_of(recipe_of()).precision == "bf16"
-    assert plan_of(recipe_of(memory={"vram": "1150MiB"})).precision == "nf4", "a cap rehearses a smaller card"
+    assert plan_of(recipe_of(memory={"vram": "1040MiB"})).precision == "nf4", "a cap rehearses a smaller card"
     assert plan_of(recipe_of(memory={"ram": "4GiB", "vram": "3GiB"})).precision == "nf4", "host memory may force it too"
 
 

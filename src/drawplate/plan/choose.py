@@ -237,6 +237,9 @@ def fastest(search: Search, budget: Budget) -> Found | None:
     for precision in search.space.precisions:
         limit = found.seconds_per_token / PRECISION_TOLERANCE if found else math.inf
         found = search.best(precision, budget, limit=limit) or found
+    if found is None:  # the estimate by which it searches may be too careful
+        near = search.nearest(budget)
+        return None if budget.excess(near.need) else near
     return found
 
 
