@@ -95,6 +95,7 @@ class RandomCheckpoint:
     revision: str | None = None
     files: Any = field(default_factory=_AnyName)
     quantized_precision: str | None = None
+    fingerprint: str = ""
 
     def read(self, name: str) -> Tensor:
         """Normal weights of a trained model's scale; norms near one."""
@@ -111,8 +112,8 @@ class RandomCheckpoint:
         return
 
     def sha256(self) -> str:
-        """Random weights have no fingerprint."""
-        return ""
+        """Random weights have no fingerprint, unless one is given so that their prepared form is kept."""
+        return self.fingerprint
 
 
 def random_checkpoint(name: str, *, layers: int | None = None, device: str = "cuda") -> RandomCheckpoint:

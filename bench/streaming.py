@@ -3,9 +3,11 @@
     python bench/streaming.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:OPTION...] ...
 
 OPTIONS: head=ROWS streams the head, layers=N cuts the model short, eager compiles nothing, launches captures no CUDA
-graphs, profile adds a table of kernels. Each case runs in a process of its own, so that its peak is its own. A case's
-peak is the most the allocator ever reserved, loading included (the CUDA context, some 0.3 to 0.5 GiB, lies outside of
-it). Every case is a whole optimizer step: forward, loss over the full vocabulary, backward, AdamW.
+graphs, profile adds a table of kernels, steps=N times that many steps, cached keeps the prepared weights in
+$DRAWPLATE_CACHE. Each case runs in a process of its own, so that its peak is its own. A case's peak is the most the
+allocator ever reserved, loading included (the CUDA context, some 0.3 to 0.5 GiB, lies outside of it). Every case is a
+whole optimizer step: forward, loss over the full vocabulary, backward, AdamW. A case without sizes only loads, so the
+same cached one twice gives the cold start and the warm one.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ def load_case(case: str) -> tuple[Any, list[str]]:
     flags = dict(o.partition("=")[::2] for o in options)
     torch.manual_seed(0)
     checkpoint = random_checkpoint(shape, layers=int(flags["layers"]) if "layers" in flags else None)
+    if "cached" in flags:  # the prepared weights are kept in $DRAWPLATE_CACHE, and found there by the next process
+        checkpoint.fingerprint = f"random {shape} {precision}"
     placement = Placement(
         device=torch.device("cuda", 0),
         storage=Storage(precision),
@@ -58,7 +62,7 @@ def load_case(case: str) -> tuple[Any, list[str]]:
     return model, sizes.split(",")
 
 
-def measure(case: str, steps: int = 4) -> list[dict[str, object]]:
+def measure(case: str) -> list[dict[str, object]]:
     """One case in this process; a size like 1x512,1x1024 measures several micro-batches of one loaded model in turn."""
     import torch
 
@@ -72,11 +76,14 @@ def measure(case: str, steps: int = 4) -> list[dict[str, object]]:
         "arena_bytes": model.residency.host_bytes,
     }
     shape, precision, weights, activations, _, *options = case.split(":")
+    flags = dict(o.partition("=")[::2] for o in options)
+    if sizes == [""]:  # loading alone
+        return [{"case": case, **loading, "host_process_bytes": memory_sample().process_bytes}]
     results = []
     for size in sizes:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        timed = _train_steps(model, size, steps, profiled="profile" in options)
+        timed = _train_steps(model, size, int(flags.get("steps", 4)), profiled="profile" in flags)
         timed["peak_reserved_bytes"] = max(torch.cuda.max_memory_reserved(), loading["load_peak_reserved_bytes"])
         case_of_size = ":".join([shape, precision, weights, activations, size, *options])
         host = {"host_process_bytes": memory_sample().process_bytes}

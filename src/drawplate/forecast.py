@@ -23,6 +23,7 @@ from drawplate.prepare import (
     lengths_of,
     max_positions,
     model_shape,
+    obstacles_of,
     read_sides,
     renderer_of,
     require_predictable,
@@ -71,6 +72,7 @@ def _situation_on(gpu: str, recipe: Recipe, checkpoint: Checkpoint, anatomy: obj
         speed=speed,
         assumptions=(f"{card.name} is not measured but planned for with {speed.source}.",),
         frontier=True,
+        obstacles=obstacles_of(anatomy),  # type: ignore[arg-type]
     )
 
 

@@ -115,7 +115,7 @@ class Outcome:
         """All that was measured, as record.json holds it."""
         prepared, journal, recipe = self.prepared, self.journal, self.prepared.recipe
         return RunRecord(
-            drawplate=importlib.metadata.version("drawplate"),
+            drawplate=_version("drawplate"),
             status=status,  # type: ignore[arg-type]
             model=self._model_facts(),
             data=data_facts(prepared, self.state.step),
@@ -236,7 +236,15 @@ def data_facts(prepared: Prepared, steps: int) -> DataFacts:
 
 def versions() -> dict[str, str]:
     """Of the libraries that a result depends on."""
-    return {name: importlib.metadata.version(name) for name in VERSIONED}
+    return {name: _version(name) for name in VERSIONED}
+
+
+def _version(package: str) -> str:
+    """Of an installed package; `unknown` for a source tree that Python was merely pointed at."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def fingerprints(prepared: Prepared) -> dict[str, str]:

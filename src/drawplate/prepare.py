@@ -23,9 +23,10 @@ from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.causal_lm import Placement
 from drawplate.model.footprint import layer_shapes, outer_footprints
 from drawplate.model.frozen import Storage
+from drawplate.model.support import walk
 from drawplate.model.weights import Checkpoint, open_checkpoint
 from drawplate.plan.advise import Learner, advise
-from drawplate.plan.choose import CorpusShape, Situation, choose, choose_compute_dtype, choose_max_length
+from drawplate.plan.choose import CorpusShape, Obstacles, Situation, choose, choose_compute_dtype, choose_max_length
 from drawplate.plan.ledger import ModelShape
 from drawplate.plan.tax import plan_quantization_tax
 from drawplate.recipe import Recipe
@@ -293,6 +294,12 @@ def plan_for_lengths(
     return choose(situation_of(recipe, checkpoint, anatomy), corpus, max_length)
 
 
+def obstacles_of(anatomy: Anatomy) -> Obstacles:
+    """What the architecture cannot take part in."""
+    found = walk(anatomy)
+    return Obstacles(packing=found.unpackable, streaming=found.obstacle)
+
+
 def situation_of(recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy) -> Situation:
     """What a plan for this machine rests on; a device whose speed is not known yet is measured."""
     device = pick_device(recipe.model.device_map)
@@ -307,4 +314,5 @@ def situation_of(recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy) -> Si
         stored_double_quant=checkpoint.quantized_doubly,
         speed=measured_speed(device, getattr(torch, dtype)),
         frontier=True,
+        obstacles=obstacles_of(anatomy),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 import shutil
@@ -23,7 +24,7 @@ from drawplate.data.batches import cut_packed
 from drawplate.errors import DoesNotFit, EnvironmentProblem
 from drawplate.model import arena, arena_file
 from drawplate.model.adapter import lora_config
-from drawplate.model.arena import Arena, is_worth_keeping, kept_arena, private_memory
+from drawplate.model.arena import Arena, HostMemory, is_worth_keeping, kept_arena, private_memory
 from drawplate.model.arena_file import ArenaFile, ArenaKey, make_room
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
@@ -31,6 +32,7 @@ from drawplate.model.frozen import Storage
 from drawplate.model.residency import LayerLayout
 from drawplate.model.weights import Checkpoint
 from drawplate.recipe import LoraSection, cache_folder
+from drawplate.units import MIB
 from tests.model.conftest import random_sequences
 
 KEY = ArenaKey(
@@ -453,10 +455,21 @@ def test_layers_come_to_the_gpu_from_the_locked_mapping_or_its_copy():
     found = kept(fill)
     assert found is not None
     buffers = found.page_locked([0, 1, 3])
-    print("in place" if buffers[0].data_ptr() == found.buffers[0].data_ptr() else "a private copy")
     for i, buffer in buffers.items():
         assert torch.equal(buffer.to("cuda", non_blocking=True).cpu(), found.buffers[i])
-        assert buffer.is_pinned()
+
+
+@pytest.mark.gpu
+def test_a_large_file_is_page_locked_in_place(tmp_path):
+    """The driver accepts small mappings too, but torch does not see them as page-locked; nothing streams from those."""
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(64 * MIB))
+    with path.open("rb") as opened:
+        memory = HostMemory(opened.fileno(), 64 * MIB, prot=mmap.PROT_READ)
+    tensor = memory.tensor()
+    assert memory.page_lock([tensor], arena.HOST_REGISTER_READ_ONLY) == 0
+    assert tensor.is_pinned()
+    assert tensor[MIB:].is_pinned()
 
 
 @pytest.mark.gpu

@@ -20,6 +20,8 @@ from tests.model.conftest import random_sequences
 pytestmark = pytest.mark.gpu
 
 LARGE_LAYER_BYTES = 170 * 2**20
+SLACK = 1.1
+"""The resident twin's own error varies by 3 % from run to run, packed or padded (docs/log.md)."""
 
 
 def build(checkpoint: RandomCheckpoint, **placement: object) -> CausalLM:
@@ -92,7 +94,7 @@ def test_any_mix_is_as_exact_as_the_resident_twin(small, tiers, policies, slots,
     batches = cut_packed(sequences, 1024, 16, 0) if packed else cut_padded(sequences, 3, 16, 0)
     truth, own_error = truth_and_twin(small, batches)
     mixed = build(small, weights=tuple(tiers), activations=tuple(policies), slots=slots, poison=True)
-    assert error(gradients(mixed, batches), truth) <= 1.5 * own_error + 1e-4
+    assert error(gradients(mixed, batches), truth) <= SLACK * own_error
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_every_precision_streams_compiled_and_eager(small, precision, compiled) 
     stored = {"storage": Storage(precision)}
     truth, own_error = truth_and_twin(small, batches, **stored)
     streamed = build(small, weights="host", activations="offload", compiled=compiled, poison=True, **stored)
-    assert error(gradients(streamed, batches), truth) <= 1.5 * own_error + 1e-4
+    assert error(gradients(streamed, batches), truth) <= SLACK * own_error
 
 
 def test_layers_above_170_mib_have_the_twins_gradients() -> None:

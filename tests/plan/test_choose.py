@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from drawplate.errors import DoesNotFit, UsageError
-from drawplate.plan.choose import CorpusShape, Situation, choose, choose_compute_dtype, choose_max_length
+from drawplate.plan.choose import CorpusShape, Obstacles, Situation, choose, choose_compute_dtype, choose_max_length
 from drawplate.plan.gpus import gpu_named
 from drawplate.plan.ledger import ModelShape
 from drawplate.plan.search import DEVICE_MARGIN, HOST_MARGIN
@@ -365,3 +365,24 @@ def test_int8_layers_are_not_compiled_where_the_compiler_fails_on_them() -> None
     made = plan_of(recipe_of(quantization={"precision": "int8"}, memory={"weights": "device"}))
     assert not made.compiled
     assert "int8" in made.reasons["compiled"]
+
+
+def test_documents_that_would_mix_are_padded_or_refused() -> None:
+    obstacles = Obstacles(packing="layer 0 carries state from one position to the next")
+    plan = plan_of(recipe_of(), obstacles=obstacles)
+    assert not plan.packing
+    assert plan.reasons["packing"] == "layer 0 carries state from one position to the next"
+    with pytest.raises(UsageError, match=r"data\.packing: this model cannot take several documents"):
+        plan_of(recipe_of(data={"packing": True}), obstacles=obstacles)
+
+
+def test_layers_that_share_state_stay_on_the_device() -> None:
+    tight = {
+        "memory": {"vram": 9 * GIB},
+        "quantization": {"precision": "nf4"},
+        "train": {"per_device_train_batch_size": 2},
+    }
+    free, bound = (plan_of(recipe_of(**tight), obstacles=o) for o in (Obstacles(), Obstacles(streaming="layers share")))
+    assert (free.weights, free.activations) != ("device", "keep"), "without the obstacle the room is used otherwise"
+    assert (bound.weights, bound.activations, bound.host_layers) == ("device", "keep", 0)
+    assert "layers share" in bound.reasons["weights"]

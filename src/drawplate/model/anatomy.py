@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from drawplate.errors import UsageError
+from drawplate.model.attention import NAME, register
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Anatomy:
         return sum(p.numel() for p in self.skeleton.parameters())
 
 
-def build_anatomy(config: PretrainedConfig, *, attention: str = "eager") -> Anatomy:
+def build_anatomy(config: PretrainedConfig, *, attention: str = NAME) -> Anatomy:
     """The anatomy of the causal LM that `config` describes, with a configuration of its own.
 
     The copy matters: a module reads its attention from its configuration at every call, so two skeletons that shared
@@ -72,12 +73,19 @@ def build_anatomy(config: PretrainedConfig, *, attention: str = "eager") -> Anat
     Raises:
         UsageError: the architecture is not a causal LM with one list of decoder layers.
     """
+    register()
     config = copy.deepcopy(config.get_text_config() if hasattr(config, "get_text_config") else config)
     name = (config.architectures or [config.model_type])[0]
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    except (ValueError, KeyError) as error:
+    except KeyError:  # a table of its own attention classes, from before transformers had one interface
+        raise UsageError(
+            f"{name} computes attention in a way of its own, whose mask would be lost.",
+            safe="Nothing was loaded or written.",
+            next_step="Choose a model such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",
+        ) from None
+    except ValueError as error:
         raise UsageError(
             f"{name} is not a causal language model that transformers can build: {error}",
             next_step="Choose a decoder-only model such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",

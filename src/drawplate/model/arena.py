@@ -91,8 +91,8 @@ class HostMemory(mmap.mmap):
             _unregister(address)
         self._locked = ()
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing():
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not finalizing():  # bound early: by then modules are gone
             self.unlock()
 
 

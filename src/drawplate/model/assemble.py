@@ -16,7 +16,6 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from drawplate.errors import EnvironmentProblem, IntegrityError, UsageError
-from drawplate.model import attention
 from drawplate.model.adapter import Adapter, scaling_of, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.arena import (
@@ -73,8 +72,7 @@ def assemble(
         DoesNotFit: device or host memory is too small.
         EnvironmentProblem: host memory cannot be page-locked.
     """
-    attention.register()
-    anatomy = build_anatomy(checkpoint.config, attention="drawplate")
+    anatomy = build_anatomy(checkpoint.config)
     anatomy.skeleton.eval()
     config = lora(anatomy) if callable(lora) else lora
     tiers = placement.tiers(len(anatomy.layers))

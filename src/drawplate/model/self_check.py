@@ -41,7 +41,7 @@ def self_check(model: CausalLM, batch: Batch) -> float | None:
 def _reference_module(model: CausalLM) -> torch.nn.Module:
     """transformers' own module with the stored weights, on the model's device."""
     own, dtype, device = model.anatomy, model.placement.compute_dtype, model.placement.device
-    fresh = build_anatomy(own.config)
+    fresh = build_anatomy(own.config, attention="eager")
     state: dict[str, torch.Tensor] = {}
     for i, layer in enumerate(model.runner.templates):
         stored = {name: tensor.to(device) for name, tensor in model.residency.stored(i).items()}

@@ -78,7 +78,7 @@ class _Recorder(nn.Module):
 
 
 def walk(anatomy: Anatomy) -> Walk:
-    """Walk the body once on the meta device; its linear layers must be frozen ones already.
+    """Walk the body once on the meta device. Only frozen linear layers are looked at for adapters.
 
     Raises:
         UsageError: the architecture cannot be carried out layer by layer; it is named, with the reason.

@@ -51,6 +51,15 @@ class CorpusShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Obstacles:
+    """Why an architecture cannot take several documents in a row, or have its layers streamed and recomputed; empty
+    where it can."""
+
+    packing: str = ""
+    streaming: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Situation:
     """All that a choice rests on; with `frontier`, other budgets are looked at too."""
 
@@ -63,6 +72,7 @@ class Situation:
     speed: DeviceSpeed | None = None
     assumptions: tuple[str, ...] = ()
     frontier: bool = False
+    obstacles: Obstacles = Obstacles()
 
     @property
     def budget(self) -> Budget:
@@ -135,18 +145,16 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
     recipe, machine, steps = situation.recipe, situation.machine, advice.optimizer_steps
     reasons = dict(advice.reasons)
     compute_dtype, reasons["compute_dtype"] = choose_compute_dtype(recipe, machine)
-    batch = _batch(recipe, corpus, reasons)
+    batch = _batch(situation, corpus, reasons)
     search = search_of(situation, corpus, compute_dtype, batch)
     found = fastest(search, situation.budget)
     if found is None:
         raise does_not_fit(situation, search, lambda changed: _would_fit(changed, corpus))
-    if recipe.data.packing == "auto":
-        reasons["packing"] = (
-            "several documents share a row, so almost nothing is padding"
-            if batch.packing
-            else "train.per_device_train_batch_size counts sequences, so each has a row of its own"
-        )
     reasons |= explain(situation.recipe, search, found, situation.budget, stored=situation.stored_precision)
+    if situation.obstacles.streaming:
+        reasons["weights"] = (
+            f"its layers stay on the device and keep their activations: {situation.obstacles.streaming}"
+        )
     choice, model = found.choice, situation.model
     micro = found.batch.sequences
     return Plan(
@@ -199,6 +207,10 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
     activations = recipe.memory.activations
     if activations == "auto" and again != "auto":
         activations = "again" if again else "keep"  # type: ignore[assignment]
+    weights = recipe.memory.weights
+    if situation.obstacles.streaming:
+        weights = "device" if weights == "auto" else weights
+        activations = "keep" if activations == "auto" else activations
     fixed = Choice(
         precision="",
         double_quant=situation.double_quant,
@@ -219,7 +231,7 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
     space = Space(
         precisions=_precisions(situation, compute_dtype),
         batches=_micro_batches(situation, corpus, batch),
-        weights=recipe.memory.weights,
+        weights=weights,
         activations=activations,
         compiled=recipe.model.compile,
         fixed=fixed,
@@ -245,7 +257,7 @@ def fastest(search: Search, budget: Budget) -> Found | None:
 
 def _would_fit(situation: Situation, corpus: CorpusShape) -> bool:
     compute_dtype, _ = choose_compute_dtype(situation.recipe, situation.machine)
-    batch = _batch(situation.recipe, corpus, {})
+    batch = _batch(situation, corpus, {})
     return fastest(search_of(situation, corpus, compute_dtype, batch), situation.budget) is not None
 
 
@@ -335,8 +347,9 @@ def _given(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-def _batch(recipe: Recipe, corpus: CorpusShape, reasons: dict[str, str]) -> _Batch:
+def _batch(situation: Situation, corpus: CorpusShape, reasons: dict[str, str]) -> _Batch:
     """What an advised recipe says of a step."""
+    recipe = situation.recipe
     micro, accumulation = (
         _given(recipe.train.per_device_train_batch_size),
         _given(recipe.train.gradient_accumulation_steps),
@@ -344,11 +357,35 @@ def _batch(recipe: Recipe, corpus: CorpusShape, reasons: dict[str, str]) -> _Bat
     effective = int(recipe.train.effective_batch_size)
     multiple = recipe.data.pad_to_multiple_of
     row_tokens = -(-max(corpus.lengths) // multiple) * multiple
-    packing = recipe.data.packing if recipe.data.packing != "auto" else micro is None
+    packing = _packing(situation, micro, reasons)
     if micro is None and accumulation and not packing:
         micro = math.ceil(effective / accumulation)
         reasons["micro_batch"] = "the step's sequences over train.gradient_accumulation_steps"
     return _Batch(effective, micro, packing, row_tokens)
+
+
+def _packing(situation: Situation, micro: int | None, reasons: dict[str, str]) -> bool:
+    """Whether several documents share a row.
+
+    Raises:
+        UsageError: the recipe asks for it, and the model would mix them.
+    """
+    asked, why_not = situation.recipe.data.packing, situation.obstacles.packing
+    if asked is True and why_not:
+        raise UsageError(
+            f"data.packing: this model cannot take several documents in a row: {why_not}.",
+            safe="Nothing was loaded or written.",
+            next_step="Set data.packing: false.",
+        )
+    if asked != "auto":
+        return bool(asked)
+    if why_not:
+        reasons["packing"] = why_not
+    elif micro is None:
+        reasons["packing"] = "several documents share a row, so almost nothing is padding"
+    else:
+        reasons["packing"] = "train.per_device_train_batch_size counts sequences, so each has a row of its own"
+    return micro is None and not why_not
 
 
 def _accumulation(recipe: Recipe, batch: _Batch, cut: MicroBatch, reasons: dict[str, str]) -> int:
