@@ -89,6 +89,7 @@ def restore(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer) -> 
     """
     about, adapter = read_about(folder), model.adapter
     adapter.load_state(load_file(folder / WEIGHTS_NAME), str(folder))
+    model.forget_graphs()  # they were captured with the gradients that are let go here
     named = adapter.named_tensors()
     optimizer.state.clear()
     for name, scalars in about["optimizer_scalars"].items():

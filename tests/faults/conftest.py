@@ -88,7 +88,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def values_of(small: Path, output: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """The recipe of a run of nine steps, a checkpoint after every third, an evaluation after every second."""
     train = {"effective_batch_size": 2, "max_steps": STEPS, "save_steps": 3, **sections.pop("train", {})}
-    defaults = {"data": {"heldout_fraction": 0.2}, "lora": {"lora_dropout": 0.1}, "evaluation": {"eval_steps": 2}}
+    defaults: dict[str, dict[str, Any]] = {
+        "data": {"heldout_fraction": 0.2},
+        "lora": {"lora_dropout": 0.1},
+        "evaluation": {"eval_steps": 2},
+        "memory": {"rehearsal": "off"},  # a fault that is injected should come in training
+    }
     merged = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in {*defaults, *sections}}
     return recipe_values(small / "base", small / "texts", output, train=train, **merged)
 
