@@ -171,7 +171,7 @@ def test_row_18_a_step_that_is_not_a_number_is_skipped_once(
 def test_row_18_gradients_alone_count_too(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nan_at(monkeypatch, lambda step: step == 5, where="gradient")
     record = tune(small, tmp_path / "run")
-    assert record.warnings[0].startswith("The gradient of step 5 is not a number.")
+    assert any(warning.startswith("The gradient of step 5 is not a number.") for warning in record.warnings)
     assert math.isfinite(record.steps[4].loss)
     assert record.steps[4].skipped
 
