@@ -57,12 +57,9 @@ def _precision(search: Search, found: Found, budget: Budget) -> str:
     for other in search.space.precisions:
         if other == chosen:
             continue
-        best = search.best(other, budget)
-        if best is None:
-            parts.append(f"{other} does not fit")
-            continue
-        ratio = best.seconds_per_token / found.seconds_per_token
-        parts.append(f"{other} {_compared(ratio)}")
+        seconds = search.about(other, budget)
+        said = _compared(seconds / found.seconds_per_token) if seconds else "does not fit"
+        parts.append(f"{other} {said}")
     lossless = "" if chosen in QUANTIZED else "nothing is lost to quantization; "
     return lossless + ", ".join(parts)
 
@@ -113,7 +110,6 @@ def _micro_batch(search: Search, found: Found, budget: Budget) -> str:
     said = f"the fastest of {len(sizes)} sizes from {format_count(sizes[0])} to {format_count(sizes[-1])} tokens"
     if place + 1 == len(sizes):
         return said
-    larger = search.best(found.choice.precision, budget, tokens=sizes[place + 1])
-    if larger is None:
-        return f"{said}; {format_count(sizes[place + 1])} would not fit"
-    return f"{said}; {format_count(sizes[place + 1])} {_compared(larger.seconds_per_token / found.seconds_per_token)}"
+    seconds = search.about(found.choice.precision, budget, tokens=sizes[place + 1])
+    compared = _compared(seconds / found.seconds_per_token) if seconds else "would not fit"
+    return f"{said}; {format_count(sizes[place + 1])} {compared}"

@@ -134,6 +134,18 @@ class _Candidate:
         return min(self.seconds.values())
 
 
+_Won = tuple[float, _Candidate, int]
+"""Seconds per token, the candidate, and how many of its layers keep their activations."""
+
+
+class Look(NamedTuple):
+    """What counts: below `limit` seconds per token, micro-batches of `tokens`, as the ledger or its estimate has it."""
+
+    limit: float = math.inf
+    tokens: int | None = None
+    exact: bool = True
+
+
 @dataclass
 class Search:
     """All candidates of a space, priced once; asked with any number of budgets.
@@ -148,7 +160,7 @@ class Search:
     space: Space
     around: Surroundings
     _priced: dict[str, list[_Candidate]] = field(default_factory=dict)
-    _won: dict[tuple[str, Budget], tuple[float, _Candidate, int]] = field(default_factory=dict)
+    _won: dict[tuple[str, Budget], _Won] = field(default_factory=dict)
     _needs: dict[Choice, Need] = field(default_factory=dict)
     _ledgers: dict[Choice, Ledger] = field(default_factory=dict)
     _estimates: dict[tuple[Hashable, ...], Need] = field(default_factory=dict)
@@ -165,23 +177,32 @@ class Search:
             tokens: of the micro-batch, if only those are to be looked at.
         """
         won = self._won_with_less(precision, budget) if tokens is None else None
-        for candidate in self._candidates(precision):
-            fastest = min(limit, won[0]) if won else limit
-            if candidate.bound >= fastest:
-                break
-            if tokens not in (None, candidate.batch.tokens):
-                continue
-            for kept in self._ends(candidate, budget, fastest):
-                seconds = self._seconds_per_token(candidate, kept)
-                if seconds < (won[0] if won else limit) and self._fits(candidate, kept, budget):
-                    won = (seconds, candidate, kept)
+        won = self._winner(precision, budget, Look(limit=limit, tokens=tokens), won)
         if won is None or won[0] >= limit:
             return None
         if tokens is None:
             self._won[precision, budget] = won
         return self._found(won[1], won[2])
 
-    def _won_with_less(self, precision: str, budget: Budget) -> tuple[float, _Candidate, int] | None:
+    def about(self, precision: str, budget: Budget, tokens: int | None = None) -> float | None:
+        """Seconds per token of the fastest by the estimate alone: near enough for a sentence, and much sooner known."""
+        won = self._winner(precision, budget, Look(tokens=tokens, exact=False), None)
+        return won[0] if won else None
+
+    def _winner(self, precision: str, budget: Budget, look: Look, won: _Won | None) -> _Won | None:
+        for candidate in self._candidates(precision):
+            fastest = min(look.limit, won[0]) if won else look.limit
+            if candidate.bound >= fastest:
+                break
+            if look.tokens not in (None, candidate.batch.tokens):
+                continue
+            for kept in self._ends(candidate, budget, fastest, exact=look.exact):
+                seconds = self._seconds_per_token(candidate, kept)
+                if seconds < (won[0] if won else look.limit):
+                    won = (seconds, candidate, kept)
+        return won
+
+    def _won_with_less(self, precision: str, budget: Budget) -> _Won | None:
         """The fastest of what smaller budgets have found already, which fits here too."""
         smaller = (
             won
@@ -220,27 +241,36 @@ class Search:
             candidate.seconds[kept] = seconds / work.step_tokens
         return candidate.seconds[kept]
 
-    def _ends(self, candidate: _Candidate, budget: Budget, limit: float) -> tuple[int, ...]:
+    def _ends(self, candidate: _Candidate, budget: Budget, limit: float, *, exact: bool) -> tuple[int, ...]:
         """The most layers that may keep their activations within the budget, where so many take less than `limit`.
 
         Time falls with that number, so the smallest that is fast enough is looked for first, and mostly does not fit.
+        The estimate says how far to look; the ledger itself is asked last, and only below that.
         """
 
-        def fits(kept: int) -> bool:
+        def may(kept: int) -> bool:
             return not budget.excess(self._estimate(candidate, kept))
+
+        def fits(kept: int) -> bool:
+            return self._fits(candidate, kept, budget) if exact else may(kept)
 
         def fast(kept: int) -> bool:
             return self._seconds_per_token(candidate, kept) < limit
 
         fewest, most = candidate.fewest, candidate.most
-        if fits(most):  # where all keep theirs nothing is recomputed, which may be the smaller peak
+        if may(most) and fits(most):  # where all keep theirs nothing is recomputed, which may be the smaller peak
             return (most, fewest) if most > fewest and fits(fewest) else (most,)
         if most == fewest:
             return ()
         low = fewest if fast(fewest) else _smallest(fewest + 1, most, fast)
-        if not fits(low):
+        if not may(low):
             return ()
-        return (_smallest(low + 1, most, lambda kept: not fits(kept)) - 1,)
+        high = _smallest(low + 1, most, lambda kept: not may(kept)) - 1
+        if fits(high):
+            return (high,)
+        if high == low or not fits(low):
+            return ()
+        return (_smallest(low + 1, high, lambda kept: not fits(kept)) - 1,)
 
     def _estimate(self, candidate: _Candidate, kept: int) -> Need:
         """What the ledger would say, from what it says for the same pattern of tiers."""
@@ -280,11 +310,7 @@ class Search:
         return self._estimates[key], alike
 
     def _fits(self, candidate: _Candidate, kept: int, budget: Budget) -> bool:
-        """Asked of the ledger itself, where the estimate says that it may."""
-        choice = _keeping(candidate.choice, kept)
-        if budget.excess(self._need(choice)):
-            return False
-        exact = self._ledger(choice)
+        exact = self._ledger(_keeping(candidate.choice, kept))
         return not budget.excess(Need(exact.peak("device"), exact.peak("host")))
 
     def _ledger(self, choice: Choice) -> Ledger:
