@@ -81,6 +81,15 @@ def _why_not(
     return ""
 
 
+_MOVING = (
+    "layer being computed",
+    "layer inputs kept",
+    "loss",
+    "the norm after the last layer",
+    "batch and what layers share",
+)
+
+
 def _phase(plan: Plan, model: ModelShape) -> PhaseLedger:
     size, on_cpu = DTYPE_BYTES[plan.compute_dtype], plan.device == "cpu"
     layers, layer = model.linear_parameters * size, model.linear_parameters // model.layers * size
@@ -95,10 +104,15 @@ def _phase(plan: Plan, model: ModelShape) -> PhaseLedger:
         rows.append(
             ("slots of the head", "device", head, f"2 x {format_count(HEAD_ROWS)} rows x hidden x {size} bytes")
         )
-    kept = kept_bytes_per_token_and_layer(model, size) * tokens
-    workspace = (32 if on_cpu else 256) * MIB + tokens * model.hidden * 8
-    rows.append(("one layer evaluated", "device", kept, "tokens x kept bytes"))
-    rows.append(("loss workspace", "device", workspace, "a tile of logits and 8 bytes x tokens x hidden"))
+    baseline = next((phase for phase in plan.phases if phase.phase == "baseline evaluation"), None)
+    if baseline is None:
+        kept = kept_bytes_per_token_and_layer(model, size) * tokens
+        workspace = (32 if on_cpu else 256) * MIB + tokens * model.hidden * 8
+        rows.append(("one layer evaluated", "device", kept, "tokens x kept bytes"))
+        rows.append(("loss workspace", "device", workspace, "a tile of logits and 8 bytes x tokens x hidden"))
+    else:  # what comes and goes is that of the quantized model's own evaluation, or less
+        moving = [line for line in baseline.lines if line.name in _MOVING]
+        rows += [(line.name, "device", line.bytes, line.formula) for line in moving]
     own = tuple(
         LedgerLine(name=n, where="host" if on_cpu else where, bytes=count, formula=formula)  # type: ignore[arg-type]
         for n, where, count, formula in rows
