@@ -252,6 +252,10 @@ class MemorySection(Section):
         "auto",
         description="Try the worst batches first; auto: stop where the budget does not hold, replan: plan anew, off.",
     )
+    adapter: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description="Where adapter, gradients and optimizer live; auto: on the device. host: a layer's visits it.",
+    )
     log_frequency: int = Field(10, ge=1, description="Optimizer steps between memory samples.")
 
 
@@ -281,6 +285,8 @@ class Recipe(Section):
     def _checkpointing_and_activations_agree(self) -> Recipe:
         if self.train.gradient_checkpointing is False and self.memory.activations in ("recompute", "offload"):
             raise ValueError("train.gradient_checkpointing is off but memory.activations asks for recomputation")
+        if self.memory.adapter == "host" and self.train.optim == "adamw_8bit":
+            raise ValueError("memory.adapter is host but train.optim adamw_8bit keeps its moments on the device")
         if self.train.gradient_checkpointing is True and self.memory.activations == "keep":
             raise ValueError("train.gradient_checkpointing is on but memory.activations is keep")
         return self

@@ -301,6 +301,7 @@ class Plan:
     Attributes:
         slots: of the ring for streamed layers.
         head_rows: rows of a slot of the streamed head; 0 keeps embedding and head on the device.
+        adapter: where trained tensors, their gradients and the optimizer live: device or host.
         assumptions: what was not known and is assumed.
     """
 
@@ -337,6 +338,7 @@ class Plan:
     policy: str = "recompute"
     slots: int = 2
     head_rows: int = 0
+    adapter: str = "device"
     times: PlanTimes | None = None
     frontier: tuple[FrontierPoint, ...] = ()
     assumptions: tuple[str, ...] = ()

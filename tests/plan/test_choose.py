@@ -386,3 +386,13 @@ def test_layers_that_share_state_stay_on_the_device() -> None:
     assert (free.weights, free.activations) != ("device", "keep"), "without the obstacle the room is used otherwise"
     assert (bound.weights, bound.activations, bound.host_layers) == ("device", "keep", 0)
     assert "layers share" in bound.reasons["weights"]
+
+
+def test_an_adapter_on_the_host_leaves_the_device_a_visit() -> None:
+    asked = {"vram": 12 * GIB, "weights": "host", "activations": "offload"}
+    near, far = (plan_of(recipe_of(memory={**asked, "adapter": home})) for home in ("device", "host"))
+    assert (near.adapter, far.adapter) == ("device", "host")
+    assert far.predicted_bytes("device") < near.predicted_bytes("device")
+    assert not {line.name for line in far.ledger if line.where == "device"} & {"optimizer moments", "adapter gradients"}
+    on_cpu = plan_of(recipe_of(memory={"adapter": "host"}), model=TINY, machine=machine_of("cpu"))
+    assert on_cpu.adapter == "device", "there is no other memory to move it to"

@@ -190,6 +190,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         policy=choice.policy,
         slots=choice.slots,
         head_rows=choice.head_rows,
+        adapter=choice.adapter,
         times=_times(situation, corpus, found, batch, steps),
         frontier=_frontier(situation, search),
         assumptions=situation.assumptions,
@@ -227,6 +228,7 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
         eval_rows=_given(recipe.evaluation.per_device_eval_batch_size),
         eval_tokens=(_given(recipe.evaluation.per_device_eval_batch_size) or 0) * batch.row_tokens or None,
         optimizer="adamw_8bit" if recipe.train.optim == "adamw_8bit" else "adamw",
+        adapter="host" if recipe.memory.adapter == "host" and machine.device == "cuda" else "device",
     )
     space = Space(
         precisions=_precisions(situation, compute_dtype),

@@ -107,6 +107,8 @@ class _Moments:
                 self.groups[kind, choice.tier(i), i >= first_kept] += 1
         self.stored = self._stored()
         self.trained = sum(n * sum(model.kinds[k].trained) for (k, _, _), n in self.groups.items()) * TRAINED_BYTES
+        if choice.adapter == "host":  # one layer's, visiting
+            self.trained = max(sum(kind.trained) for kind in model.kinds) * TRAINED_BYTES
 
     def _stored(self) -> int:
         model, choice = self.model, self.choice

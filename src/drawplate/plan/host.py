@@ -9,6 +9,7 @@ from drawplate.plan.replay import TRAINED_BYTES
 from drawplate.plan.shape import DTYPE_BYTES, Choice, ModelShape, Surroundings
 from drawplate.plan.storage import Storage, layer_bytes
 
+LANDINGS = 2
 Row = tuple[str, int, str]
 """Name, bytes, formula."""
 
@@ -38,9 +39,11 @@ class HostLines:
         rows, choice = self.evaluation(), self.choice
         away = self.model.layers - choice.kept_layers if choice.policy == "offload" else 0
         each = choice.micro_batch_tokens * self.model.hidden * DTYPE_BYTES[choice.compute_dtype]
-        if choice.device == "cuda":
-            each = power_of_two(each)
-        rows.append(("offloaded layer inputs", away * each, "layers x tokens x hidden x bytes, rounded to 2^n each"))
+        rows.append(("offloaded layer inputs", away * each, "layers x tokens x hidden x bytes"))
+        if choice.adapter == "host":
+            sizes = [sum(self.model.kinds[k].trained) for k in self.model.kind_of_layer]
+            held = (4 * sum(sizes) + LANDINGS * max(sizes)) * TRAINED_BYTES
+            rows.append(("adapter, gradients and moments", held, "4 x trained parameters x 4 bytes, and 2 landings"))
         return rows
 
     def checkpoint(self) -> list[Row]:
@@ -63,7 +66,7 @@ class HostLines:
         rows.append(("frozen weights on the host", stored, "layers x stored tensors, each rounded to 256 bytes"))
         if choice.head_rows:
             table = model.vocab * model.hidden * size
-            rows.append(("head, page-locked", self._locked(table), "vocabulary x hidden x bytes, rounded up to 2^n"))
+            rows.append(("head, page-locked", table, "vocabulary x hidden x bytes"))
             if not model.tied:
                 rows.append(("embedding", table, "vocabulary x hidden x bytes"))
             each = self._locked(choice.micro_batch_tokens * model.hidden * size)

@@ -50,6 +50,7 @@ DEVICE_FORMULAS = {
     "head slots": "2 x rows of a slot x hidden x bytes",
     "small tensors": "norms, step counts and keys, 512 bytes or more each",
     "adapter": "trained parameters x 4 bytes, each tensor rounded up to 512",
+    "adapter of a layer, visiting": "2 x trained parameters of the largest layer x 4 bytes",
     "adapter gradients": "trained parameters x 4 bytes, of layers whose backward is done",
     "optimizer moments": "trained parameters x 2 x 4 bytes",
     "activations kept": "layers that keep x bytes that autograd saves of one (model/footprint.py)",

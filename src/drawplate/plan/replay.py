@@ -22,6 +22,8 @@ from drawplate.plan.storage import Storage, layer_bytes, loss_tile
 
 RETURN_BUFFERS = 2
 TRAINED_BYTES = 4
+VISITS = 2
+"""Copies of a layer's adapter on the device while the adapter lives on the host: its values and its gradients."""
 
 Name = tuple[object, ...]
 
@@ -155,9 +157,12 @@ class Replay:
         for linear in self._kinds[0].linears:
             self._quantize(linear.out_features * linear.in_features)
         for i, trained in enumerate(self._trained):
-            for j, count in enumerate(trained):
+            for j, count in enumerate(trained if choice.adapter == "device" else ()):
                 device.take("adapter", ("adapter", i, j), count * TRAINED_BYTES)
             device.take("small tensors", ("salts", i), 4)
+        if choice.adapter == "host":
+            largest = max(sum(trained) for trained in self._trained)
+            device.take("adapter of a layer, visiting", ("visit",), VISITS * largest * TRAINED_BYTES)
         self._load_outside()
         if self.around.self_check and model.parameters * self.size <= 2**30:
             self._self_check()
@@ -260,6 +265,8 @@ class Replay:
 
     def _update(self) -> None:
         """AdamW: two moments for each trained number, and a step count for each tensor."""
+        if self.choice.adapter == "host":
+            return
         self.device.now = "the optimizer's step"
         each = TRAINED_BYTES if self.choice.optimizer == "adamw" else 1
         for i, trained in enumerate(self._trained):
@@ -380,7 +387,7 @@ class Replay:
         """A gradient becomes the parameter's, or is added to it."""
         if not self.device.has(new):
             return
-        if self.device.has(kept):
+        if self.device.has(kept) or (kept[0] == "gradient" and self.choice.adapter == "host"):
             self.device.give(new)
         else:
             self.device.rename(new, kept, "adapter gradients")

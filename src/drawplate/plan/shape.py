@@ -77,6 +77,7 @@ class Choice:
         dropout: of the adapter.
         eval_tokens, eval_rows: positions and rows of an evaluation micro-batch; None for those of training.
         optimizer: adamw or adamw_8bit.
+        adapter: where trained tensors, their gradients and the optimizer live.
     """
 
     precision: str
@@ -101,6 +102,7 @@ class Choice:
     eval_tokens: int | None = None
     eval_rows: int | None = None
     optimizer: str = "adamw"
+    adapter: Literal["device", "host"] = "device"
 
     @classmethod
     def in_words(cls, layers: int, *, weights: str, activations: str, **others: Any) -> Choice:
