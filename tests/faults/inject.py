@@ -132,6 +132,11 @@ def no_watchdog() -> None:
     guards.Watchdog._watch = lambda self: None  # type: ignore[method-assign]
 
 
+def plain_clock() -> None:
+    """Suspended seconds count like any others."""
+    guards.Clock.now = lambda self: time.monotonic()  # type: ignore[method-assign]
+
+
 def no_signals() -> None:
     """Signals keep their usual meaning."""
     guards.StopSignals.__enter__ = lambda self: self  # type: ignore[method-assign]

@@ -132,7 +132,7 @@ def test_row_11_a_model_of_pickles_is_refused_and_never_opened(small: Path, tmp_
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(pickle.dumps(_Canary(canary)))
     with pytest.raises(IntegrityError) as error:
-        story.plan(load_recipe(values_of(small, tmp_path / "run", model={"name_or_path": str(base)})))
+        story.tune(load_recipe(values_of(small, tmp_path / "run", model={"name_or_path": str(base)})))
     shows(11, str(error.value), 1)
     assert not canary.exists()
 

@@ -244,7 +244,7 @@ def test_row_05_suspended_seconds_are_not_counted(
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     faults: list[Any] = [["signals_at", {"step": 5, "names": ["SIGSTOP"]}]]
-    faults += [] if watched else [["no_watchdog", {}]]
+    faults += [] if watched else [["plain_clock", {}]]
     process = server.start(out, "tune", write_recipe(small, run), faults=faults)
     while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.02)
