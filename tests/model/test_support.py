@@ -29,11 +29,8 @@ MORE_ARCHITECTURES = {
 
 
 def anatomy_of(name: str, **changes: object) -> Anatomy:
-    from drawplate.model.attention import register
-
-    register()
     settings = {**COMMON, **{**ARCHITECTURES, **MORE_ARCHITECTURES}.get(name, {}), **changes}
-    return build_anatomy(AutoConfig.for_model(name, **settings), attention="drawplate")
+    return build_anatomy(AutoConfig.for_model(name, **settings))
 
 
 @pytest.mark.parametrize("name", MORE_ARCHITECTURES)
