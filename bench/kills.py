@@ -142,9 +142,9 @@ class Listener:
     def on_micro_batch(self, step: int, done: int, total: int, batch: Any) -> None:
         """What the micro-batch held, and the dropout keys that the layers were given."""
         self.batches.update(batch.input_ids_BT.numpy().tobytes() + batch.sequence_ids_BT.numpy().tobytes())
-        keys = self.model.runner.token_keys
-        assert keys is not None, "dropout is on"
-        self.dropout.update(keys.cpu().numpy().tobytes())
+        keys = self.model.runner._keys
+        assert keys, "dropout is on"
+        self.dropout.update(torch.cat([key.flatten() for key in keys]).cpu().numpy().tobytes())
 
     def on_step(self, record: Any, progress: float) -> None:
         """One line."""

@@ -1,6 +1,6 @@
 """Predicted against measured peaks of memory, on random weights of real shapes.
 
-    python bench/plan_accuracy.py MEASURED.json [CASE ...] [context=BYTES] [needs=FILE] [device=GIB] [host=GIB]
+    python bench/plan_accuracy.py MEASURED.json [CASE ...] [context=BYTES] [needs=FILE] [device=GIB] [host=GIB] [most=N]
     python bench/plan_accuracy.py --again MEASURED.json OUT.json     predict them (no GPU), write both, print errors
     python bench/plan_accuracy.py --needs FILE                       predictions alone, to pack processes by
     python bench/plan_accuracy.py --trace OUT.json.gz CASE ...  all in this process, with every allocation of one step
@@ -71,7 +71,7 @@ def load(case: str) -> tuple[Any, dict[str, Any]]:
         weights=tiers,
         activations=policies if facts["policy"] == "mixed" else facts["policy"],
         head_rows=int(options.get("head", 0)),
-        compiled=facts["precision"] != "int8" or facts["tiers"] == "dequantized",
+        compiled=True,
         dequantize=options.get("dequantize", "product" if facts["shape"] == "70b" else "layer"),
     )
     section = LoraSection(
@@ -288,7 +288,7 @@ def predict(case: str, around: dict[str, int]) -> dict[str, Any]:
         documents=rows if packed else 1,
         micro_batches=1,
         head_rows=int(options.get("head", 0)),
-        compiled=facts["precision"] != "int8" or facts["tiers"] == "dequantized",
+        compiled=True,
         dequantize=options.get("dequantize", "product" if facts["shape"] == "70b" else "layer"),  # type: ignore[arg-type]
         dropout=float(facts["dropout"]),
     )
@@ -391,7 +391,9 @@ def measure_all(cases: list[str], out: Path, options: dict[str, str]) -> None:
         around["context_bytes"] = int(options["context"])
     needs = json.loads(Path(options["needs"]).read_text()) if "needs" in options else {}
     results: list[dict[str, Any]] = []
-    room = Room(int(options.get("device", 70)) * 2**30, int(options.get("host", 100)) * 2**30, most=6)
+    room = Room(
+        int(options.get("device", 70)) * 2**30, int(options.get("host", 100)) * 2**30, most=int(options.get("most", 6))
+    )
 
     def one(case: str) -> None:
         need = needs.get(case) or run_apart("--predict", case, json.dumps(around))

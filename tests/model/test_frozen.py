@@ -15,7 +15,7 @@ from torch.func import functional_call
 from drawplate.errors import EnvironmentProblem, UsageError
 from drawplate.model.assemble import require_fp8_units
 from drawplate.model.causal_lm import Placement
-from drawplate.model.frozen import FrozenLinear, Storage, fp8_rows, frozen_product
+from drawplate.model.frozen import FrozenLinear, Storage, _FrozenLinear, _LoraLinear, fp8_rows, frozen_product
 from drawplate.plan.ledger import stored_bits
 
 FOUR_BITS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
@@ -292,3 +292,20 @@ def test_fp8_is_refused_where_a_gpu_cannot_multiply_it(
         return
     with pytest.raises(refusal[0], match=refusal[1]):
         require_fp8_units(placement, anatomy)
+
+
+@pytest.mark.parametrize(("precision", "double_quant"), [("int8", True), ("nf4", False), ("nf4", True)])
+def test_the_compiler_sees_the_same_arguments_with_and_without_gradients(precision: str, double_quant: bool) -> None:
+    """Without gradients it guesses from their number whether a context is among them."""
+    stored = list(Storage(precision, double_quant).encode(torch.randn(64, 128)).values())
+    x_BTI, A_RI, B_OR = torch.randn(2, 5, 128), torch.randn(8, 128, requires_grad=True), torch.randn(64, 8)
+    key = torch.empty(0, dtype=torch.int32)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def both(x_BTI: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:
+        facts = (precision, double_quant, *stored)
+        return _LoraLinear.apply(x_BTI, A_RI, B_OR, key, 1.0, 0.0, *facts) + _FrozenLinear.apply(x_BTI, 64, 128, *facts)
+
+    with_gradients = both(x_BTI, *stored)
+    with torch.no_grad():
+        assert torch.equal(both(x_BTI, *stored), with_gradients)

@@ -184,16 +184,19 @@ def frozen_product(
     return _product(x, stored, storage, shape, transposed)
 
 
+# The two functions below take what they take as `*given`: without gradients, torch's compiler leaves the context out
+# where forward has as many parameters as it is given arguments, as it would with two stored tensors at the end (int8).
+
+
 class _FrozenLinear(torch.autograd.Function):
     """y = x W^T; backward to x only. Constants as in _LoraLinear."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, out_features: int, in_features: int, precision: str, double_quant: bool, *stored: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, out_features, in_features, precision, double_quant, *stored = given
         ctx.shape, ctx.precision, ctx.double_quant = (out_features, in_features), precision, double_quant
         ctx.save_for_backward(*stored)
-        return frozen_product(x, list(stored), Storage(precision, double_quant), ctx.shape, transposed=False)
+        return frozen_product(x, stored, Storage(precision, double_quant), ctx.shape, transposed=False)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
@@ -210,20 +213,10 @@ class _LoraLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0913 - an autograd function takes what it takes
-        ctx: Any,
-        x: Tensor,
-        lora_A_RI: Tensor,
-        lora_B_OR: Tensor,
-        dropout_key: Tensor,
-        scaling: float,
-        dropout: float,
-        precision: str,
-        double_quant: bool,
-        *stored: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, lora_A_RI, lora_B_OR, dropout_key, scaling, dropout, precision, double_quant, *stored = given
         storage, shape = Storage(precision, double_quant), (lora_B_OR.shape[0], lora_A_RI.shape[1])
-        y = frozen_product(x, list(stored), storage, shape, transposed=False)
+        y = frozen_product(x, stored, storage, shape, transposed=False)
         x_NI = x.reshape(-1, shape[1])
         if _drops(dropout_key, dropout):
             t_NR = dropped_product.dropped_down(x_NI, dropout_key.reshape(-1), lora_A_RI, dropout)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from drawplate.plan.cost import step_cost
 from drawplate.plan.ledger import Choice
-from drawplate.plan.search import Budget, Found, Search, is_compiled
+from drawplate.plan.search import Budget, Found, Search
 from drawplate.plan.unit_cost import QUANTIZED
 from drawplate.recipe import Recipe
 from drawplate.units import format_bytes, format_count
@@ -45,10 +45,6 @@ def explain(recipe: Recipe, search: Search, found: Found, budget: Budget, *, sto
         reasons["micro_batch"] = _micro_batch(search, found, budget)
     if found.choice.head_rows:
         reasons["head_rows"] = "embedding and head stay in host memory and pass through two slots of so many rows"
-    dequantized = found.choice.dequantized_layers == search.model.layers
-    if search.space.compiled == "auto" and found.choice.precision == "int8" and not dequantized:
-        compiled = is_compiled(search.space, "int8", dequantized)
-        reasons |= {} if compiled else {"compiled": "the compiler of torch 2.11 fails on int8 layers"}
     return reasons
 
 

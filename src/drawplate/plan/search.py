@@ -360,7 +360,7 @@ def choices(model: ModelShape, space: Space, precision: str, batch: MicroBatch) 
                         policy=policy,
                         head_rows=head_rows,
                         dequantize=dequantize,
-                        compiled=is_compiled(space, precision, dequantized == model.layers),
+                        compiled=space.fixed.device == "cuda" if space.compiled == "auto" else space.compiled,
                         micro_batch_tokens=batch.tokens,
                         rows=batch.rows,
                         micro_batches=max(1, round(batch.work.micro_batches)),
@@ -406,10 +406,3 @@ def dequantizations(model: ModelShape, fixed: Choice, precision: str) -> tuple[L
     if layer_bytes > LARGEST_WHOLE_LAYER_BYTES:
         return ("product",)
     return ("layer", "product") if precision in QUANTIZED else ("layer",)
-
-
-def is_compiled(space: Space, precision: str, dequantized: bool) -> bool:
-    """As asked; else on a GPU, but for int8 layers, on which the compiler of torch 2.11 fails."""
-    if space.compiled != "auto":
-        return space.compiled
-    return space.fixed.device == "cuda" and (precision != "int8" or dequantized)
