@@ -245,6 +245,19 @@ def test_eval_of_documents_too_short_to_predict_says_so(base: Path, tmp_path: Pa
         story.evaluate(str(base), None, [str(tmp_path / "a.txt")])
 
 
+def test_a_model_that_is_not_carried_out_right_is_not_trained(
+    base: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = CausalLM.embed
+    monkeypatch.setattr(CausalLM, "embed", lambda self, ids: real(self, ids.flip(1)))
+    recipe = tiny_recipe(base, corpus, tmp_path / "run", train={"max_steps": 1})
+    with pytest.raises(NumericError, match=r"Self-check: .* would be trained wrongly"):
+        story.tune(recipe)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(story, "warning_of", lambda model, difference: "")  # without the guard it is trained
+    assert story.tune(recipe).training.optimizer_steps == 1
+
+
 def test_four_bits_and_their_tax_are_in_the_record(base: Path, corpus: Path, tmp_path: Path) -> None:
     losses = {}
     for precision in ("fp32", "nf4", "int8"):

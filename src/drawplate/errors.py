@@ -59,7 +59,7 @@ class DoesNotFit(UserError):
 
 
 class NumericError(UserError):
-    """A loss or gradient that is not a number."""
+    """A loss or gradient that is not a number, or a loss that is not the model's own."""
 
     exit_code = 6
 

@@ -32,7 +32,7 @@ from drawplate.measure import Scores, forgetting_warning, score, score_general, 
 from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.self_check import self_check
+from drawplate.model.self_check import self_check, warning_of
 from drawplate.outcome import Outcome
 from drawplate.prepare import (
     Prepared,
@@ -54,7 +54,6 @@ from drawplate.saving import Saving, where
 from drawplate.train import INITIAL_LOSS_SCALE, TrainTask, make_optimizer, rate_groups, schedule_of, train
 
 SELF_CHECK_TOKENS = 64
-SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 def tune(recipe: Recipe, observer: Observer | None = None) -> RunRecord:
@@ -274,12 +273,9 @@ def _load(outcome: Outcome) -> CausalLM:
     sample = max(prepared.heldout.sequences, key=len)
     start = slice(0, SELF_CHECK_TOKENS)
     short = replace(sample, input_ids=sample.input_ids[start], counted=sample.counted[start])
-    difference = outcome.self_check_difference = self_check(model, cut_padded([short], 1, 1, 0)[0])
-    if difference is not None and not difference <= SELF_CHECK_TOLERANCE[model.placement.compute_dtype]:  # NaN too
-        journal.on_warning(
-            f"Self-check: the loss on a short text differs from transformers' own by {100 * difference:.2f} %. "
-            "Results may not carry over to other programs."
-        )
+    outcome.self_check_difference = self_check(model, cut_padded([short], 1, 1, 0)[0])
+    if warning := warning_of(model, outcome.self_check_difference):
+        journal.on_warning(warning)
     return model
 
 

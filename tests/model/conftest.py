@@ -56,7 +56,7 @@ ARCHITECTURES = {
 
 def write_model(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **changes: object) -> Checkpoint:
     """A random model of an architecture, saved and opened again as a checkpoint."""
-    config = AutoConfig.for_model(name.partition("-")[0], **{**COMMON, **ARCHITECTURES[name], **changes})
+    config = AutoConfig.for_model(name.removesuffix("-untied"), **{**COMMON, **ARCHITECTURES[name], **changes})
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from drawplate.data.batches import Batch, cut_padded
+from drawplate.errors import NumericError
 from drawplate.model import self_check as module
 from drawplate.model.frozen import Storage
-from drawplate.model.self_check import self_check
+from drawplate.model.self_check import REFUSED_TIMES, TOLERANCE, self_check, warning_of
 from tests.model.conftest import random_sequences, write_model
 from tests.tiny import tiny_model
 
@@ -55,3 +57,22 @@ def test_an_adapter_that_is_not_zero_is_seen(base: Path) -> None:
 def test_a_model_too_large_to_be_held_twice_is_not_checked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST_BYTES", 1000)
     assert self_check(tiny_model(base), one_row()) is None
+
+
+def test_a_loss_that_is_not_a_number_is_as_far_as_can_be(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(base)
+    monkeypatch.setattr(model, "sum_nats", lambda batch: (torch.tensor(math.nan), None))
+    assert self_check(model, one_row()) == math.inf
+
+
+def test_a_difference_is_let_pass_warned_of_or_refused(base: Path) -> None:
+    model = tiny_model(base)
+    tolerance = TOLERANCE[torch.float32]
+    for difference in (None, 0.0, tolerance):
+        assert warning_of(model, difference) == ""
+    for difference in (1.01 * tolerance, REFUSED_TIMES * tolerance, math.nan):  # NaN: transformers' own is none
+        assert warning_of(model, difference).startswith("Self-check: the loss on a short text differs")
+    for difference in (1.01 * REFUSED_TIMES * tolerance, math.inf):
+        with pytest.raises(NumericError, match=r"LlamaForCausalLM \(model type llama\) .* trained wrongly") as caught:
+            warning_of(model, difference)
+        assert (caught.value.safe, caught.value.exit_code) == ("Nothing was trained or written.", 6)

@@ -48,8 +48,8 @@ class Anatomy:
 
     @property
     def softcap(self) -> float | None:
-        """logits -> softcap * tanh(logits / softcap), where the architecture has it (Gemma 2)."""
-        return getattr(self.config, "final_logit_softcapping", None)
+        """logits -> softcap * tanh(logits / softcap), where the architecture has it (Gemma 2, RecurrentGemma)."""
+        return getattr(self.config, "final_logit_softcapping", None) or getattr(self.config, "logits_soft_cap", None)
 
     @property
     def logit_scale(self) -> float:

@@ -2,20 +2,29 @@
 
 The reference is transformers' untouched module with its own attention and its own loss, holding the weights as they are
 stored (dequantized): the difference shows a fault in layers, attention, residency, adapter or loss, and nothing else.
-Left out: models whose dequantized weights would take more than `LARGEST_BYTES`.
+A run is refused where it is far beyond what rounding explains, and warned of where it is beyond it at all.
+Left out: models whose dequantized weights would take more than `LARGEST_BYTES`; `model/support.py` and
+`model/logits_path.py` look at those too, without data.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from drawplate.data.batches import Batch
+from drawplate.errors import NumericError
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.frozen import FrozenLinear
 from drawplate.units import GIB
 
 LARGEST_BYTES = GIB
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Relative differences that the rounding of a compute dtype explains, with room."""
+REFUSED_TIMES = 5
+"""Beyond this many tolerances it is another model that would be trained."""
 
 
 def self_check(model: CausalLM, batch: Batch) -> float | None:
@@ -24,6 +33,9 @@ def self_check(model: CausalLM, batch: Batch) -> float | None:
     Args:
         model: freshly assembled: the adapter must still be zero.
         batch: one row, in host memory.
+
+    Returns:
+        Infinity where only the executor's loss is not a number, NaN where transformers' own is none.
     """
     dtype = model.placement.compute_dtype
     if model.anatomy.parameters * dtype.itemsize > LARGEST_BYTES or batch.counted_tokens == 0:
@@ -35,7 +47,30 @@ def self_check(model: CausalLM, batch: Batch) -> float | None:
         logits = reference(input_ids=batch.input_ids_BT.to(device), use_cache=False).logits.float()
         targets = batch.targets_BT.to(device)
         theirs = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+    if math.isfinite(theirs) and not math.isfinite(ours):
+        return math.inf
     return abs(ours - theirs) / abs(theirs)
+
+
+def warning_of(model: CausalLM, difference: float | None) -> str:
+    """What is to be said of a difference; empty where rounding explains it or nothing was compared.
+
+    Raises:
+        NumericError: it is so large that training would be of another model.
+    """
+    tolerance = TOLERANCE[model.placement.compute_dtype]
+    if difference is None or difference <= tolerance:
+        return ""
+    by = f"the loss on a short text differs from transformers' own by {100 * difference:.3g} %"
+    if difference > REFUSED_TIMES * tolerance:
+        anatomy = model.anatomy
+        raise NumericError(
+            f"Self-check: {by}, where rounding explains {100 * tolerance:.3g} %: {anatomy.architecture} (model type "
+            f"{anatomy.config.model_type}) is not carried out as it should be, and would be trained wrongly.",
+            safe="Nothing was trained or written.",
+            next_step="Choose another base model, such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",
+        )
+    return f"Self-check: {by}. Results may not carry over to other programs."
 
 
 def _reference_module(model: CausalLM) -> torch.nn.Module:

@@ -27,6 +27,7 @@ from drawplate.errors import UsageError
 from drawplate.model import attention
 from drawplate.model.anatomy import Anatomy
 from drawplate.model.frozen import FrozenLinear
+from drawplate.model.logits_path import require_known_logits
 
 MARK = "drawplate_walk"
 """An argument that only shows whether what the body is given reaches attention."""
@@ -90,6 +91,7 @@ def walk(anatomy: Anatomy) -> Walk:
     )
     if experts:
         raise _refused(name, f"{experts} keeps a mixture of experts in one tensor, which is not supported yet")
+    require_known_logits(anatomy)
     recorders = [_Recorder(template) for template in templates]
     try:
         with _in_place_of(anatomy.layers, recorders), _counting_calls(templates) as called:
