@@ -24,7 +24,7 @@ class Server:
     """Runs `drawplate` commands in processes forked from one that has imported everything."""
 
     def __init__(self, cache: Path) -> None:
-        paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+        paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
         settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DRAWPLATE_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"],
