@@ -1,0 +1,62 @@
+"""A machine, how fast its device is, and what it holds at a moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySample:
+    """Bytes at one moment. Device fields are 0 on a machine without a GPU."""
+
+    process_bytes: int
+    process_peak_bytes: int
+    device_allocated_bytes: int = 0
+    device_reserved_bytes: int = 0
+    device_peak_bytes: int = 0
+    device_free_bytes: int = 0
+    device_total_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What this machine has."""
+
+    platform: str
+    python: str
+    cpu: str
+    cores: int
+    ram_bytes: int
+    bf16_native: bool
+    device: str = "cpu"
+    device_name: str = ""
+    device_bytes: int = 0
+    driver: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSpeed:
+    """How fast a device is: what the plan's cost divides by. Measured by drawplate/speed.py, or published figures.
+
+    Attributes:
+        name: of the device.
+        source: how the figures were come by.
+        product_rates: (FLOPs of one matrix product, FLOP/s it ran at), by rising size, in the arithmetic's dtype.
+        attention_rate: FLOP/s of causal attention, forward and backward together, the masked half not counted.
+        memory_rate: bytes per second read or written on the device.
+        to_device_rate, to_host_rate: bytes per second between page-locked host memory and the device.
+        dequantize_rate: 4-bit weights per second, double quantization included.
+        launch_seconds: host time to start one small operation.
+        context_bytes: device memory that CUDA takes outside torch's allocator.
+    """
+
+    name: str
+    source: str
+    product_rates: tuple[tuple[float, float], ...]
+    attention_rate: float
+    memory_rate: float
+    to_device_rate: float
+    to_host_rate: float
+    dequantize_rate: float
+    launch_seconds: float
+    context_bytes: int = 0

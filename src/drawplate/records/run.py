@@ -1,0 +1,239 @@
+"""What a run does and was measured to do: the parts of record.json, and the record itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from drawplate.records.documents import DataLedger, LeakReport
+from drawplate.records.machine import Machine, MemorySample
+from drawplate.records.plan import Plan
+from drawplate.records.scores import DocumentChange, Evaluation
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step: a line of metrics.jsonl with `event: step`."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    counted_tokens: int
+    seconds: float
+    skipped: bool = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that are not padding, over wall seconds."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """Which base model it was."""
+
+    name: str
+    revision: str | None
+    parameters: int
+    precision: str
+    sha256: str
+    architecture: str = ""
+    layers: int = 0
+    trainable_parameters: int = 0
+    frozen_bytes: int = 0
+    self_check_difference: float | None = None
+    licence: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What went in, and how much of it the loss saw."""
+
+    files: int
+    documents: int
+    train_documents: int
+    heldout_documents: int
+    train_tokens: int
+    heldout_tokens: int
+    heldout_bytes: int
+    dropped_tokens: int
+    duplicate_documents: int
+    cut_documents: int = 0
+    windows: int = 0
+    refused_files: int = 0
+    skipped_files: int = 0
+    sha256: str = ""
+    near_duplicate_documents: int = 0
+    leaks: LeakReport | None = None
+    ledger: DataLedger | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFacts:
+    """Before and after, on the same documents; every change is paired and has its own 95 % interval.
+
+    Attributes:
+        baseline, final: the held-out documents under the model as trained, before and after.
+        context_tokens: that each window of a long document, but its first, reads again and does not count.
+        unquantized_baseline: the base model before quantization, on the held-out documents or a sample of them.
+        quantized_baseline: the base model as quantized, on the same `quantization_tax_documents` documents.
+        quantization_tax_percent: change of perplexity from the one to the other.
+        general_baseline, general_final: text that is not of the domain, before and after; what it was is in
+            `general_text`.
+    """
+
+    baseline: Evaluation | None = None
+    final: Evaluation | None = None
+    unquantized_baseline: Evaluation | None = None
+    perplexity_change_percent: float | None = None
+    change_ci95_percent: tuple[float, float] | None = None
+    context_tokens: int = 0
+    quantized_baseline: Evaluation | None = None
+    quantization_tax_percent: float | None = None
+    quantization_tax_ci95_percent: tuple[float, float] | None = None
+    quantization_tax_documents: int = 0
+    general_text: str = ""
+    general_documents: int = 0
+    general_baseline: Evaluation | None = None
+    general_final: Evaluation | None = None
+    general_change_percent: float | None = None
+    general_ci95_percent: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFacts:
+    """What the loop did.
+
+    Attributes:
+        corrections: what running out of memory forced, in words; micro_batch_tokens is the plan's.
+        checkpoint_seconds: spent writing and verifying checkpoints; not part of `seconds`.
+    """
+
+    optimizer_steps: int
+    epochs: float
+    tokens: int
+    tokens_per_optimizer_step: float
+    seconds: float
+    tokens_per_second: float
+    micro_batch_tokens: int
+    gradient_accumulation_steps: int
+    first_loss: float | None
+    last_loss: float | None
+    skipped_steps: int = 0
+    stopped_because: str = ""
+    best_step: int | None = None
+    corrections: tuple[str, ...] = ()
+    checkpoint_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFacts:
+    """Predicted and measured peaks."""
+
+    device_peak_predicted_bytes: int
+    device_peak_bytes: int
+    host_peak_predicted_bytes: int
+    host_peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeFacts:
+    """Measured seconds, in the words of `PlanTimes`; 0 where nothing was measured.
+
+    `step_seconds` is the median optimizer step, so that compiling in the first does not count.
+    """
+
+    step_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    training_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RehearsedPhase:
+    """What a phase of the rehearsal needed at most, beside what the plan said; 0 for a place that was not used."""
+
+    phase: str
+    device_predicted_bytes: int
+    device_bytes: int
+    host_predicted_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPoint:
+    """A held-out measurement during the run; step 0 is the baseline."""
+
+    step: int
+    result: Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPoint:
+    """A memory sample and when it was taken."""
+
+    step: int
+    phase: str
+    seconds: float
+    sample: MemorySample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a run tells whoever watches it, often; `figures` are shown beside the bar as they are.
+
+    Attributes:
+        phase: read, unquantized, load, baseline, train, evaluate, final or save.
+        done, total: in `unit`s; total 0 where it is not known.
+        figures: short name -> text, like {"loss": "2.31", "tokens/s": "812"}.
+        message: a line worth keeping on the screen, such as a warning; empty most of the time.
+    """
+
+    phase: str
+    done: float = 0
+    total: float = 0
+    unit: str = ""
+    figures: dict[str, str] = field(default_factory=dict)
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """record.json: all that was measured. The report is made from it alone; curves are thinned to 2,000 points.
+
+    Attributes:
+        fingerprints: sha256 of the recipe, the base model's weights, and the training and held-out tokens in order.
+        resumed: where later processes took the run up, in words.
+    """
+
+    drawplate: str
+    status: Literal["finished", "stopped", "failed"]
+    model: ModelFacts
+    data: DataFacts
+    evaluation: EvaluationFacts
+    training: TrainingFacts
+    memory: MemoryFacts
+    machine: Machine
+    versions: dict[str, str]
+    seed: int = 0
+    started: str = ""
+    plan: Plan | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    steps: tuple[StepRecord, ...] = ()
+    evaluations: tuple[EvaluationPoint, ...] = ()
+    memory_curve: tuple[MemoryPoint, ...] = ()
+    documents: tuple[DocumentChange, ...] = ()
+    total_seconds: float = 0.0
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    error: str = ""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    resumed: tuple[str, ...] = ()
+    times: TimeFacts = field(default_factory=TimeFacts)
+    rehearsal: tuple[RehearsedPhase, ...] = ()
+    schema: int = SCHEMA
