@@ -51,7 +51,9 @@ from drawplate.snapshot import OPTIMIZER_NAME, restore, snapshot_files  # noqa: 
 from drawplate.train import make_optimizer, train  # noqa: E402
 from drawplate.train_task import Cutting, Schedule, TrainState, TrainTask  # noqa: E402
 
-MOMENTS = ("forward", "backward", "optimizer", "write")
+MOMENTS = {"forward": (1, 2, 5, 6), "backward": (1, 2, 5, 6), "optimizer": (1, 3), "write": (1, 2, 3)}
+"""Where to kill, and at which occasions: none lies between a checkpoint and the end of the step after it, since that
+step is the one that both processes take."""
 SAVE_STEPS = 2
 MICRO_BATCHES = 2
 EVERY_SECONDS = 300
@@ -202,15 +204,14 @@ def child(options: argparse.Namespace, folder: Path, log: Path, number: int) -> 
     loading = {"load_seconds": time.monotonic() - began, "loaded_bytes": loaded_bytes, "restored_bytes": peak}
     note({"event": "start", "step": state.step, **loading, **restored})
     task = replace(task_of(model, options), optimizer=optimizer, keeper=keeper)
-    rng = random.Random(number)
     listener = Listener(model, note)
     train(replace(task, until=(state.step + SAVE_STEPS, 0), keeper=None), listener, state)  # unhurt to a checkpoint
     keeper.save(state)
     train(replace(task, until=(state.step + 1, 0), keeper=None), listener, state)  # the step that is taken twice
     note({"event": "peak", "bytes": torch.cuda.max_memory_reserved() if cuda else 0})
     if number < options.kills:
-        moment = MOMENTS[number % len(MOMENTS)]
-        arm(moment, rng.randint(1, 3), model, optimizer)
+        moment = list(MOMENTS)[number % len(MOMENTS)]
+        arm(moment, random.Random(number).choice(MOMENTS[moment]), model, optimizer)
         note({"event": "armed", "moment": moment})
         train(task, listener, state)
         raise AssertionError("still alive")

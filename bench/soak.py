@@ -1,18 +1,22 @@
 """Many optimizer steps with faults at random: the same adapter as a clean run, and memory that does not grow.
 
-    python bench/soak.py OUT.json [--steps 1000] [--device cpu|cuda]
+    python bench/soak.py OUT.json [--steps 1000] [--device cpu|cuda] [--chance 0.02]
 
 Two runs beside a clean one. The first meets faults that promise equality (SIGKILL, SIGTERM, a full disk, a tracker that
 is down) and is resumed as often as it ends; its adapter is the clean run's, byte for byte. The second meets those that
-do not (steps that are not numbers, out of memory) and a full disk, in one process; resident memory from step 100 on is
-compared with its largest, and on a GPU allocated memory too.
+do not (steps that are not numbers, out of memory) and a full disk; resident memory from step 100 on is compared with
+its largest, and on a GPU allocated memory too. There every process is a new one, since none can be forked, and equality
+is no promise but a finding.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
+import torch  # noqa: E402
+
 from tests.faults.conftest import Server, same_adapter, write_recipe  # noqa: E402
 from tests.tiny import write_base, write_texts  # noqa: E402
 
@@ -29,7 +35,21 @@ ENDS_THAT_GO_ON = (75, 6, 5, -9)
 STEADY_FROM_STEP = 100
 
 
-def soak(server: Server, folder: Path, steps: int, device: str = "cpu", chance: float = 0.02) -> dict[str, Any]:
+class NewProcesses:
+    """Runs each command in a new process, as tests.faults.conftest.Server does in forked ones."""
+
+    def run(self, out: Path, *argv: object, faults: list[Any] | None = None) -> int:
+        """The exit code; minus the signal's number if one killed it."""
+        request = {"argv": [str(a) for a in argv], "faults": faults or [], "out": str(out)}
+        command = [sys.executable, "-m", "tests.faults.server", "--one", json.dumps(request)]
+        paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        settings = {"PYTHONPATH": paths, "DRAWPLATE_CACHE": str(out.parent / "cache"), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, check=False).returncode
+
+
+def soak(
+    server: Server | NewProcesses, folder: Path, steps: int, device: str = "cpu", chance: float = 0.02
+) -> dict[str, Any]:
     """Run all three; the figures."""
     write_base(folder / "base", num_hidden_layers=1)
     write_texts(folder / "texts", 12)
@@ -44,14 +64,16 @@ def soak(server: Server, folder: Path, steps: int, device: str = "cpu", chance: 
     began = time.monotonic()
     assert server.run(folder / "clean.txt", "tune", write_recipe(folder, clean, **sections)) == 0
     clean_seconds = time.monotonic() - began
-    promising, others = ["sigterm", "sigkill", "disk", "tracker"], ["nan", "oom", "disk", "tracker"]
+    promising = ["sigterm", "sigkill", "disk", "tracker"]
+    others = ["nan", "nan", "nan", "disk", "disk", "oom", "tracker"]  # memory can run out only so often
     exact_ends = _until_done(server, exact, write_recipe(folder, exact, **sections), promising, chance)
-    rough_ends = _until_done(server, rough, write_recipe(folder, rough, **sections), others, chance / 10)
+    rough_ends = _until_done(server, rough, write_recipe(folder, rough, **sections), others, chance * 0.4)
     record = json.loads((rough / "record.json").read_text())
     return {
         "steps": steps,
         "clean_seconds": clean_seconds,
         "ends": {"exact": exact_ends, "rough": rough_ends},
+        "faults": {"exact": _faults(exact), "rough": _faults(rough)},
         "equal": same_adapter(exact, clean),
         "skipped_steps": record["training"]["skipped_steps"],
         "corrections": record["training"]["corrections"],
@@ -61,7 +83,13 @@ def soak(server: Server, folder: Path, steps: int, device: str = "cpu", chance: 
     }
 
 
-def _until_done(server: Server, run: Path, recipe: Path, kinds: list[str], chance: float) -> list[int]:
+def _faults(run: Path) -> dict[str, int]:
+    """How many of each kind there were; the tracker was down all the time."""
+    found = re.findall(r"^fault: (\w+)$", run.with_suffix(".txt").read_text(), re.MULTILINE)
+    return {kind: found.count(kind) for kind in sorted(set(found))}
+
+
+def _until_done(server: Server | NewProcesses, run: Path, recipe: Path, kinds: list[str], chance: float) -> list[int]:
     """Exit codes of the processes that it took."""
     ends: list[int] = []
     while not ends or ends[-1] != 0:
@@ -90,15 +118,22 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--chance", type=float, default=0.02, help="of a fault, at each step")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        server = Server(Path(name) / "cache")
-        result = soak(server, Path(name), options.steps, options.device)
-        server.close()
+        folder = Path(name)
+        server = Server(folder / "cache") if options.device == "cpu" else NewProcesses()
+        result = soak(server, folder, options.steps, options.device, options.chance)
+        if isinstance(server, Server):
+            server.close()
     about = {
         "command": " ".join(["python", "bench/soak.py", *sys.argv[1:]]),
+        "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
         "machine": {"platform": platform.platform(), "device": options.device},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+    if options.device == "cuda":
+        about["machine"]["gpu"] = torch.cuda.get_device_name()  # type: ignore[index]
     options.out.write_text(json.dumps({**about, **result}, indent=1))
     print(json.dumps(result))
 

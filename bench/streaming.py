@@ -7,7 +7,8 @@ graphs, profile adds a table of kernels, steps=N times that many steps, cached k
 $DRAWPLATE_CACHE. Each case runs in a process of its own, so that its peak is its own. A case's peak is the most the
 allocator ever reserved, loading included (the CUDA context, some 0.3 to 0.5 GiB, lies outside of it). Every case is a
 whole optimizer step: forward, loss over the full vocabulary, backward, AdamW. A case without sizes only loads, so the
-same cached one twice gives the cold start and the warm one.
+same cached one twice gives the cold start and the warm one; imports and the CUDA context come before the clock. The
+file is written after every size, so that a run that is cut short keeps what it had.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +65,14 @@ def load_case(case: str) -> tuple[Any, list[str]]:
     return model, sizes.split(",")
 
 
-def measure(case: str) -> list[dict[str, object]]:
+def measure(case: str) -> Iterator[dict[str, object]]:
     """One case in this process; a size like 1x512,1x1024 measures several micro-batches of one loaded model in turn."""
     import torch
 
+    import drawplate.model.assemble  # noqa: F401
     from drawplate.device import memory_sample
 
+    torch.zeros(1, device="cuda")
     began = time.monotonic()
     model, sizes = load_case(case)
     loading = {
@@ -78,8 +83,8 @@ def measure(case: str) -> list[dict[str, object]]:
     shape, precision, weights, activations, _, *options = case.split(":")
     flags = dict(o.partition("=")[::2] for o in options)
     if sizes == [""]:  # loading alone
-        return [{"case": case, **loading, "host_process_bytes": memory_sample().process_bytes}]
-    results = []
+        yield {"case": case, **loading, "host_process_bytes": memory_sample().process_bytes}
+        return
     for size in sizes:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -87,8 +92,7 @@ def measure(case: str) -> list[dict[str, object]]:
         timed["peak_reserved_bytes"] = max(torch.cuda.max_memory_reserved(), loading["load_peak_reserved_bytes"])
         case_of_size = ":".join([shape, precision, weights, activations, size, *options])
         host = {"host_process_bytes": memory_sample().process_bytes}
-        results.append({"case": case_of_size, **timed, **loading, **host})
-    return results
+        yield {"case": case_of_size, **timed, **loading, **host}
 
 
 def train_batch(model: Any, size: str) -> Any:
@@ -136,7 +140,7 @@ def _train_steps(model: Any, size: str, steps: int, *, profiled: bool) -> dict[s
     began = time.monotonic()
     first = last = step(0)
     first_seconds = time.monotonic() - began
-    for i in range(1, 4):  # captures, and then allocates what replays need beside
+    for i in range(1, 4 if model.graphed else 1):  # captures, and then allocates what replays need beside
         step(i)
     seconds = []
     for i in range(steps):
@@ -168,21 +172,31 @@ def _profile(step) -> str:  # type: ignore[no-untyped-def]
 def main() -> None:
     """Run every case in its own process and write one JSON file."""
     if sys.argv[1] == "--one":
-        print("RESULT " + json.dumps(measure(sys.argv[2])))
+        for result in measure(sys.argv[2]):
+            print("RESULT " + json.dumps(result), flush=True)
         return
     out, cases = Path(sys.argv[1]), sys.argv[2:]
     results: list[dict[str, Any]] = []
     for case in cases:
-        ran = subprocess.run([sys.executable, __file__, "--one", case], capture_output=True, text=True, check=False)
-        line = next((x for x in ran.stdout.splitlines() if x.startswith("RESULT ")), None)
-        measured = json.loads(line[7:]) if line else [{"case": case, "error": (ran.stderr or ran.stdout)[-3000:]}]
-        for result in measured:
+        for result in _in_a_process(case):
             results.append(result)
             table = str(result.pop("profile", ""))
             if table:
                 out.with_name(f"profile-{len(results)}.txt").write_text(f"{case}\n{table}")
             print(_line(result) + "".join(f"  {line}" for line in table.splitlines()[-2:]), flush=True)
-        out.write_text(json.dumps(record(results), indent=1))
+            out.write_text(json.dumps(record(results), indent=1))
+
+
+def _in_a_process(case: str) -> Iterator[dict[str, Any]]:
+    """A case's results as they come; one with `error` if the process ends badly."""
+    with tempfile.TemporaryFile("w+") as said:
+        command = [sys.executable, __file__, "--one", case]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
+            assert process.stdout is not None
+            yield from (json.loads(line[7:]) for line in process.stdout if line.startswith("RESULT "))
+        if process.returncode:
+            said.seek(0)
+            yield {"case": case, "error": said.read()[-3000:]}
 
 
 def _line(result: dict[str, Any]) -> str:

@@ -244,7 +244,10 @@ def nan_at(monkeypatch: Any, steps: Callable[[int], bool], where: str = "loss") 
 
 
 def random_faults(seed: int, kinds: list[str], chance: float) -> None:
-    """At each training pass, with a chance, sigterm, sigkill, disk, nan or oom; `tracker` is down all the time."""
+    """At each training pass, with a chance, sigterm, sigkill, disk, nan or oom; `tracker` is down all the time.
+
+    A line `fault: KIND` is printed for each.
+    """
     import drawplate.run as story
     import drawplate.saving as saving
     from drawplate.errors import DiskFull
@@ -252,17 +255,19 @@ def random_faults(seed: int, kinds: list[str], chance: float) -> None:
 
     rng, full = random.Random(seed), [False]
     sudden = [kind for kind in kinds if kind != "tracker"]
-    sum_nats, write = CausalLM.sum_nats, saving.write_checkpoint
+    add_gradients, write = CausalLM.add_gradients, saving.write_checkpoint
 
-    def spoiled(self: CausalLM, batch: Any, **options: Any) -> Any:
-        kind = rng.choice(sudden) if options and rng.random() < chance else ""
+    def spoiled(self: CausalLM, batch: Any, *, scale: float, dropout_seed: Any) -> Any:
+        kind = rng.choice(sudden) if rng.random() < chance else ""
+        if kind:
+            os.write(1, f"fault: {kind}\n".encode())
         if kind in ("sigterm", "sigkill"):
             os.kill(os.getpid(), signal.SIGTERM if kind == "sigterm" else signal.SIGKILL)
         full[0] = full[0] or kind == "disk"
         if kind == "oom":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        loss, nats = sum_nats(self, batch, **options)
-        return (loss * math.nan, nats * math.nan) if kind == "nan" else (loss, nats)
+        wrong = math.nan if kind == "nan" else 1.0
+        return add_gradients(self, batch, scale=scale * wrong, dropout_seed=dropout_seed) * wrong
 
     def refusing(checkpoints: Path, position: Any, files: Any) -> Path:
         if full[0]:
@@ -276,7 +281,7 @@ def random_faults(seed: int, kinds: list[str], chance: float) -> None:
 
         return Trackers({"wandb": fail}, {}, warn)
 
-    CausalLM.sum_nats = spoiled  # type: ignore[method-assign]
+    CausalLM.add_gradients = spoiled  # type: ignore[method-assign]
     saving.write_checkpoint = refusing
     if "tracker" in kinds:
         story.open_trackers = dead

@@ -4,7 +4,8 @@
     request  {"wait": PID}                                                  answer {"code": N}, below 0 for a signal
 
 A job is a command of `drawplate`, with faults from inject.py set up before it. The server itself never computes
-anything, so that a fork is as good as a new process.
+anything, so that a fork is as good as a new process. A forked process cannot use a GPU; there, `--one REQUEST` does a
+single job in this process.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def main() -> None:
     from drawplate import cli
     from tests.faults import inject
 
+    if sys.argv[1:2] == ["--one"]:
+        _child(cli, inject, json.loads(sys.argv[2]))
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,6 +1,6 @@
 """The kernels on a GPU: right first, then fast. Every kernel against its plain-torch twin and against float32.
 
-    python bench/kernels.py OUT.json [NAME ...]
+    python bench/kernel_times.py OUT.json [NAME ...]
 
 NAME is `loss` or `fp8`; all by default. A case whose error against float32 is more than 1.25 times that of plain
 torch in the same dtype gets no time. Times are medians over runs of a warmed-up call.
