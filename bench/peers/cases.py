@@ -122,7 +122,7 @@ MAIN = [
     Setting(system="unsloth", name="nf4, its checkpointing", dropout=0.0, options=OWN_GC),
     Setting(system="drawplate", name="bf16, all kept", options={"precision": "bf16"}),
     Setting(system="unsloth", name="bf16, no checkpointing", dropout=0.0, options=UNSLOTH_KEPT),
-    Setting(system="drawplate", name="fp8, all kept", options={"precision": "fp8"}),
+    Setting(system="drawplate", name="fp8, all kept", options={"precision": "fp8", "weights": "dequantized"}),
 ]
 OTHERS = [
     Setting(system="liger", name="bf16, no checkpointing", options={"bits": 16, "checkpointing": False}),
@@ -158,9 +158,10 @@ def within(budget_gib: float) -> list[Setting]:
     Drawplate's planner decides by itself. Unsloth can leave layers out of its checkpointing: `keep: fit` measures how
     many layers' activations fit, per case.
     """
-    kept, nf4 = {**OWN_GC, "keep": "fit"}, {"plan": True, "precision": "nf4"}
+    kept, nf4, fp8 = {**OWN_GC, "keep": "fit"}, {"plan": True, "precision": "nf4"}, {"plan": True, "precision": "fp8"}
     return [
         Setting(system="unsloth", name="nf4, as many kept as fit", dropout=0.0, budget_gib=budget_gib, options=kept),
         Setting(system="drawplate", name="planned", budget_gib=budget_gib, options={"plan": True}),
+        Setting(system="drawplate", name="planned, fp8", budget_gib=budget_gib, options=fp8),
         Setting(system="drawplate", name="planned, nf4", budget_gib=budget_gib, options=nf4),
     ]

@@ -1,7 +1,8 @@
 """Drawplate: the parts that a run uses, without the run's folder, journal and evaluation.
 
 A setting's options are Placement's words, or `plan: True`: then the planner decides all that a user may leave open, for
-the case's own documents and the setting's budget, and the model is loaded anew for each case. `keep: fit` beside an
+the case's own documents and the setting's budget (into how many micro-batches a padded step is cut, too: gradients are
+the same), and the model is loaded anew for each case. `keep: fit` beside an
 explicit placement keeps as many layers' activations as fit (fit.py).
 """
 
@@ -47,6 +48,7 @@ class DrawplatePeer:
         self.checkpoint = open_checkpoint(recipe_of(folder, setting, None).model)
         self.adapter: dict[str, torch.nn.Parameter] = {}
         self._calls, self._packed_tokens, self._planned_for = 0, 0, ""
+        self._rows: int | None = None
         if not setting.options.get("plan"):
             self._assemble(explicit_placement(setting, self.device))
 
@@ -82,6 +84,7 @@ class DrawplatePeer:
         chosen = self._plan(case)
         self._assemble(placement_of(chosen, self.device))
         self._planned_for, self._packed_tokens = case.name, chosen.micro_batch_tokens if chosen.packing else 0
+        self._rows = chosen.micro_batch_sequences
         return {"decided": words_of(chosen)}
 
     def _plan(self, case: Case) -> Plan:
@@ -119,7 +122,7 @@ class DrawplatePeer:
         if dropout not in (0.0, self.setting.dropout):
             raise ValueError(f"was loaded with dropout {self.setting.dropout:g}")
         self._calls += 1
-        batches = cut(documents, self._packed_tokens or packed_tokens)
+        batches = cut(documents, self._packed_tokens or packed_tokens, self._rows)
         counted = sum(batch.counted_tokens for batch in batches)
         nats = torch.zeros((), device=self.device)
         seed = (0, self._calls) if dropout else None
@@ -169,7 +172,7 @@ def recipe_of(folder: Path, setting: Setting, case: Case | None) -> Any:
         values["data"] |= {"max_length": max(map(max, case.micro_batches)), "packing": bool(case.packed_tokens)}
         values["train"] |= (
             {"effective_batch_size": count}
-            if case.packed_tokens
+            if case.packed_tokens or len(case.micro_batches) == 1
             else {
                 "per_device_train_batch_size": len(case.micro_batches[0]),
                 "gradient_accumulation_steps": len(case.micro_batches),
@@ -181,13 +184,14 @@ def recipe_of(folder: Path, setting: Setting, case: Case | None) -> Any:
 def words_of(chosen: Plan) -> dict[str, Any]:
     """What of a plan is worth writing beside a speed."""
     names = ("precision", "dequantized_layers", "device_layers", "host_layers", "kept_layers", "policy", "head_rows")
-    words = {name: getattr(chosen, name) for name in (*names, "compiled", "dequantize", "micro_batch_tokens")}
+    names = (*names, "compiled", "dequantize", "micro_batch_tokens", "micro_batch_sequences", "graphs")
+    words = {name: getattr(chosen, name) for name in names}
     predicted = max((sum(x.bytes for x in p.lines if x.where == "device") for p in chosen.phases), default=None)
     return {**words, "predicted_tokens_per_second": chosen.times and chosen.times.tokens_per_second, "bytes": predicted}
 
 
-def cut(documents: Documents, packed_tokens: int) -> list[Batch]:
-    """Drawplate's own micro-batches: one padded, or packed rows."""
+def cut(documents: Documents, packed_tokens: int, rows: int | None = None) -> list[Batch]:
+    """Drawplate's own micro-batches: padded, so many rows each (None: one of all), or packed rows."""
     sequences = [
         Sequence(
             index=i,
@@ -200,7 +204,7 @@ def cut(documents: Documents, packed_tokens: int) -> list[Batch]:
     ]
     if packed_tokens:
         return cut_packed(sequences, packed_tokens, PAD_MULTIPLE, 0)
-    return cut_padded(sequences, len(sequences), PAD_MULTIPLE, 0)
+    return cut_padded(sequences, rows or len(sequences), PAD_MULTIPLE, 0)
 
 
 def load(folder: Path, setting: Setting) -> DrawplatePeer:

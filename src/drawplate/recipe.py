@@ -243,7 +243,9 @@ class MemorySection(Section):
     vram: Bytes | None = Field(None, description="Device bytes at most, like 6GiB; none: what the device has.")
     ram: Bytes | None = Field(None, description="Host bytes at most; none: what the machine has.")
     weights: Literal["auto", "device", "dequantized", "host"] = Field(
-        "auto", description="Where frozen layers live: on the device, there dequantized, or streamed from the host."
+        "auto",
+        description="Where frozen layers live: on the device, there dequantized (fp8: with the transpose that backward "
+        "needs), or streamed from the host.",
     )
     activations: Literal["auto", "keep", "recompute", "offload"] = Field(
         "auto", description="Kept, recomputed from inputs on the device, or from inputs offloaded to the host."

@@ -15,13 +15,21 @@ from torch.func import functional_call
 from drawplate.errors import EnvironmentProblem, UsageError
 from drawplate.model.assemble import require_fp8_units
 from drawplate.model.causal_lm import Placement
-from drawplate.model.frozen import FrozenLinear, Storage, _FrozenLinear, _LoraLinear, fp8_rows, frozen_product
+from drawplate.model.frozen import (
+    FP8_KINDS,
+    FrozenLinear,
+    Storage,
+    _FrozenLinear,
+    _LoraLinear,
+    fp8_rows,
+    frozen_product,
+)
 from drawplate.plan.ledger import stored_bits
 
 FOUR_BITS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 SHAPES = [(64, 64), (96, 160), (7, 33), (512, 1024)]
-PRECISIONS = [*FOUR_BITS, ("int8", True), ("fp8", True), ("bf16", True), ("fp16", True), ("fp32", True)]
-UNROUNDED = [p for p in PRECISIONS if p[0] != "fp8"]
+PRECISIONS = [*FOUR_BITS, ("int8", True), ("fp8", True), ("fp8_both", True), ("bf16", True), ("fp16", True), ("fp32", True)]
+UNROUNDED = [p for p in PRECISIONS if not p[0].startswith("fp8")]
 """Those whose products take x as it is."""
 
 
@@ -71,13 +79,15 @@ def test_stored_bytes_are_those_of_the_formula(precision: str, double_quant: boo
         ("fp4", True): count / 2 + count / 64 + 4 * count / 64 / 256 + 4,
         ("fp4", False): count / 2 + 4 * count / 64,
         ("int8", True): count + 4 * 1024,
-        ("fp8", True): 2 * count + 4 * 1024,
+        ("fp8", True): count + 4 * 1024,
+        ("fp8_both", True): 2 * count + 4 * 1024,
         ("bf16", True): 2 * count,
         ("fp16", True): 2 * count,
         ("fp32", True): 4 * count,
     }[precision, double_quant]
     assert stored == formula
-    assert stored == pytest.approx(count * stored_bits(precision, double_quant) / 8, rel=3e-3), "the ledger agrees"
+    if precision != "fp8_both":  # no precision of a recipe
+        assert stored == pytest.approx(count * stored_bits(precision, double_quant) / 8, rel=3e-3), "the ledger agrees"
 
 
 def test_double_quantization_saves_the_bits_it_promises() -> None:
@@ -96,7 +106,7 @@ def test_int8_is_the_storage_of_bitsandbytes() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "largest_error"),
-    [("nf4", 0.16), ("fp4", 0.18), ("int8", 0.005), ("fp8", 0.037), ("bf16", 0.004), ("fp32", 0.0)],
+    [("nf4", 0.16), ("fp4", 0.18), ("int8", 0.005), ("fp8", 0.037), ("fp8_both", 0.037), ("bf16", 0.004), ("fp32", 0.0)],
 )
 def test_what_comes_back_is_near_what_went_in(precision: str, largest_error: float) -> None:
     weight, storage = a_weight((128, 256)), Storage(precision)
@@ -171,8 +181,9 @@ def test_output_and_gradients_are_those_of_the_plain_formula(
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_fp8_rounds_the_products_other_operand_and_nothing_of_the_adapter(rank: int) -> None:
-    layer, x = Layer(Storage("fp8"), rank=rank), an_input()
+@pytest.mark.parametrize("kind", FP8_KINDS)
+def test_fp8_rounds_the_products_other_operand_and_nothing_of_the_adapter(kind: str, rank: int) -> None:
+    layer, x = Layer(Storage(kind), rank=rank), an_input()
     plain = layer.specification(x)
     x_ = x.detach()
     rounded, scale = fp8_rows(x_.reshape(-1, 64))
@@ -193,10 +204,20 @@ def test_fp8_rows_of_any_size_fill_the_range_of_e4m3() -> None:
     assert (rounded[3].float() * scale[3]).isnan().all(), "not hidden"
 
 
+def test_a_stored_transpose_changes_no_number() -> None:
+    x = an_input()
+    made, stored = (Layer(Storage(kind)) for kind in FP8_KINDS)
+    assert torch.equal(made(x), stored(x))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(made(x), [x]), gradients(stored(x), [x]), strict=True))
+    stored.stored["fp8_transposed"] = torch.zeros(64, 96).to(torch.float8_e4m3fn)
+    assert not gradients(stored(x), [x])[0].abs().sum() > gradients(made(x), [x])[0].abs().sum(), "it is what is used"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 48, 300])
-def test_fp8_units_multiply_what_the_cpu_multiplies(tokens: int) -> None:
-    storage = Storage("fp8")
+@pytest.mark.parametrize("kind", FP8_KINDS)
+def test_fp8_units_multiply_what_the_cpu_multiplies(kind: str, tokens: int) -> None:
+    storage = Storage(kind)
     encoded = storage.encode(a_weight((512, 1024)))
     stored = [encoded[name] for name in storage.specs(512, 1024)]
     for transposed, size in ((False, 1024), (True, 512)):

@@ -16,7 +16,7 @@ from drawplate.model.residency import LayerLayout
 from drawplate.plan.ledger import Choice, ModelShape
 from drawplate.plan.storage import Storage, layer_bytes, loss_tile
 
-PRECISIONS = ["nf4", "fp4", "int8", "fp8", "bf16", "fp16", "fp32"]
+PRECISIONS = ["nf4", "fp4", "int8", "fp8", "fp8_both", "bf16", "fp16", "fp32"]
 
 
 @given(st.sampled_from(PRECISIONS), st.booleans(), st.integers(1, 300), st.integers(1, 300))

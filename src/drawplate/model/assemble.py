@@ -80,7 +80,7 @@ def assemble(
     require_fp8_units(placement, anatomy)
     plain = next(name for name, dtype in PLAIN_DTYPES.items() if dtype == placement.compute_dtype)
     for i, (layer, tier) in enumerate(zip(anatomy.layers, tiers, strict=True)):
-        storage = Storage(plain) if tier == "dequantized" else placement.storage
+        storage = (placement.storage.fastest or Storage(plain)) if tier == "dequantized" else placement.storage
         freeze_linears(layer, f"{anatomy.layers_path}.{i}", storage, config, targets)
     found = walk(anatomy)
     require_streamable(anatomy, found, tiers, placement.policies(len(anatomy.layers)))
@@ -402,6 +402,8 @@ def _in_tier(module: FrozenLinear, encoded: dict[str, Tensor], placement: Placem
     wanted, shape = placement.storage, (module.out_features, module.in_features)
     if module.storage == wanted:
         return encoded
+    if module.storage == wanted.fastest:
+        return module.storage.completed(encoded)
     on_device = [encoded[key].to(placement.device) for key in wanted.specs(*shape)]
     return module.storage.encode(wanted.decode(on_device, shape, placement.compute_dtype))
 

@@ -39,7 +39,8 @@ class Placement:
         device: where layers are computed.
         storage: precision of the frozen linear weights.
         compute_dtype: of activations and of everything frozen that is not a linear weight.
-        weights: tier of each layer: device, dequantized (on the device, in compute_dtype) or host; one word for all.
+        weights: tier of each layer: device, dequantized (on the device, in compute_dtype; fp8 with its transpose) or
+            host; one word for all.
         activations: policy of each layer: keep, recompute or offload; one word for all.
         adapter: where trained tensors, their gradients and the optimizer live: device or host.
         slots: of the ring for host layers.

@@ -425,6 +425,8 @@ def _workspace(node: fx.Node) -> list[Line]:
     values: list[Any] = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
     if "frozen_product" not in str(node.target):
         return kernel_lines(node.target, values)
+    if "frozen_product_fp8" in str(node.target):
+        return [Line(values[2].numel(), 0)]
     element_bytes, precision, (out, inner) = values[0].element_size(), values[2], values[4]
     if precision == "int8":
         return [Line(out * inner * element_bytes, 0)] * 2

@@ -24,7 +24,7 @@ LAUNCHES = {True: (130.0, 125.0), False: (190.0, 240.0)}
 """Host time of one layer's forward and backward, in launches of a small operation, by `compiled`: the layer's kernels
 and what torch and Python do around them. Compiled: measured on an H100 (bench/results/plan-calibration-h100.json)."""
 DEQUANTIZE_LAUNCHES = 12.0
-"""The same for dequantizing one weight matrix."""
+"""The same for dequantizing one weight matrix, or transposing it."""
 HEAD_LAUNCHES = 16.0
 """The same for a tile of the head."""
 UPDATE_LAUNCHES = 400.0
@@ -70,7 +70,7 @@ class Walk(NamedTuple):
     def of(cls, model: ModelShape, choice: Choice) -> Walk:
         """Count them; `turning` layers are still in their slots when the walk turns round."""
         layers, kept, host = model.layers, choice.kept_layers, choice.host_layers(model.layers)
-        quantized = layers - choice.dequantized_layers if choice.precision in QUANTIZED else 0
+        quantized = layers - choice.dequantized_layers if choice.precision in (*QUANTIZED, "fp8") else 0
         quantized_kept = min(kept, quantized)
         return cls(layers, kept, host, min(choice.slots, host), quantized_kept, quantized - quantized_kept)
 
@@ -140,7 +140,7 @@ def micro_batch_seconds(
 ) -> MicroBatchSeconds:
     """One micro-batch: what the device computes, then what it waits for."""
     walk = Walk.of(model, choice)
-    dequantized = 2 * walk.quantized_kept + (2 if choice.dequantize == "layer" else 3) * walk.quantized_rest
+    dequantized = _dequantizations(choice, walk)
     products, adapter, attention, elementwise = (
         walk.layers * (a + b) for a, b in zip(units.forward, units.backward, strict=True)
     )
@@ -165,6 +165,13 @@ def micro_batch_seconds(
     launches = REPLAY_LAUNCHES if captured else _host_launches(model, choice, walk, units, work, dequantized)
     host = launches * speed.launch_seconds
     return parts._replace(host=host if choice.device == "cpu" else max(0.0, host - sum(parts)))
+
+
+def _dequantizations(choice: Choice, walk: Walk) -> int:
+    """Layers times how often a micro-batch dequantizes each; fp8 is multiplied as it is and transposed for backward."""
+    if choice.precision == "fp8":
+        return walk.quantized_kept + walk.quantized_rest
+    return 2 * walk.quantized_kept + (2 if choice.dequantize == "layer" else 3) * walk.quantized_rest
 
 
 def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
@@ -214,7 +221,7 @@ def update_seconds(model: ModelShape, speed: DeviceSpeed) -> float:
 def evaluation_seconds(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed) -> float:
     """A held-out measurement, `work` being all of it: forward alone, and the head's loss without its gradient."""
     units, walk = units_of(model, choice, work, speed), Walk.of(model, choice)
-    quantized = walk.quantized_kept + walk.quantized_rest
+    quantized = 0 if choice.precision == "fp8" else walk.quantized_kept + walk.quantized_rest
     device = walk.layers * units.forward.total + quantized * units.dequantize
     device += max(0.0, walk.host * units.layer_copy - device) + units.head_evaluated
     device += _head_wait(model, choice, units.head_evaluated, speed)

@@ -56,7 +56,7 @@ def _precision(search: Search, found: Found, budget: Budget) -> str:
         seconds = search.about(other, budget)
         said = _compared(seconds / found.seconds_per_token) if seconds else "does not fit"
         parts.append(f"{other} {said}")
-    lossless = "" if chosen in QUANTIZED else "nothing is lost to quantization; "
+    lossless = "" if chosen in (*QUANTIZED, "fp8") else "nothing is lost to quantization; "
     return lossless + ", ".join(parts)
 
 
@@ -81,8 +81,9 @@ def _weights(search: Search, found: Found) -> str:
     if choice.dequantized_layers:
         packed = replace(choice, dequantized_layers=0, device_layers=layers)
         saved = 1 - _seconds(search, found, choice) / _seconds(search, found, packed)
+        kept = "kept with their transposes" if choice.precision == "fp8" else "quantized, then kept dequantized"
         return (
-            f"{choice.dequantized_layers} of {layers} layers are quantized, then kept dequantized: "
+            f"{choice.dequantized_layers} of {layers} layers are {kept}: "
             f"no step has to do it again, which saves {100 * saved:.0f} %"
         )
     frozen = sum(line.bytes for line in found.ledger.lines if line.name.startswith("frozen"))

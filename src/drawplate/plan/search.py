@@ -374,7 +374,7 @@ def tiers(layers: int, weights: str, precision: str, *, cuda: bool) -> list[tupl
     if weights != "auto":
         return named[weights]
     found = [(0, layers)]
-    if precision in QUANTIZED:
+    if precision in (*QUANTIZED, "fp8"):
         shares = DEQUANTIZED_SHARES if cuda else (1.0,)
         found += [(n, layers - n) for n in sorted({max(1, round(layers * share)) for share in shares})]
     if cuda:

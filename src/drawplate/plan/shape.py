@@ -9,7 +9,7 @@ from typing import Any, Literal
 from drawplate.footprints import Footprint, LayerShape, Mode
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-STORED_BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "fp8": 16.0}
+STORED_BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "fp8": 8.0}
 PLAIN = {"bf16": 2, "fp16": 2, "fp32": 4}
 BLOCK, SCALE_BLOCK = 64, 256
 
@@ -58,8 +58,8 @@ class ModelShape:
 class Choice:
     """A plan in the ledger's words.
 
-    The first `dequantized_layers` live on the device in the compute dtype, the next `device_layers` on the device as
-    stored, the rest on the host. The last `kept_layers` keep their activations (backward lets go of them before it
+    The first `dequantized_layers` live on the device in the compute dtype (in fp8: with their transposes), the next
+    `device_layers` on the device as stored, the rest on the host. The last `kept_layers` keep their activations (backward lets go of them before it
     recomputes anything); the others follow `policy`.
 
     Attributes:
@@ -135,12 +135,14 @@ class Choice:
     def mode(self, tier: str, *, kept: bool = False) -> Mode:
         """How a layer of a tier is run. Kept layers are dequantized weight by weight, or autograd would keep that."""
         stored = "" if tier == "dequantized" or self.precision in PLAIN else self.precision
+        if tier == "dequantized" and self.precision == "fp8":
+            stored = "fp8_both"
         return Mode(
             device=self.device,
             compute_dtype=self.compute_dtype,
             compiled=self.compiled,
             stored=stored,
-            whole=stored not in ("", "fp8") and self.dequantize == "layer" and not kept,
+            whole=stored not in ("", "fp8", "fp8_both") and self.dequantize == "layer" and not kept,
             dropout=self.dropout > 0,
             packing=self.packing,
         )

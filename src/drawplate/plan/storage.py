@@ -30,7 +30,9 @@ class Storage:
 
     @classmethod
     def of(cls, choice: Choice, tier: str) -> Storage:
-        """Of a tier: dequantized layers are in the compute dtype."""
+        """Of a tier: dequantized layers are in the compute dtype, those in fp8 have their transposes beside them."""
+        if tier == "dequantized" and choice.precision == "fp8":
+            return cls("fp8_both", False)
         if tier == "dequantized":
             return cls({4: "fp32", 2: "bf16"}[DTYPE_BYTES[choice.compute_dtype]], False)
         return cls(choice.precision, choice.double_quant)
@@ -42,8 +44,8 @@ class Storage:
             return (count * PLAIN[self.precision],)
         if self.precision == "int8":
             return (count, out_features * 4)
-        if self.precision == "fp8":  # the transpose too, for backward
-            return (count, count, out_features * 4)
+        if self.precision in ("fp8", "fp8_both"):
+            return (count, out_features * 4, *((count,) if self.precision == "fp8_both" else ()))
         blocks = math.ceil(count / BLOCK)
         packed = math.ceil(count / 2)
         return (packed, blocks, math.ceil(blocks / SCALE_BLOCK) * 4, 4) if self.double_quant else (packed, blocks * 4)

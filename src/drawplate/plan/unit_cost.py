@@ -36,6 +36,10 @@ FP8_RATE, FP8_PASSES = 1.8, 3
 """fp8 products against bf16's of the same size; and the bytes that scaling and rounding an element of their inputs
 takes, read in 16 bits and written in 8."""
 
+TRANSPOSE_BYTES = 2.5
+"""Bytes moved, in the time it takes, to transpose an fp8 weight for backward: read 1, write 1, not quite at the
+memory's rate."""
+
 INT8_BYTES = 7
 """Bytes moved to dequantize an int8 weight: read 1, write 2, scale in place of 2 and 2."""
 
@@ -166,8 +170,10 @@ def _passes(model: ModelShape, choice: Choice, passes: Passes, positions: float)
 
 
 def dequantize_seconds(model: ModelShape, choice: Choice, speed: DeviceSpeed) -> float:
-    """One layer's weights into the compute dtype, once; 0 where they are stored so."""
+    """One layer's weights into the compute dtype, or transposed in fp8, once; 0 where they are stored so."""
     weights = model.linear_parameters / model.layers
+    if choice.precision == "fp8":
+        return weights * TRANSPOSE_BYTES / speed.memory_rate
     if choice.precision not in QUANTIZED:
         return 0.0
     if choice.precision == "int8":

@@ -68,7 +68,7 @@ def _where(plan: Plan) -> str:
     if not plan.layers:
         return f"weights: {plan.weights}"
     counted = (
-        (plan.dequantized_layers, "dequantized on the device"),
+        (plan.dequantized_layers, f"{'transposed too' if plan.precision == 'fp8' else 'dequantized'} on the device"),
         (plan.device_layers, "on the device"),
         (plan.host_layers, "streamed from the host"),
     )
