@@ -23,6 +23,9 @@ from drawplate.records import CostLine, DeviceSpeed
 LAUNCHES = {True: (130.0, 125.0), False: (190.0, 240.0)}
 """Host time of one layer's forward and backward, in launches of a small operation, by `compiled`: the layer's kernels
 and what torch and Python do around them. Compiled: measured on an H100 (bench/results/plan-calibration-h100.json)."""
+BUSY_HOST = 1.5
+"""A host that has anything else to do issues kernels that much more slowly: micro-steps that waited for it took 1.1 to
+1.6 times what a quiet one would (bench/results/plan-choice-3b-h100.json), a replayed one nothing more."""
 DEQUANTIZE_LAUNCHES = 12.0
 """The same for dequantizing one weight matrix, or transposing it."""
 HEAD_LAUNCHES = 16.0
@@ -32,8 +35,9 @@ UPDATE_LAUNCHES = 400.0
 TILE_LOGITS = 2**28 / 6
 
 KERNELS = {True: (38, 47), False: (110, 150)}
-GAP_SECONDS = {False: 4e-6, True: 2e-6}
-"""Kernels of a layer's forward and backward, and the idle moment after each of them on a GPU: launched, captured."""
+GAP_SECONDS = {False: 6e-6, True: 0.5e-6}
+"""Kernels of a layer's forward and backward, and the idle moment after each of them on a GPU: launched (4.7 and 7.7
+microseconds in bench/results/profile-launched-h100.json), captured (none to be seen in profile-captured-*.json)."""
 REPLAY_LAUNCHES = 250.0
 """Host time of a captured micro-step: placing its inputs and replaying it (bench/results/profile-captured-*.json)."""
 
@@ -162,7 +166,7 @@ def micro_batch_seconds(
         streamed_head=_head_wait(model, choice, units.head, speed),
         host=0.0,
     )
-    launches = REPLAY_LAUNCHES if captured else _host_launches(model, choice, walk, units, work, dequantized)
+    launches = REPLAY_LAUNCHES if captured else BUSY_HOST * _host_launches(model, choice, walk, units, work, dequantized)
     host = launches * speed.launch_seconds
     return parts._replace(host=host if choice.device == "cpu" else max(0.0, host - sum(parts)))
 
@@ -205,8 +209,6 @@ def _host_launches(
     model: ModelShape, choice: Choice, walk: Walk, units: Units, work: StepWork, dequantized: int
 ) -> float:
     """Launches of one micro-batch: a walk forward, a walk back, what is computed again, dequantization, the head."""
-    if choice.captured(walk.layers):
-        return REPLAY_LAUNCHES
     forward, backward = LAUNCHES[choice.compiled]
     passes = (walk.layers + walk.rest) * forward + walk.layers * backward
     tiles = math.ceil(work.tokens * model.vocab / TILE_LOGITS)
