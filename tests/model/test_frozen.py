@@ -28,7 +28,15 @@ from drawplate.plan.ledger import stored_bits
 
 FOUR_BITS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 SHAPES = [(64, 64), (96, 160), (7, 33), (512, 1024)]
-PRECISIONS = [*FOUR_BITS, ("int8", True), ("fp8", True), ("fp8_both", True), ("bf16", True), ("fp16", True), ("fp32", True)]
+PRECISIONS = [
+    *FOUR_BITS,
+    ("int8", True),
+    ("fp8", True),
+    ("fp8_both", True),
+    ("bf16", True),
+    ("fp16", True),
+    ("fp32", True),
+]
 UNROUNDED = [p for p in PRECISIONS if not p[0].startswith("fp8")]
 """Those whose products take x as it is."""
 
@@ -106,7 +114,15 @@ def test_int8_is_the_storage_of_bitsandbytes() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "largest_error"),
-    [("nf4", 0.16), ("fp4", 0.18), ("int8", 0.005), ("fp8", 0.037), ("fp8_both", 0.037), ("bf16", 0.004), ("fp32", 0.0)],
+    [
+        ("nf4", 0.16),
+        ("fp4", 0.18),
+        ("int8", 0.005),
+        ("fp8", 0.037),
+        ("fp8_both", 0.037),
+        ("bf16", 0.004),
+        ("fp32", 0.0),
+    ],
 )
 def test_what_comes_back_is_near_what_went_in(precision: str, largest_error: float) -> None:
     weight, storage = a_weight((128, 256)), Storage(precision)

@@ -166,7 +166,9 @@ def micro_batch_seconds(
         streamed_head=_head_wait(model, choice, units.head, speed),
         host=0.0,
     )
-    launches = REPLAY_LAUNCHES if captured else BUSY_HOST * _host_launches(model, choice, walk, units, work, dequantized)
+    launches = (
+        REPLAY_LAUNCHES if captured else BUSY_HOST * _host_launches(model, choice, walk, units, work, dequantized)
+    )
     host = launches * speed.launch_seconds
     return parts._replace(host=host if choice.device == "cpu" else max(0.0, host - sum(parts)))
 
