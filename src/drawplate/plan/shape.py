@@ -59,8 +59,8 @@ class Choice:
     """A plan in the ledger's words.
 
     The first `dequantized_layers` live on the device in the compute dtype (in fp8: with their transposes), the next
-    `device_layers` on the device as stored, the rest on the host. The last `kept_layers` keep their activations (backward lets go of them before it
-    recomputes anything); the others follow `policy`.
+    `device_layers` on the device as stored, the rest on the host. The last `kept_layers` keep their activations
+    (backward lets go of them before it recomputes anything); the others follow `policy`.
 
     Attributes:
         precision, double_quant: of the linear weights as stored.
