@@ -2,7 +2,7 @@
 
     python bench/recipe_study.py corpora FOLDER          # here: climate articles, Python functions, manual pages
     python bench/recipe_study.py run FOLDER OUT.jsonl [--seconds 200] [--skip N] [--model FOLDER] [--device cpu]
-    python bench/recipe_study.py table OUT.jsonl OUT.json
+    python bench/recipe_study.py table OUT.json LINES.jsonl...
 
 `corpora` writes .jsonl files of some 0.6 MB each, from the demo's page (examples/fetch_demo.py), the standard library
 and the installed manual pages. `run` trains, and measures the held-out documents and the general English prose that
@@ -15,6 +15,11 @@ Drawplate's own loop. Rates, schedules, scalings and starts may differ within a 
 and seed may not. Adapters of smaller rank, or on fewer layers, are zero elsewhere on both sides, and stay so. Three
 processes, one a corpus, share the device. What is compared is equal tokens, not equal time. A line of OUT.jsonl is
 written after each group, so what is done is kept whenever it ends.
+
+An adapter may start from the quantization error, W - Q(W): `error` is its best approximation of the adapter's rank
+(LoftQ's first step, Li et al. 2023), `weighted` the best for the layer's own inputs, each weighed by its root mean
+square over training text (QERA's approximate form, Zhang et al. 2024). Such a run, and every other in 4 bits, is
+measured on the unquantized weights too, with the difference to its start added to them.
 """
 
 from __future__ import annotations
@@ -22,7 +27,9 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import gc
 import gzip
+import importlib
 import json
 import math
 import multiprocessing
@@ -36,6 +43,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +55,10 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 CORPORA = ("climate", "code", "manual")
 GENERAL = "general"
 EMA_DECAY = 0.98
-ROW_TOKENS = 10_240
+ROW_TOKENS = 20_480
+CALIBRATION_TOKENS = 16_384
 LOSS_ROWS = 4096
+PLAIN_PRECISION = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
 MODEL = {"name_or_path": "${DRAWPLATE_CACHE}/demo/smollm2-135m", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
@@ -118,9 +128,9 @@ def _some(found: list[tuple[str, str]], characters: int) -> list[tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What may differ within a group. `rate` is the A matrices'; `start` is zero or error."""
+    """What may differ within a group. `rate` is the A matrices'; `start` is zero, error or weighted."""
 
-    rate: float = 1e-3
+    rate: float = 7e-4
     schedule: str = "cosine"
     warmup: float = 0.05
     r: int = 16
@@ -152,46 +162,22 @@ class Group:
     seed: int = 0
 
 
-def changed(base: Variant, **change: Any) -> Variant:
-    """One change; a larger rate for B comes with a smaller one for A, so that their geometric mean stays."""
-    return replace(base, rate=base.rate / math.sqrt(change.get("loraplus", 1.0)), **change)
-
-
 BASE = Variant()
-RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-CHANGES = (
-    changed(BASE, targets="qv"),
-    changed(BASE, loraplus=16.0),
-    changed(BASE, start="error"),
-    replace(BASE, targets="qv", rate=2e-3),
-    changed(BASE, scale=8.0),  # rank-stabilised: alpha / sqrt(r) = 32 / 4
-    changed(BASE, loraplus=4.0),
-    changed(BASE, schedule="linear"),
-    changed(BASE, schedule="constant then decay"),
-    changed(BASE, warmup=0.0),
-    changed(BASE, warmup=0.1),
-)
-RANKS = (
+SEEDED = (
     BASE,
-    replace(BASE, r=8),
-    replace(BASE, r=32),
-    replace(BASE, r=64),
+    *(replace(BASE, r=r) for r in (32, 64)),
+    *(replace(BASE, start="error", r=r) for r in (16, 64)),
+    *(replace(BASE, start="weighted", r=r) for r in (16, 32, 64)),
+)
+ONCE = (
+    BASE,
+    replace(BASE, schedule="linear"),
+    replace(BASE, schedule="constant"),
+    replace(BASE, schedule="constant then decay"),
+    replace(BASE, warmup=0.0),
+    replace(BASE, warmup=0.1),
+    replace(BASE, dropout=0.1),
     replace(BASE, r=64, scale=4.0),  # rank-stabilised: the scale of rank 16 times sqrt(64 / 16)
-)
-REFINED = tuple(
-    replace(BASE, **{"rate": 7e-4, **change})
-    for change in (
-        {},
-        {"r": 32},
-        {"dropout": 0.1},
-        {"rate": 1e-3, "dropout": 0.1},
-        {"schedule": "linear"},
-        {"schedule": "constant then decay"},
-    )
-)
-AGAIN = (
-    *(replace(BASE, rate=rate) for rate in (5e-4, 1e-3, 2e-3)),
-    *(change for change in CHANGES if change.loraplus > 1 or change.start != "zero" or "then" in change.schedule),
 )
 
 
@@ -201,20 +187,24 @@ def rates(*chosen: float) -> tuple[Variant, ...]:
 
 
 def groups_of(corpus: str) -> list[Group]:
-    """In the order of what they decide."""
-    base = Group(corpus=corpus, variants=())
+    """In the order of what they decide. An earlier set (targets, LoRA+, rates from 2e-4 to 4e-3) is in the results."""
+    nf4 = Group(corpus=corpus, variants=SEEDED)
+    beside = replace(nf4, variants=(*rates(5e-4, 1e-3), replace(BASE, r=8), replace(BASE, start="error", r=32)))
+    bf16 = Group(corpus=corpus, variants=rates(5e-4, 7e-4, 1e-3), precision="bf16")
     return [
-        replace(base, variants=(*rates(*RATES), *CHANGES[:3])),
-        replace(base, variants=(*rates(5e-4, 1e-3, 2e-3), changed(BASE, loraplus=4.0)), precision="bf16"),
-        replace(base, variants=REFINED),
-        replace(base, variants=CHANGES[3:]),
-        replace(base, variants=rates(5e-4, 1e-3, 2e-3, 4e-3), step_tokens=4096),
-        replace(base, variants=AGAIN, seed=1),
-        replace(base, variants=RANKS),
-        replace(base, variants=rates(2e-4, 5e-4, 1e-3, 2e-3), step_tokens=1024),
-        replace(base, variants=AGAIN, seed=2),
-        replace(base, variants=rates(5e-4, 1e-3, 2e-3), precision="bf16", seed=1),
-        replace(base, variants=rates(5e-4, 1e-3, 2e-3), epochs=5),
+        nf4,
+        bf16,
+        replace(nf4, seed=1),
+        replace(bf16, seed=1),
+        replace(nf4, seed=2),
+        replace(bf16, seed=2),
+        replace(nf4, variants=ONCE),
+        replace(nf4, variants=rates(7e-4, 1e-3, 1.4e-3), step_tokens=4096),
+        beside,
+        replace(nf4, variants=rates(3.5e-4, 5e-4, 7e-4), step_tokens=1024),
+        replace(nf4, variants=rates(7e-4, 1.4e-3, 2e-3), step_tokens=8192),
+        replace(beside, seed=1),
+        replace(beside, seed=2),
     ]
 
 
@@ -228,75 +218,92 @@ class Adapters:
     matrices (V, R, O).
     """
 
-    def __init__(self, model: Any, variants: tuple[Variant, ...], seed: int) -> None:
+    def __init__(self, base: Base, group: Group) -> None:
         import torch
 
-        self.variants, self.rank = variants, max(v.r for v in variants)
-        self.linears = {n: m for n, m in model.model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
-        device = next(model.parameters()).device
+        variants = group.variants
+        self.variants, self.rank, self.linears = variants, max(v.r for v in variants), base.linears
         shapes = [(m.in_features, self.rank) for m in self.linears.values()]
         shapes += [(self.rank, m.out_features) for m in self.linears.values()]
-        sizes = [rows * columns for rows, columns in shapes]
-        self.a_numbers = sum(sizes[: len(self.linears)])
-        self.values, self.gradients = (torch.zeros(len(variants), sum(sizes), device=device) for _ in range(2))
+        self.sizes, self.count = [rows * columns for rows, columns in shapes], len(self.linears)
+        self.a_numbers = sum(self.sizes[: self.count])
+        device = base.model.model.embed_tokens.weight.device
+        self.values, self.gradients = (torch.zeros(len(variants), sum(self.sizes), device=device) for _ in range(2))
         self.leaves = []
-        start = 0
-        for (rows, columns), size in zip(shapes, sizes, strict=True):
-            part = slice(start, start + size)
-            leaf = self.values[:, part].view(-1, rows, columns).detach().requires_grad_()
-            leaf.grad = self.gradients[:, part].view(-1, rows, columns)
+        for part in (slice(0, self.a_numbers), slice(self.a_numbers, None)):
+            leaf = self.values[:, part].detach().requires_grad_()
+            leaf.grad = self.gradients[:, part]
             self.leaves.append(leaf)
-            start += size
         self.scale, self.dropout = (
             torch.tensor(values, device=device)[:, None, None]
             for values in ([v.scale for v in variants], [v.dropout for v in variants])
         )
         self.dropping = False
-        self._start(model, seed)
+        self.current: dict[str, tuple[Any, Any]] = {}
+        self._start(base, group.seed)
+        self.start = self.values.clone()
 
-    def pair(self, name: str) -> tuple[Any, Any]:
-        """A and B of a linear layer."""
-        i = list(self.linears).index(name)
-        return self.leaves[i], self.leaves[len(self.linears) + i]
+    def pairs(self, a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
+        """Linear layer -> its A (V, I, R) and B (V, R, O), views of all A's numbers and all B's."""
+        parts_a, parts_b = (
+            x.split(s, dim=1) for x, s in ((a, self.sizes[: self.count]), (b, self.sizes[self.count :]))
+        )
+        return {
+            name: (one.view(-1, linear.in_features, self.rank), other.view(-1, self.rank, linear.out_features))
+            for (name, linear), one, other in zip(self.linears.items(), parts_a, parts_b, strict=True)
+        }
 
-    def _start(self, model: Any, seed: int) -> None:
+    def refresh(self, dtype: Any) -> None:
+        """What the layers are to multiply with, B scaled: cast once a row, not once a layer."""
+        a, b = self.leaves
+        self.current = self.pairs(a.to(dtype), (b * self.scale[:, 0]).to(dtype))
+
+    def difference(self, v: int) -> dict[str, Any]:
+        """Linear layer -> what variant `v` has added to its weight since its start, (O, I)."""
+        added = {}
+        for values, sign in ((self.values, 1.0), (self.start, -1.0)):
+            row = values[v : v + 1]
+            for name, (a, b) in self.pairs(row[:, : self.a_numbers], row[:, self.a_numbers :]).items():
+                added[name] = added.get(name, 0.0) + sign * self.variants[v].scale * (a[0] @ b[0]).T
+        return added
+
+    def _start(self, base: Base, seed: int) -> None:
         """A uniform as in nn.Linear and the same for all variants, B zero; or the quantization error's best rank r."""
         import torch
 
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for name, linear in self.linears.items():
-                a_VIR, b_VRO = self.pair(name)
-                bound = 1 / math.sqrt(linear.in_features)
-                drawn = torch.empty(self.rank, linear.in_features).uniform_(-bound, bound, generator=generator).T
+            pairs = self.pairs(self.values[:, : self.a_numbers], self.values[:, self.a_numbers :])
+            for name, (a_VIR, b_VRO) in pairs.items():
+                inputs = a_VIR.shape[1]
+                bound = 1 / math.sqrt(inputs)
+                drawn = torch.empty(self.rank, inputs).uniform_(-bound, bound, generator=generator).T
                 for v, variant in enumerate(self.variants):
                     if variant.targets == "qv" and name.rpartition(".")[2] not in ("q_proj", "v_proj"):
                         continue
                     a_VIR[v, :, : variant.r] = drawn[:, : variant.r].to(a_VIR)
-                    error = getattr(linear, "quantization_error", None)
-                    if variant.start == "error" and error is not None:  # LoftQ's first step (Li et al. 2023)
-                        torch.manual_seed(0)
-                        u, s, w = torch.svd_lowrank(error, q=variant.r + 8, niter=4)
-                        root = s[: variant.r].sqrt() / math.sqrt(variant.scale)
-                        a_VIR[v, :, : variant.r] = w[:, : variant.r] * root
-                        b_VRO[v, : variant.r] = (u[:, : variant.r] * root).T
+                    if variant.start != "zero":
+                        left, right = base.error_factors(variant.start)[name]
+                        rank = min(variant.r, left.shape[1])
+                        a_VIR[v, :, :rank] = right[:, :rank] / math.sqrt(variant.scale)
+                        b_VRO[v, :rank] = left[:, :rank].T / math.sqrt(variant.scale)
 
     def install(self) -> None:
-        """Every linear layer adds its variants' products; `use` says to which numbers."""
+        """Every linear layer adds its variants' products."""
         for name, linear in self.linears.items():
-            a_VIR, b_VRO = self.pair(name)
 
-            def forward(x: Any, linear: Any = linear, a: Any = a_VIR, b: Any = b_VRO) -> Any:
+            def forward(x: Any, name: str = name, linear: Any = linear) -> Any:
                 import torch
                 import torch.nn.functional as F
 
+                a_VIR, b_VRO = self.current[name]
                 y = F.linear(x, linear.weight, linear.bias)
-                x_VTI = x.view(a.shape[0], -1, a.shape[1])
+                x_VTI = x.view(a_VIR.shape[0], -1, a_VIR.shape[1])
                 if self.dropping:
                     kept = torch.rand(x_VTI.shape, device=x.device) >= self.dropout
                     x_VTI = x_VTI * (kept / (1 - self.dropout)).to(x.dtype)
-                t = x_VTI @ a.to(x.dtype)
-                return y + ((t * self.scale.to(x.dtype)) @ b.to(x.dtype)).view(y.shape)
+                y_VTO = y.view(a_VIR.shape[0], -1, y.shape[-1])
+                return torch.baddbmm(y_VTO, x_VTI @ a_VIR, b_VRO).view(y.shape)
 
             linear.forward = forward
 
@@ -345,13 +352,16 @@ def rows_of(windows: list[Any], variants: int) -> Iterator[list[Any]]:
         yield row
 
 
-def nats_of(model: Any, windows: list[Any], variants: int) -> Any:
+def nats_of(model: Any, windows: list[Any], adapters: Adapters | None) -> Any:
     """Nats of each counted token, shape (variants, counted), differentiable; windows in the order given."""
     import torch
     import torch.nn.functional as F
     from torch.utils.checkpoint import checkpoint
 
-    device = model.model.embed_tokens.weight.device
+    device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
+    variants = len(adapters.variants) if adapters else 1
+    if adapters:
+        adapters.refresh(dtype)
     lengths = [len(w) for w in windows] * variants
     ids = np.tile(np.concatenate([w.input_ids for w in windows]), variants)
     positions = np.concatenate([np.arange(n) for n in lengths])
@@ -381,16 +391,17 @@ def nats_of(model: Any, windows: list[Any], variants: int) -> Any:
     return torch.cat(parts).view(variants, -1)
 
 
-def score(model: Any, windows: list[Any], variants: int) -> tuple[Any, Any]:
+def score(model: Any, windows: list[Any], adapters: Adapters | None = None) -> tuple[Any, Any]:
     """Nats (variants, documents) and counted tokens (documents,), documents in the order of their names."""
     import torch
 
+    variants = len(adapters.variants) if adapters else 1
     names = sorted({w.document for w in windows})
     place = {name: i for i, name in enumerate(names)}
     nats, tokens = np.zeros((variants, len(names))), np.zeros(len(names), dtype=int)
     with torch.no_grad():
         for row in rows_of(windows, variants):
-            values = nats_of(model, row, variants).double().cpu().numpy()
+            values = nats_of(model, row, adapters).double().cpu().numpy()
             start = 0
             for window in row:
                 count = int(window.counted.sum())
@@ -400,43 +411,38 @@ def score(model: Any, windows: list[Any], variants: int) -> tuple[Any, Any]:
     return nats, tokens
 
 
-def train_group(model: Any, group: Group, texts: dict[str, Any], deadline: float) -> dict[str, Any] | None:
+def train_group(base: Base, group: Group, texts: dict[str, Any], deadline: float) -> dict[str, Any] | None:
     """Train a group's variants together and measure them; None where the time is up."""
-    import torch
-
     from drawplate.data.batches import step_indices, steps_per_epoch
 
     windows, heldout = texts[group.corpus]
-    count, variants = len(windows), len(group.variants)
+    count, model = len(windows), base.in_precision(group.precision)
     batch = max(1, round(group.step_tokens * count / sum(map(len, windows))))
     an_epoch = steps_per_epoch(count, batch)
     steps = an_epoch * group.epochs
     measured = {name: held for name, (_, held) in texts.items() if name in (group.corpus, GENERAL)}
-    for linear in (m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)):
-        linear.__dict__.pop("forward", None)
-    before = {name: score(model, held, 1) for name, held in measured.items()}
-    adapters = Adapters(model, group.variants, group.seed)
+    before = {name: score(model, held) for name, held in measured.items()}
+    if any(v.start == "weighted" for v in group.variants):
+        base.watch_inputs(windows)
+    adapters = Adapters(base, group)
     adapters.install()
     optimizer = Adam(adapters)
-    epochs: list[dict[str, Any]] = []
+    epochs: list[dict[str, Any]] = [{group.corpus: score(model, heldout, adapters)[0]}]
     began = time.monotonic()
     for step in range(steps):
-        chosen = [windows[i] for i in step_indices(step, count, batch, group.seed)]
-        counted = sum(int(w.counted.sum()) for w in chosen)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the gradients lie strided, so that a row is one variant's
-            adapters.dropping = any(v.dropout for v in group.variants)
-            for row in rows_of(chosen, variants):
-                (nats_of(model, row, variants).sum() / counted).backward()
-            adapters.dropping = False
+        take_step(model, adapters, [windows[i] for i in step_indices(step, count, batch, group.seed)])
         optimizer.step(step, steps)
         if (step + 1) % an_epoch == 0:
             last = step + 1 == steps
-            epochs.append({n: score(model, h, variants)[0] for n, h in measured.items() if last or n == group.corpus})
+            epochs.append({n: score(model, h, adapters)[0] for n, h in measured.items() if last or n == group.corpus})
         if time.monotonic() > deadline:
             return None
+    last_values = adapters.values.clone()
     adapters.values.copy_(optimizer.average)
-    averaged = score(model, heldout, variants)[0]
+    averaged = score(model, heldout, adapters)[0]
+    adapters.values.copy_(last_values)
+    plain = base.score_plain(adapters, heldout) if group.precision == "nf4" else None
+    started, *epochs = epochs
     return {
         **dataclasses.asdict(group),
         "sequences_per_step": batch,
@@ -446,12 +452,25 @@ def train_group(model: Any, group: Group, texts: dict[str, Any], deadline: float
         "seconds": round(time.monotonic() - began, 1),
         "before_nats": {name: float(nats.sum()) for name, (nats, _) in before.items()},
         "tokens": {name: int(tokens.sum()) for name, (_, tokens) in before.items()},
+        "start_nats": rounded(started[group.corpus].sum(axis=1)),
         "epoch_nats": [{n: rounded(nats.sum(axis=1)) for n, nats in point.items()} for point in epochs],
         "averaged_nats": rounded(averaged.sum(axis=1)),
+        "on_unquantized_nats": plain and rounded(plain),
         "document_tokens": before[group.corpus][1].tolist(),
         "document_nats_before": rounded(before[group.corpus][0][0]),
         "document_nats": [rounded(row) for row in epochs[-1][group.corpus]],
     }
+
+
+def take_step(model: Any, adapters: Adapters, chosen: list[Any]) -> None:
+    """Gradients of a step's windows."""
+    counted = sum(int(w.counted.sum()) for w in chosen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the gradients lie strided, so that a row is one variant's
+        adapters.dropping = any(v.dropout for v in adapters.variants)
+        for row in rows_of(chosen, len(adapters.variants)):
+            (nats_of(model, row, adapters).sum() / counted).backward()
+        adapters.dropping = False
 
 
 def rounded(values: Any) -> list[float]:
@@ -472,27 +491,114 @@ class Base:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, attn_implementation=attention.NAME)
         self.model.to(device).requires_grad_(False).eval()
-        self.linears = [m for m in self.model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
-        self.plain = [linear.weight.detach().clone() for linear in self.linears]
+        for norm in self.model.modules():
+            if hasattr(norm, "variance_epsilon"):
+                norm.forward = partial(_normed, norm)
+        named = self.model.model.layers.named_modules()
+        self.linears = {name: m for name, m in named if isinstance(m, torch.nn.Linear)}
+        self.plain = {name: linear.weight.detach().clone() for name, linear in self.linears.items()}
         self.precision = "plain"
+        self.input_rms: dict[str, Any] = {}
+        self.factors: dict[str, dict[str, tuple[Any, Any]]] = {}
 
     def in_precision(self, precision: str) -> Any:
-        """The model with its linear layers as that precision stores them."""
+        """The model with its linear layers as that precision stores them, and no adapters."""
         import torch
 
         from drawplate.model.frozen import Storage
 
+        for linear in self.linears.values():
+            linear.__dict__.pop("forward", None)
         if precision == self.precision:
             return self.model
         storage, self.precision = Storage(precision, precision == "nf4"), precision
         with torch.no_grad():
-            for linear, plain in zip(self.linears, self.plain, strict=True):
+            for name, plain in self.plain.items():
                 shape = (plain.shape[0], plain.shape[1])
                 kept = storage.encode(plain)
                 stored = storage.decode([kept[k] for k in storage.specs(*shape)], shape, self.dtype)
-                linear.weight.copy_(stored)
-                linear.quantization_error = plain.float() - stored.float()
+                self.linears[name].weight.copy_(stored)
         return self.model
+
+    def watch_inputs(self, windows: list[Any]) -> None:
+        """Root mean square of each linear layer's inputs over the first training windows, the model as it is."""
+        import torch
+
+        squares: dict[str, Any] = {}
+
+        def watch(name: str) -> Any:
+            return lambda _, given: squares.update({name: given[0].float().flatten(0, -2).square().mean(0)})
+
+        hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in self.linears.items()]
+        chosen = list(takewhile_tokens(windows, min(CALIBRATION_TOKENS, ROW_TOKENS)))
+        with torch.no_grad():
+            nats_of(self.model, chosen, None)
+        for hook in hooks:
+            hook.remove()
+        self.input_rms = {name: mean.sqrt() for name, mean in squares.items()}
+
+    def error_factors(self, start: str) -> dict[str, tuple[Any, Any]]:
+        """Linear layer -> (left (O, K), right (I, K)), whose product is the quantization error, most of it first."""
+        import torch
+
+        if start not in self.factors:
+            found = self.factors[start] = {}
+            for kind in {name.rpartition(".")[2] for name in self.linears}:
+                names = [name for name in self.linears if name.endswith(kind)]
+                weights = [(self.plain[name].float(), self.linears[name].weight.float()) for name in names]
+                error_LOI = torch.stack([plain - stored for plain, stored in weights])
+                if start == "weighted":
+                    rms_L1I = torch.stack([self.input_rms[name] for name in names])[:, None]
+                    rms_L1I = rms_L1I.maximum(1e-3 * rms_L1I.amax(dim=2, keepdim=True))
+                else:
+                    rms_L1I = torch.ones_like(error_LOI[:, :1])
+                left_LOK, right_LIK = balanced_factors(error_LOI * rms_L1I)
+                found |= dict(zip(names, zip(left_LOK, right_LIK / rms_L1I.mT, strict=True), strict=True))
+        return self.factors[start]
+
+    def score_plain(self, adapters: Adapters, heldout: list[Any]) -> list[float]:
+        """Held-out nats of each variant on the unquantized weights, with what it has added since its start."""
+        import torch
+
+        model, nats = self.in_precision(PLAIN_PRECISION[str(self.dtype)]), []
+        for v in range(len(adapters.variants)):
+            with torch.no_grad():
+                for name, added in adapters.difference(v).items():
+                    self.linears[name].weight.copy_(self.plain[name].float() + added)
+            nats.append(float(score(model, heldout)[0].sum()))
+        self.precision = "merged"
+        return nats
+
+
+def balanced_factors(matrix_LOI: Any) -> tuple[Any, Any]:
+    """Singular vectors times the root of their singular values, (L, O, K) and (L, I, K), largest first."""
+    import torch
+
+    wide = matrix_LOI.shape[1] < matrix_LOI.shape[2]
+    short_LSI = matrix_LOI if wide else matrix_LOI.mT
+    _, vectors_LSK = torch.linalg.eigh(short_LSI @ short_LSI.mT)
+    vectors_LSK = vectors_LSK.flip(2)
+    others_LIK = short_LSI.mT @ vectors_LSK  # each a singular value long
+    root_L1K = others_LIK.norm(dim=1, keepdim=True).clamp(min=1e-12).sqrt()
+    pair = vectors_LSK * root_L1K, others_LIK / root_L1K
+    return pair if wide else pair[::-1]
+
+
+def takewhile_tokens(windows: list[Any], tokens: int) -> Iterator[Any]:
+    """The first windows that have so many tokens together; one at least."""
+    total = 0
+    for window in windows:
+        total += len(window)
+        if total > tokens and total > len(window):
+            return
+        yield window
+
+
+def _normed(norm: Any, hidden: Any) -> Any:
+    """An RMS norm in one kernel."""
+    import torch.nn.functional as F
+
+    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def load_texts(folder: Path, name: str, model_folder: Path, length: int) -> dict[str, Any]:
@@ -514,19 +620,23 @@ def load_texts(folder: Path, name: str, model_folder: Path, length: int) -> dict
     }
 
 
-def study(corpus: str, given: argparse.Namespace, model_folder: Path, began: float) -> None:
-    """All groups of one corpus, in this process."""
+def study(corpus: str, given: argparse.Namespace, model_folder: Any, began: float) -> None:
+    """All groups of one corpus, in this process; `model_folder` is a connection that will tell the model's folder."""
     import torch
+
+    for needed in ("transformers.models.llama.modeling_llama", "drawplate.data.split", "drawplate.train"):
+        importlib.import_module(needed)  # while the model is being converted
 
     def tell(what: str) -> None:
         print(f"{time.monotonic() - began:6.1f} s  {corpus}: {what}", flush=True)
 
     torch.set_num_threads(1)  # the processes are three, and other programs may run
-    base = Base(model_folder, given.device)
-    texts = load_texts(given.folder, corpus, model_folder, min(2048, base.model.config.max_position_embeddings))
+    folder = model_folder.recv()
+    base = Base(folder, given.device)
+    texts = load_texts(given.folder, corpus, folder, min(2048, base.model.config.max_position_embeddings))
     tell(f"ready, {len(texts[corpus][0])} training windows, {sum(map(len, texts[corpus][0]))} tokens")
     for number, group in list(enumerate(groups_of(corpus)))[given.skip :]:
-        result = train_group(base.in_precision(group.precision), group, texts, began + given.seconds)
+        result = fitting(base, group, texts, began + given.seconds)
         if result is None:
             tell(f"group {number} was cut off: the time is up")
             return
@@ -537,6 +647,22 @@ def study(corpus: str, given: argparse.Namespace, model_folder: Path, began: flo
             f"group {number}: {len(group.variants)} recipes, {result['steps']} steps, {result['seconds']} s, "
             f"best perplexity {math.exp(best):.2f}"
         )
+
+
+def fitting(base: Base, group: Group, texts: dict[str, Any], deadline: float) -> dict[str, Any] | None:
+    """`train_group`, in smaller rows where the device has no room: others may use it."""
+    global ROW_TOKENS
+    import torch
+
+    while True:
+        try:
+            return train_group(base, group, texts, deadline)
+        except torch.OutOfMemoryError:
+            if ROW_TOKENS < 5000:
+                raise
+        ROW_TOKENS //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
@@ -609,6 +735,7 @@ def main() -> None:
     parser.add_argument("what", choices=["corpora", "run", "table"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("lines", type=Path, nargs="*", help="for `table`: what `run` wrote, in any number of files")
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--skip", type=int, default=0, help="groups that an earlier run has done")
     parser.add_argument("--model", help="a model's folder, instead of the demo's")
@@ -618,19 +745,24 @@ def main() -> None:
         write_corpora(given.folder)
         return
     if given.what == "table":
-        lines = [json.loads(line) for line in given.folder.read_text().splitlines()]
-        given.out.write_text(json.dumps({"table": table(lines), "groups": lines}, indent=1) + "\n")
+        lines = [json.loads(line) for path in (given.out, *given.lines) for line in path.read_text().splitlines()]
+        given.folder.write_text(json.dumps({"table": table(lines), "groups": lines}, indent=1) + "\n")
         return
     began = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    workers, tellers = [], []
+    for corpus in CORPORA:
+        heard, told = context.Pipe(duplex=False)
+        workers.append(context.Process(target=study, args=(corpus, given, heard, began)))
+        workers[-1].start()
+        tellers.append(told)
     from drawplate.model.weights import open_checkpoint
     from drawplate.recipe import ModelSection
 
     model = ModelSection(name_or_path=given.model) if given.model else ModelSection(**MODEL)  # type: ignore[arg-type]
     folder = open_checkpoint(model).folder  # a GGUF is converted here, once
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=study, args=(corpus, given, folder, began)) for corpus in CORPORA]
-    for worker in workers:
-        worker.start()
+    for told in tellers:
+        told.send(folder)
     for worker in workers:
         worker.join(max(1.0, began + given.seconds + 15 - time.monotonic()))
         if worker.is_alive():

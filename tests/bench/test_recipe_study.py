@@ -68,8 +68,8 @@ def test_each_recipe_of_a_group_learns_as_if_it_were_alone(tmp_path, monkeypatch
     monkeypatch.setattr("bench.recipe_study.ROW_TOKENS", 300)
     base = write_base(tmp_path / "base")
     texts = windows(20, 0), windows(6, 1)
-    group = Group(corpus="climate", variants=VARIANTS, step_tokens=100, epochs=2, seed=3)
-    result = train_group(Base(base, "cpu").model, group, {"climate": texts}, math.inf)
+    group = Group(corpus="climate", variants=VARIANTS, precision="fp32", step_tokens=100, epochs=2, seed=3)
+    result = train_group(Base(base, "cpu"), group, {"climate": texts}, math.inf)
     together = result["epoch_nats"][-1]["climate"]
     generator, start = torch.Generator().manual_seed(3), {}
     plain = Base(base, "cpu")
