@@ -189,7 +189,8 @@ def rates(*chosen: float) -> tuple[Variant, ...]:
 def groups_of(corpus: str) -> list[Group]:
     """In the order of what they decide. An earlier set (targets, LoRA+, rates from 2e-4 to 4e-3) is in the results."""
     nf4 = Group(corpus=corpus, variants=SEEDED)
-    beside = replace(nf4, variants=(*rates(5e-4, 1e-3), replace(BASE, r=8), replace(BASE, start="error", r=32)))
+    starts = (replace(BASE, start="error", r=32), replace(BASE, start="weighted", rate=1e-3))
+    beside = replace(nf4, variants=(*rates(5e-4, 1e-3), replace(BASE, r=8), *starts))
     bf16 = Group(corpus=corpus, variants=rates(5e-4, 7e-4, 1e-3), precision="bf16")
     return [
         nf4,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.recipe_study import Base, Group, Variant, train_group
+from bench.recipe_study import Adapters, Base, Group, Variant, score, train_group
 from drawplate.data.batches import steps_per_epoch
 from drawplate.evaluate import score_documents, total
 from drawplate.recipe import LoraSection, TrainSection
@@ -82,3 +82,27 @@ def test_each_recipe_of_a_group_learns_as_if_it_were_alone(tmp_path, monkeypatch
     assert together == pytest.approx(expected, rel=1e-4)
     assert abs(together[0] / result["before_nats"]["climate"] - 1) > 1e-3, "something was learnt"
     assert len({round(x, 1) for x in together}) == 3, "the recipes differ"
+
+
+def test_a_start_from_the_quantization_error_repairs_it_and_its_difference_leaves_it_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.recipe_study.ROW_TOKENS", 300)
+    base = Base(write_base(tmp_path / "base"), "cpu")
+    texts = windows(12, 0)
+    plain = score(base.model, texts)[0].sum()
+    base.in_precision("nf4")
+    stored = score(base.model, texts)[0].sum()
+    base.watch_inputs(texts)
+    variants = tuple(Variant(start=start, r=r) for start in ("error", "weighted") for r in (8, 64))
+    adapters = Adapters(base, Group(corpus="climate", variants=variants))
+    error = base.plain["0.mlp.up_proj"] - base.linears["0.mlp.up_proj"].weight
+    left, right = base.error_factors("error")["0.mlp.up_proj"]
+    left_over = float((left[:, :8] @ right[:, :8].T - error).norm())
+    assert left_over == pytest.approx(float(torch.linalg.svdvals(error)[8:].norm()), rel=1e-3)
+    repaired = base.error_factors("weighted")["0.mlp.up_proj"]
+    assert torch.allclose(repaired[0] @ repaired[1].T, error, atol=1e-5)
+    adapters.install()
+    nats = score(base.model, texts, adapters)[0].sum(axis=1)
+    assert nats[1] == pytest.approx(plain, rel=1e-5)
+    assert nats[3] == pytest.approx(plain, rel=1e-5)
+    assert abs(stored / plain - 1) > 1e-4
+    assert base.score_plain(adapters, texts) == pytest.approx([plain] * 4, rel=1e-6), "nothing was learnt yet"
