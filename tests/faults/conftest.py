@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from tests.tiny import recipe_values, write_base, write_texts
 ROOT = Path(__file__).parent.parent.parent
 ADAPTER = "adapter/adapter_model.safetensors"
 STEPS = 9
+COUNTS = "DRAWPLATE_KILL_COUNTS"
+"""Environment variable: a file that takes a line of JSON for every count of kills (bench/kill_sweep.py)."""
+Tally = Callable[[int, int, float], None]
 
 
 class Server:
@@ -117,3 +120,17 @@ def clean(server: Server, small: Path, tmp_path_factory: pytest.TempPathFactory)
 def same_adapter(a: Path, b: Path) -> bool:
     """Byte for byte."""
     return (a / ADAPTER).read_bytes() == (b / ADAPTER).read_bytes()
+
+
+@pytest.fixture
+def tally(capsys: pytest.CaptureFixture[str]) -> Tally:
+    """Takes a row, its kills (each of which ended bit-equal) and the seconds they took: printed, and kept if asked."""
+
+    def told(row: int, kills: int, seconds: float) -> None:
+        with capsys.disabled():
+            print(f"\n  row {row}: {kills} kills, each bit-equal, {seconds:.0f} s")
+        if os.environ.get(COUNTS):
+            with Path(os.environ[COUNTS]).open("a") as file:
+                file.write(json.dumps({"row": row, "kills": kills, "seconds": seconds}) + "\n")
+
+    return told
