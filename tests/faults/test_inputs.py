@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from drawplate.errors import DataError, EnvironmentProblem, IntegrityError, Need
 from drawplate.recipe import load_recipe
 from drawplate.run_folder import RunFolder
 from tests.faults.conftest import values_of
+from tests.faults.hub import REPOSITORY, Hub, serving
 from tests.faults.rows import shows
 from tests.tiny import recipe_values, write_base, write_texts
 
@@ -62,6 +64,39 @@ def test_row_25_without_a_network_the_command_to_fetch_is_named_at_once(
     assert error.value.exit_code == 9
     shows(25, str(error.value), 0)
     shows(25, str(error.value), 1)
+
+
+@pytest.fixture
+def own_hub(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with the tiny model, an empty cache, and no waiting between attempts."""
+    cache = tmp_path / "hub-cache"
+    with serving(small / "base") as hub:
+        constants = "huggingface_hub.constants"
+        monkeypatch.setattr(f"{constants}.ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(f"{constants}.DOWNLOAD_CHUNK_SIZE", 4096)
+        monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+        yield hub
+
+
+def test_row_25_a_download_that_is_cut_is_taken_up_where_it_ended(own_hub: Hub, small: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(values_of(small, tmp_path / "run", model={"name_or_path": REPOSITORY}))
+    own_hub.cut_after = 0  # headers, and then nothing: the client gives up after some attempts
+    with pytest.raises(NeedsNetwork) as error:
+        story.tune(recipe)
+    shows(25, str(error.value), 0)
+    shows(25, str(error.value), 1)
+    assert not list((tmp_path / "hub-cache").rglob("*.safetensors")), "nothing half-written under a final name"
+    assert not (tmp_path / "run").exists()
+    own_hub.cut_after, own_hub.ranges = 100_000, []
+    assert story.tune(recipe).status == "finished"
+    assert own_hub.ranges[:2] == [0, 98_304], "the next attempt asks for what was missing, in whole chunks"
+    (whole,) = (tmp_path / "hub-cache").rglob("*.safetensors")
+    assert whole.read_bytes() == (small / "base" / "model.safetensors").read_bytes()
 
 
 def test_row_25_control_a_model_that_is_here_needs_none(small: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from drawplate.errors import EnvironmentProblem, IntegrityError, NeedsNetwork, StorageError, UsageError
+from drawplate.errors import EnvironmentProblem, IntegrityError, NeedsNetwork, StorageError, UsageError, UserError
 from drawplate.model.frozen import BLOCK, SCALE_BLOCK, Storage
 from drawplate.recipe import ModelSection, cache_folder, expand
 
@@ -223,7 +223,7 @@ def _only_gguf(folder: Path) -> str | None:
 def _fetch(section: ModelSection, patterns: list[str] | None = None) -> tuple[Path, str | None]:
     """The folder of a hub repository and its commit: all that is needed, or only what matches `patterns`."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     name, only_some = section.name_or_path, patterns is not None or section.gguf_file is not None
     patterns = [section.gguf_file] if section.gguf_file else patterns or HUB_PATTERNS
@@ -250,10 +250,12 @@ def _fetch(section: ModelSection, patterns: list[str] | None = None) -> tuple[Pa
             f"There is no model {name}, neither as a folder nor as a public repository.",
             next_step="Check the spelling of model.name_or_path, or run `hf auth login` if it is private.",
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the HTTP library's own, which another version of the client takes from another package
         raise NeedsNetwork(
             f"{name} is not on this machine and could not be fetched ({type(error).__name__}).",
-            safe="Nothing was trained or written.",
+            safe="Nothing was trained or written; what was fetched so far is kept for the next attempt.",
             next_step=f"With a network run `{command}`, then start again.",
         ) from None
     raise AssertionError("unreachable: the second attempt returns or raises")
