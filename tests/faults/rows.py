@@ -32,7 +32,7 @@ FAULTS: dict[int, str] = {
     22: "tracker or display dies",
     23: "the clock jumps",
     24: "two runs in one folder",
-    25: "no network and the model not on this machine",
+    25: "no network and the model not on this machine; a download that is cut",
     26: "no GPU, an old driver",
     27: "a model configuration that asks for code",
     35: "secrets in documents and environment",
