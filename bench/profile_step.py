@@ -24,10 +24,11 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 KINDS = {
     "product": ("gemm", "nvjet", "cutlass_80", "cutlass_90", "xmma", "splitk"),
-    "attention": ("flash", "fmha", "attention"),
+    "attention": ("flash", "fmha", "attention", "dot_do_o", "convert_dq"),
+    "transposes for fp8": ("_transposed",),
     "loss": ("absorb_tile", "scale_moved_rows", "copy_target_rows"),
-    "adapter's dropped products": ("_down", "_up", "_grad_a"),
     "fused by the compiler": ("triton_",),
+    "adapter's dropped products": ("_down", "_up", "_grad_a"),
     "copy": ("memcpy", "memset"),
 }
 RUNS = 5

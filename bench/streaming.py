@@ -2,8 +2,8 @@
 
     python bench/streaming.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:OPTION...] ...
 
-OPTIONS: head=ROWS streams the head, layers=N cuts the model short, eager compiles nothing, launches captures no CUDA
-graphs, profile adds a table of kernels, steps=N times that many steps, cached keeps the prepared weights in
+OPTIONS: head=ROWS streams the head, layers=N cuts the model short, eager compiles nothing, alone computes every adapter
+by itself, launches captures no CUDA graphs, profile adds a table of kernels, steps=N times that many steps, cached keeps the prepared weights in
 $DRAWPLATE_CACHE. Each case runs in a process of its own, so that its peak is its own. A case's peak is the most the
 allocator ever reserved, loading included (the CUDA context, some 0.3 to 0.5 GiB, lies outside of it). Every case is a
 whole optimizer step: forward, loss over the full vocabulary, backward, AdamW. A case without sizes only loads, so the
@@ -61,6 +61,10 @@ def load_case(case: str) -> tuple[Any, list[str]]:
     targets = "all-linear" if "all" in flags else ["q_proj", "v_proj"]
     section = LoraSection(r=int(flags.get("r", 8)), lora_alpha=32, target_modules=targets, lora_dropout=0.1)
     model = assemble(checkpoint, placement, lambda a: lora_config(section, a, "random", None), seed=0)  # type: ignore[arg-type]
+    if "alone" in flags:
+        for module in (m for template in model.runner.templates for m in template.modules()):
+            if getattr(module, "group", None) is not None:
+                module.group.dissolve()
     torch.cuda.synchronize()
     return model, sizes.split(",")
 

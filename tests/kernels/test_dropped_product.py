@@ -14,14 +14,19 @@ SHAPES = [(1, 1, 1), (70, 150, 8), (33, 257, 20), (130, 64, 64)]
 DROPOUT = 0.3
 
 
-def tensors(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x_NI, grad_t_NR, A_RI in float32, key_N)"""
+def tensors(
+    shape: tuple[int, int, int], dtype: torch.dtype, modules: int = 1
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """(x_NI, and of each module grad_t_NR, A_RI in float32, key_N)"""
     tokens, features, rank = shape
     generator = torch.Generator().manual_seed(tokens)
-    x_NI, t_NR = (torch.randn(tokens, n, generator=generator).to(DEVICE, dtype) for n in (features, rank))
-    lora_A_RI = torch.randn(rank, features, generator=generator).to(DEVICE)
-    key_N = torch.randint(-(2**31), 2**31, (tokens,), generator=generator).to(DEVICE, torch.int32)
-    return x_NI, t_NR, lora_A_RI, key_N
+    x_NI = torch.randn(tokens, features, generator=generator).to(DEVICE, dtype)
+    ts = [torch.randn(tokens, rank, generator=generator).to(DEVICE, dtype) for _ in range(modules)]
+    lora_As = [torch.randn(rank, features, generator=generator).to(DEVICE) for _ in range(modules)]
+    keys = [
+        torch.randint(-(2**31), 2**31, (tokens,), generator=generator).to(DEVICE, torch.int32) for _ in range(modules)
+    ]
+    return x_NI, ts, lora_As, keys
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
@@ -37,14 +42,25 @@ def relative(value: Tensor, expected: Tensor) -> float:
     ],  # Triton's interpreter: no bf16
 )
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_err_no_more_than_their_twins(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    x_NI, t_NR, lora_A_RI, key_N = tensors(shape, dtype)
-    mask_NI = dropout_mask(key_N, shape[1], DROPOUT, torch.float64)
-    dropped_NI, A_RI = x_NI.double() * mask_NI, lora_A_RI.to(dtype).double()
+@pytest.mark.parametrize("modules", [1, 2, 3])
+def test_kernels_err_no_more_than_their_twins(modules: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x_NI, ts, lora_As, keys = tensors(shape, dtype, modules)
+    masks = [dropout_mask(key_N, shape[1], DROPOUT, torch.float64) for key_N in keys]
+    dropped, exact = [x_NI.double() * mask for mask in masks], [A.to(dtype).double() for A in lora_As]
+    grads = [t.double() for t in ts]
     cases = {
-        "down": (lambda impl: down(x_NI, key_N, lora_A_RI, DROPOUT, impl), dropped_NI @ A_RI.t()),
-        "grad_A": (lambda impl: grad_A(t_NR, x_NI, key_N, DROPOUT, impl), t_NR.double().t() @ dropped_NI),
-        "up": (lambda impl: up(t_NR, lora_A_RI, key_N, DROPOUT, impl), t_NR.double() @ A_RI * mask_NI),
+        "down": (
+            lambda impl: down(x_NI, keys, lora_As, DROPOUT, impl),
+            torch.stack([x @ A.t() for x, A in zip(dropped, exact, strict=True)]),
+        ),
+        "grad_A": (
+            lambda impl: grad_A(ts, x_NI, keys, DROPOUT, impl),
+            torch.stack([t.t() @ x for t, x in zip(grads, dropped, strict=True)]),
+        ),
+        "up": (
+            lambda impl: up(ts, lora_As, keys, DROPOUT, impl),
+            sum(t @ A * mask for t, A, mask in zip(grads, exact, masks, strict=True)),
+        ),
     }
     for name, (call, expected) in cases.items():
         kernel, twin = call("triton"), call("torch")
@@ -53,16 +69,16 @@ def test_kernels_err_no_more_than_their_twins(shape: tuple[int, int, int], dtype
 
 
 def test_the_interpreters_mask_is_torchs_bit_for_bit() -> None:
-    _, _, _, key_N = tensors((130, 300, 1), torch.float32)
+    _, _, _, (key_N,) = tensors((130, 300, 1), torch.float32)
     ones_NR, ones_RI = torch.ones(130, 1, device=DEVICE), torch.ones(1, 300, device=DEVICE)
     for dropout in (0.01, 0.1, 0.5, 0.99):
-        made = up(ones_NR, ones_RI, key_N, dropout, "triton")
+        made = up([ones_NR], [ones_RI], [key_N], dropout, "triton")
         assert torch.equal(made > 0, dropout_mask(key_N, 300, dropout, torch.float32) > 0)
 
 
 def test_compiled_code_keeps_x_and_no_mask_or_dropped_copy() -> None:
     from drawplate.kernels.dropped_product import dropped_down
 
-    x_NI, _, lora_A_RI, key_N = tensors((70, 150, 8), torch.float32)
-    compiled = torch.compile(lambda x: dropped_down(x.sin(), key_N, lora_A_RI, DROPOUT), backend="aot_eager")
-    assert torch.equal(compiled(x_NI), down(x_NI.sin(), key_N, lora_A_RI, DROPOUT))
+    x_NI, _, lora_As, keys = tensors((70, 150, 8), torch.float32, 2)
+    compiled = torch.compile(lambda x: dropped_down(x.sin(), keys, lora_As, DROPOUT), backend="aot_eager")
+    assert torch.equal(compiled(x_NI), down(x_NI.sin(), keys, lora_As, DROPOUT))

@@ -18,9 +18,10 @@ from drawplate.model.causal_lm import Placement
 from drawplate.model.frozen import (
     FP8_KINDS,
     FrozenLinear,
+    Group,
     Storage,
     _FrozenLinear,
-    _LoraLinear,
+    _LoraLinears,
     fp8_rows,
     frozen_product,
 )
@@ -340,9 +341,87 @@ def test_the_compiler_sees_the_same_arguments_with_and_without_gradients(precisi
 
     @torch.compile(backend="eager", fullgraph=True)
     def both(x_BTI: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:
-        facts = (precision, double_quant, *stored)
-        return _LoraLinear.apply(x_BTI, A_RI, B_OR, key, 1.0, 0.0, *facts) + _FrozenLinear.apply(x_BTI, 64, 128, *facts)
+        facts = (precision, double_quant)
+        (adapted,) = _LoraLinears.apply(x_BTI, 1.0, 0.0, *facts, 1, A_RI, B_OR, key, *stored)
+        return adapted + _FrozenLinear.apply(x_BTI, 64, 128, *facts, *stored)
 
     with_gradients = both(x_BTI, *stored)
     with torch.no_grad():
         assert torch.equal(both(x_BTI, *stored), with_gradients)
+
+
+class Siblings(nn.Module):
+    """Three frozen linear layers over one x, of which `order` says who is called when."""
+
+    def __init__(self, order: tuple[str, ...], *, dropout: float, storage: Storage, other_x: bool = False) -> None:
+        super().__init__()
+        self.order, self.other_x = order, other_x
+        for name, out in (("q", 32), ("k", 16), ("v", 16)):
+            with torch.device("meta"):
+                linear = nn.Linear(64, out, bias=name == "v")
+            setattr(self, name, FrozenLinear(linear, storage, rank=4, scaling=2.0, dropout=dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = {name: x * 1.0 if self.other_x and name == "v" else x for name in self.order}
+        outputs = {name: getattr(self, name)(given[name]) for name in self.order}
+        return torch.cat([outputs[name].sin() for name in sorted(outputs)], -1)
+
+
+def sibling_tensors(module: Siblings, storage: Storage, *, dropped: bool) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    tensors: dict[str, Tensor] = {}
+    for i, (name, linear) in enumerate(module.named_children()):
+        shape = (linear.out_features, linear.in_features)
+        made = {
+            **storage.encode(a_weight(shape)),
+            "lora_A": torch.randn(4, 64, generator=generator).mul_(0.02).requires_grad_(),
+            "lora_B": torch.randn(shape[0], 4, generator=generator).requires_grad_(),
+            "dropout_key": torch.arange(6, dtype=torch.int32).view(2, 3) + 100 * i if dropped else torch.empty(0),
+            **({"bias": torch.ones(shape[0])} if linear.bias is not None else {}),
+            **({} if storage.native else {"whole": torch.empty(0)}),
+        }
+        tensors |= {f"{name}.{key}": tensor for key, tensor in made.items()}
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("order", "other_x", "dropped", "precision"),
+    [
+        ("qkv", False, True, "bf16"),
+        ("qkv", False, False, "fp8"),
+        ("vqk", False, True, "nf4"),
+        ("qkv", True, True, "bf16"),
+        ("vqk", True, False, "bf16"),
+    ],
+)
+def test_a_group_computes_what_its_modules_would(order: str, other_x: bool, dropped: bool, precision: str) -> None:
+    storage = Storage(precision)
+    module = Siblings(tuple(order), dropout=0.4, storage=storage, other_x=other_x)
+    tensors, x = sibling_tensors(module, storage, dropped=dropped), an_input().detach().bfloat16().requires_grad_()
+    wanted = [x, *(t for t in tensors.values() if t.requires_grad)]
+
+    def run(compiled: bool = False) -> list[Tensor]:
+        call = lambda t, x_: functional_call(module, t, (x_,))  # noqa: E731
+        y = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)(tensors, x)
+        return [y.detach(), *gradients(y, wanted)]
+
+    alone = run()
+    group = Group([module.q, module.k, module.v])
+    for ours in (run(), run(), run(compiled=True)):
+        for a, b in zip(ours, alone, strict=True):
+            assert float((a - b).abs().max()) <= 0.02 * float(b.abs().max()) + 1e-6
+    assert group._x is None or other_x, "nothing is held when all have been called"
+    with torch.no_grad():
+        assert torch.allclose(functional_call(module, tensors, (x,)), alone[0], rtol=0.02, atol=0.02)
+
+
+def test_a_group_whose_products_are_mixed_up_would_be_noticed() -> None:
+    """The negative control of the test above."""
+    storage = Storage("bf16")
+    module = Siblings(("q", "k", "v"), dropout=0.0, storage=storage)
+    tensors, x = sibling_tensors(module, storage, dropped=False), an_input().detach().bfloat16()
+    alone = functional_call(module, tensors, (x,))
+    Group([module.q, module.v, module.k])
+    module.v.place_in_group, module.k.place_in_group = 2, 1
+    mixed = functional_call(module, tensors, (x,))
+    assert float((mixed - alone).detach().abs().max()) > 0.1

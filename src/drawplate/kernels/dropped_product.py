@@ -1,20 +1,23 @@
-"""The adapter's products with a dropped input, without the dropped input or its mask ever being stored.
+"""The adapters' products with a dropped input, without the dropped input or its mask ever being stored.
 
-A mask is a hash of (token's key, feature), so a kernel makes it in registers while it reads x once:
+A mask is a hash of (token's key, feature), so a kernel makes it in registers while it reads x once. The modules that
+read the same x (queries, keys and values; gate and up) are done together, each with a mask of its own:
 
-    down     t_NR = drop(x_NI) A_RI^T
-    grad_A   sum over tokens of  grad_t_NR^T drop(x_NI)
-    up       drop(grad_t_NR A_RI), what the adapter adds to the gradient of x
+    down     t_GNR = drop_g(x_NI) A_gRI^T
+    grad_A   sum over tokens of  grad_t_gNR^T drop_g(x_NI)
+    up       sum over modules of drop_g(grad_t_gNR A_gRI), what the adapters add to the gradient of x
 
 In plain torch, compiled, the dropped x of every adapted module would be kept from forward to backward: as much memory
-as a layer's input each. The functions here are opaque to the compiler for that reason.
+as a layer's input each. The functions here are opaque to the compiler for that reason. The kernels spend most of their
+time on the hash, so one serves two features, 64 apart, with 16 bits each.
 
-Shapes: N tokens, I features, R rank.
+Shapes: G modules, N tokens, I features, R rank.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -44,37 +47,57 @@ def wrap_int32(value: int) -> int:
     return (value + 2**31) % 2**32 - 2**31
 
 
+HALF = 64
+"""Features f and f + HALF of every 2 * HALF share a hash: its lower 16 bits are the first's, its upper the second's."""
+MOST_MODULES = 3
+
+
 def threshold_of(dropout: float) -> int:
-    """A feature is kept where its hash, as int32, is at least this."""
-    return wrap_int32(int(dropout * 2**32) - 2**31)
+    """A feature is kept where its 16 bits are at least this."""
+    return round(dropout * 2**16)
 
 
 def dropout_mask(key: Tensor, features: int, dropout: float, dtype: torch.dtype) -> Tensor:
     """0 or 1/(1-dropout), shape (*key.shape, features), from int32 keys of tokens."""
-    feature = torch.arange(features, dtype=torch.int32, device=key.device) * GOLDEN
-    keep = mix(key[..., None] + feature) >= threshold_of(dropout)
-    return keep.to(dtype) * (1 / (1 - dropout))
+    pairs = -(-features // (2 * HALF)) * HALF
+    pair = torch.arange(pairs, dtype=torch.int32, device=key.device) * GOLDEN
+    h = mix(key[..., None] + pair).unflatten(-1, (-1, HALF))
+    bits = torch.stack([h & 0xFFFF, _shift_right(h, 16)], dim=-2).flatten(-3)[..., :features]
+    return (bits >= threshold_of(dropout)).to(dtype) * (1 / (1 - dropout))
 
 
-def down(x_NI: Tensor, key_N: Tensor, lora_A_RI: Tensor, dropout: float, impl: Impl = "auto") -> Tensor:
-    """drop(x) A^T, (N, R) in x's dtype."""
+def down(
+    x_NI: Tensor, keys_N: Sequence[Tensor], lora_As: Sequence[Tensor], dropout: float, impl: Impl = "auto"
+) -> Tensor:
+    """drop(x) A^T of each module, (G, N, R) in x's dtype."""
     if uses_triton(x_NI.device, impl):
-        return _kernels().down(x_NI, key_N, lora_A_RI, dropout)
-    return _dropped(x_NI, key_N, dropout) @ lora_A_RI.to(x_NI.dtype).t()
+        return _kernels().down(x_NI, keys_N, lora_As, dropout)
+    pairs = zip(keys_N, lora_As, strict=True)
+    return torch.stack([_dropped(x_NI, key_N, dropout) @ A_RI.to(x_NI.dtype).t() for key_N, A_RI in pairs])
 
 
-def grad_A(grad_t_NR: Tensor, x_NI: Tensor, key_N: Tensor, dropout: float, impl: Impl = "auto") -> Tensor:
-    """grad_t^T drop(x), (R, I); the kernel's in float32, the twin's in x's dtype."""
+def grad_A(
+    grad_ts: Sequence[Tensor], x_NI: Tensor, keys_N: Sequence[Tensor], dropout: float, impl: Impl = "auto"
+) -> Tensor:
+    """grad_t^T drop(x) of each module, (G, R, I); the kernel's in float32, the twin's in x's dtype."""
     if uses_triton(x_NI.device, impl):
-        return _kernels().grad_A(grad_t_NR, x_NI, key_N, dropout)
-    return grad_t_NR.t() @ _dropped(x_NI, key_N, dropout)
+        return _kernels().grad_A(grad_ts, x_NI, keys_N, dropout)
+    return torch.stack([t_NR.t() @ _dropped(x_NI, k_N, dropout) for t_NR, k_N in zip(grad_ts, keys_N, strict=True)])
 
 
-def up(grad_t_NR: Tensor, lora_A_RI: Tensor, key_N: Tensor, dropout: float, impl: Impl = "auto") -> Tensor:
-    """drop(grad_t A), (N, I) in grad_t's dtype."""
-    if uses_triton(grad_t_NR.device, impl):
-        return _kernels().up(grad_t_NR, lora_A_RI, key_N, dropout)
-    return _dropped(grad_t_NR @ lora_A_RI.to(grad_t_NR.dtype), key_N, dropout)
+def up(
+    grad_ts: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    keys_N: Sequence[Tensor],
+    dropout: float,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The sum over modules of drop(grad_t A), (N, I) in grad_t's dtype."""
+    if uses_triton(grad_ts[0].device, impl):
+        return _kernels().up(grad_ts, lora_As, keys_N, dropout)
+    modules = zip(grad_ts, lora_As, keys_N, strict=True)
+    parts = [_dropped(t_NR @ A_RI.to(t_NR.dtype), key_N, dropout) for t_NR, A_RI, key_N in modules]
+    return functools.reduce(torch.add, parts)
 
 
 def _dropped(x_NI: Tensor, key_N: Tensor, dropout: float) -> Tensor:
@@ -82,36 +105,36 @@ def _dropped(x_NI: Tensor, key_N: Tensor, dropout: float) -> Tensor:
 
 
 @torch.library.custom_op("drawplate::dropped_down", mutates_args=())
-def dropped_down(x_NI: Tensor, key_N: Tensor, lora_A_RI: Tensor, dropout: float) -> Tensor:
+def dropped_down(x_NI: Tensor, keys_N: list[Tensor], lora_As: list[Tensor], dropout: float) -> Tensor:
     """`down`, opaque to the compiler."""
-    return down(x_NI, key_N, lora_A_RI, dropout)
+    return down(x_NI, keys_N, lora_As, dropout)
 
 
 @torch.library.custom_op("drawplate::dropped_grad_A", mutates_args=())
-def dropped_grad_A(grad_t_NR: Tensor, x_NI: Tensor, key_N: Tensor, dropout: float) -> Tensor:
+def dropped_grad_A(grad_ts: list[Tensor], x_NI: Tensor, keys_N: list[Tensor], dropout: float) -> Tensor:
     """`grad_A` in float32, opaque to the compiler."""
-    return grad_A(grad_t_NR, x_NI, key_N, dropout).float()
+    return grad_A(grad_ts, x_NI, keys_N, dropout).float()
 
 
 @torch.library.custom_op("drawplate::dropped_up", mutates_args=())
-def dropped_up(grad_t_NR: Tensor, lora_A_RI: Tensor, key_N: Tensor, dropout: float) -> Tensor:
+def dropped_up(grad_ts: list[Tensor], lora_As: list[Tensor], keys_N: list[Tensor], dropout: float) -> Tensor:
     """`up`, opaque to the compiler."""
-    return up(grad_t_NR, lora_A_RI, key_N, dropout)
+    return up(grad_ts, lora_As, keys_N, dropout)
 
 
 @dropped_down.register_fake
-def _(x_NI: Tensor, key_N: Tensor, lora_A_RI: Tensor, dropout: float) -> Tensor:
-    return x_NI.new_empty(x_NI.shape[0], lora_A_RI.shape[0])
+def _(x_NI: Tensor, keys_N: list[Tensor], lora_As: list[Tensor], dropout: float) -> Tensor:
+    return x_NI.new_empty(len(lora_As), x_NI.shape[0], lora_As[0].shape[0])
 
 
 @dropped_grad_A.register_fake
-def _(grad_t_NR: Tensor, x_NI: Tensor, key_N: Tensor, dropout: float) -> Tensor:
-    return x_NI.new_empty(grad_t_NR.shape[1], x_NI.shape[1], dtype=torch.float32)
+def _(grad_ts: list[Tensor], x_NI: Tensor, keys_N: list[Tensor], dropout: float) -> Tensor:
+    return x_NI.new_empty(len(grad_ts), grad_ts[0].shape[1], x_NI.shape[1], dtype=torch.float32)
 
 
 @dropped_up.register_fake
-def _(grad_t_NR: Tensor, lora_A_RI: Tensor, key_N: Tensor, dropout: float) -> Tensor:
-    return grad_t_NR.new_empty(grad_t_NR.shape[0], lora_A_RI.shape[1])
+def _(grad_ts: list[Tensor], lora_As: list[Tensor], keys_N: list[Tensor], dropout: float) -> Tensor:
+    return grad_ts[0].new_empty(grad_ts[0].shape[0], lora_As[0].shape[1])
 
 
 @functools.cache

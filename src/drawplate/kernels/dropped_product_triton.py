@@ -1,4 +1,4 @@
-"""The Triton half of `dropped_product`: the same three functions. Imports Triton.
+"""The Triton half of `dropped_product`: the same three functions, for up to three modules. Imports Triton.
 
 Ranks are padded to a power of two of at least 16, the smallest product the tensor cores have. `grad_A` adds up parts of
 the tokens in parallel, and the parts in a second step, so that its sum has one order.
@@ -6,215 +6,281 @@ the tokens in parallel, and the parts in a second step, so that its sum has one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from drawplate.kernels.dropped_product import GOLDEN, threshold_of
+from drawplate.kernels.dropped_product import GOLDEN, HALF, MOST_MODULES, threshold_of
 
-FEATURE_BLOCK = 128
 TOKEN_BLOCK = 64
 PARTS = 16
 LEAST_RANK = 16
 
 
-def _rank_block(rank: int) -> int:
-    return max(LEAST_RANK, triton.next_power_of_2(rank))
+def _constants(modules: int, rank: int, dropout: float) -> dict[str, int]:
+    return {
+        "MODULES": modules,
+        "RANK": max(LEAST_RANK, triton.next_power_of_2(rank)),
+        "THRESHOLD": threshold_of(dropout),
+        "GOLDEN_RATIO": GOLDEN,
+        "HALF": HALF,
+    }
+
+
+def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """As many as the kernels take; those too many are not read."""
+    return [*tensors, *[tensors[0]] * (MOST_MODULES - len(tensors))]
 
 
 def _token_block(tokens: int) -> int:
-    """Few tokens in small blocks, so that every multiprocessor has one."""
-    return TOKEN_BLOCK if tokens > 8192 else TOKEN_BLOCK // 2 if tokens > 2048 else TOKEN_BLOCK // 4
+    """Few tokens in small blocks, so that every multiprocessor has some."""
+    return TOKEN_BLOCK if tokens > 16384 else TOKEN_BLOCK // 2 if tokens > 4096 else TOKEN_BLOCK // 4
 
 
-def down(x_NI: Tensor, key_N: Tensor, lora_A_RI: Tensor, dropout: float) -> Tensor:
+def down(x_NI: Tensor, keys_N: Sequence[Tensor], lora_As: Sequence[Tensor], dropout: float) -> Tensor:
     """See dropped_product.down."""
-    (tokens, features), rank = x_NI.shape, lora_A_RI.shape[0]
-    t_NR = x_NI.new_empty(tokens, rank)
+    (tokens, features), rank = x_NI.shape, lora_As[0].shape[0]
+    t_GNR = x_NI.new_empty(len(lora_As), tokens, rank)
     block = _token_block(tokens)
     _down[(triton.cdiv(tokens, block),)](
         x_NI,
-        key_N,
-        lora_A_RI,
-        t_NR,
+        *_three(keys_N),
+        *_three(lora_As),
+        t_GNR,
         tokens,
         features,
         rank,
         x_NI.stride(0),
-        lora_A_RI.stride(0),
         1 / (1 - dropout),
-        THRESHOLD=threshold_of(dropout),
-        GOLDEN_RATIO=GOLDEN,
         TOKENS=block,
-        FEATURES=FEATURE_BLOCK,
-        RANK=_rank_block(rank),
+        **_constants(len(lora_As), rank, dropout),
     )
-    return t_NR
+    return t_GNR
 
 
-def grad_A(grad_t_NR: Tensor, x_NI: Tensor, key_N: Tensor, dropout: float) -> Tensor:
+def grad_A(grad_ts: Sequence[Tensor], x_NI: Tensor, keys_N: Sequence[Tensor], dropout: float) -> Tensor:
     """See dropped_product.grad_A."""
-    (tokens, features), rank = x_NI.shape, grad_t_NR.shape[1]
+    (tokens, features), rank = x_NI.shape, grad_ts[0].shape[1]
     parts = min(PARTS, triton.cdiv(tokens, TOKEN_BLOCK))
-    grad_PRI = torch.empty(parts, rank, features, dtype=torch.float32, device=x_NI.device)
-    _grad_A[(triton.cdiv(features, FEATURE_BLOCK), parts)](
-        grad_t_NR,
+    grad_PGRI = torch.empty(parts, len(grad_ts), rank, features, dtype=torch.float32, device=x_NI.device)
+    _grad_A[(triton.cdiv(features, 2 * HALF), parts)](
+        *_three([t_NR.contiguous() for t_NR in grad_ts]),
         x_NI,
-        key_N,
-        grad_PRI,
+        *_three(keys_N),
+        grad_PGRI,
         tokens,
         features,
         rank,
-        grad_t_NR.stride(0),
         x_NI.stride(0),
         triton.cdiv(triton.cdiv(tokens, TOKEN_BLOCK), parts),
         1 / (1 - dropout),
-        THRESHOLD=threshold_of(dropout),
-        GOLDEN_RATIO=GOLDEN,
         TOKENS=TOKEN_BLOCK,
-        FEATURES=FEATURE_BLOCK,
-        RANK=_rank_block(rank),
+        **_constants(len(grad_ts), rank, dropout),
     )
-    return grad_PRI.sum(0)
+    return grad_PGRI.sum(0)
 
 
-def up(grad_t_NR: Tensor, lora_A_RI: Tensor, key_N: Tensor, dropout: float) -> Tensor:
+def up(grad_ts: Sequence[Tensor], lora_As: Sequence[Tensor], keys_N: Sequence[Tensor], dropout: float) -> Tensor:
     """See dropped_product.up."""
-    (tokens, rank), features = grad_t_NR.shape, lora_A_RI.shape[1]
-    out_NI = grad_t_NR.new_empty(tokens, features)
-    _up[(triton.cdiv(tokens, TOKEN_BLOCK), triton.cdiv(features, FEATURE_BLOCK))](
-        grad_t_NR,
-        lora_A_RI,
-        key_N,
+    (tokens, rank), features = grad_ts[0].shape, lora_As[0].shape[1]
+    out_NI = grad_ts[0].new_empty(tokens, features)
+    _up[(triton.cdiv(tokens, TOKEN_BLOCK), triton.cdiv(features, 2 * HALF))](
+        *_three([t_NR.contiguous() for t_NR in grad_ts]),
+        *_three(lora_As),
+        *_three(keys_N),
         out_NI,
         tokens,
         features,
         rank,
-        grad_t_NR.stride(0),
-        lora_A_RI.stride(0),
         1 / (1 - dropout),
-        THRESHOLD=threshold_of(dropout),
-        GOLDEN_RATIO=GOLDEN,
         TOKENS=TOKEN_BLOCK,
-        FEATURES=FEATURE_BLOCK,
-        RANK=_rank_block(rank),
+        **_constants(len(grad_ts), rank, dropout),
     )
     return out_NI
 
 
 @triton.jit
-def _keep(key_N, feature_I, THRESHOLD: tl.constexpr, GOLDEN_RATIO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which features of which tokens stay: dropped_product.mix in unsigned arithmetic."""
-    h = (key_N[:, None] + (feature_I * GOLDEN_RATIO)[None, :]).to(tl.uint32, bitcast=True)
+def _bits(key, n, tokens, pair_P, GOLDEN_RATIO: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The hashes of some tokens and pairs of features: dropped_product.mix in unsigned arithmetic."""
+    key_N = tl.load(key + n, mask=n < tokens, other=0)
+    h = (key_N[:, None] + (pair_P * GOLDEN_RATIO)[None, :]).to(tl.uint32, bitcast=True)
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
-    h = h ^ (h >> 16)
-    return h.to(tl.int32, bitcast=True) >= THRESHOLD
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _columns_of_A(lora_A, r, i, features, rank, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A_RI of some features."""
+    place = lora_A + r[:, None] * features + i[None, :]
+    return tl.load(place, mask=(r[:, None] < rank) & (i[None, :] < features), other=0.0).to(dtype)
+
+
+@triton.jit
+def _add_down(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what it takes
+    total, x_NP, x_NQ, key, lora_A, n, r, p, q, pair_P, tokens, features, rank,
+    THRESHOLD: tl.constexpr, GOLDEN_RATIO: tl.constexpr,
+):  # fmt: skip
+    h = _bits(key, n, tokens, pair_P, GOLDEN_RATIO)
+    x_NP = tl.where((h & 0xFFFF) >= THRESHOLD, x_NP, 0.0)
+    x_NQ = tl.where((h >> 16) >= THRESHOLD, x_NQ, 0.0)
+    A_RP = _columns_of_A(lora_A, r, p, features, rank, x_NP.dtype)
+    A_RQ = _columns_of_A(lora_A, r, q, features, rank, x_NP.dtype)
+    total = tl.dot(x_NP, tl.trans(A_RP), total, input_precision="ieee")
+    return tl.dot(x_NQ, tl.trans(A_RQ), total, input_precision="ieee")
 
 
 @triton.jit
 def _down(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what it takes
-    x,
-    key,
-    lora_A,
-    out,
-    tokens,
-    features,
-    rank,
-    x_stride,
-    A_stride,
-    scale,
-    THRESHOLD: tl.constexpr,
-    GOLDEN_RATIO: tl.constexpr,
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    RANK: tl.constexpr,
-):
+    x, key0, key1, key2, A0, A1, A2, out, tokens, features, rank, x_stride, scale,
+    TOKENS: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, THRESHOLD: tl.constexpr,
+    GOLDEN_RATIO: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     r = tl.arange(0, RANK)
-    key_N = tl.load(key + n, mask=n < tokens, other=0)
     rows = x + n.to(tl.int64)[:, None] * x_stride
-    total = tl.zeros((TOKENS, RANK), dtype=tl.float32)
-    for start in range(0, features, FEATURES):
-        i = start + tl.arange(0, FEATURES)
-        x_NI = tl.load(rows + i[None, :], mask=(n[:, None] < tokens) & (i[None, :] < features), other=0.0)
-        x_NI = tl.where(_keep(key_N, i, THRESHOLD, GOLDEN_RATIO), x_NI, 0.0)
-        A_IR = tl.load(
-            lora_A + r[None, :] * A_stride + i[:, None], mask=(r[None, :] < rank) & (i[:, None] < features), other=0.0
+    total0 = tl.zeros((TOKENS, RANK), dtype=tl.float32)
+    total1 = tl.zeros((TOKENS, RANK), dtype=tl.float32)
+    total2 = tl.zeros((TOKENS, RANK), dtype=tl.float32)
+    for start in range(0, features, 2 * HALF):
+        p = start + tl.arange(0, HALF)
+        q = p + HALF
+        pair_P = start // 2 + tl.arange(0, HALF)
+        x_NP = tl.load(rows + p[None, :], mask=(n[:, None] < tokens) & (p[None, :] < features), other=0.0)
+        x_NQ = tl.load(rows + q[None, :], mask=(n[:, None] < tokens) & (q[None, :] < features), other=0.0)
+        total0 = _add_down(
+            total0, x_NP, x_NQ, key0, A0, n, r, p, q, pair_P, tokens, features, rank, THRESHOLD, GOLDEN_RATIO
         )
-        total = tl.dot(x_NI, A_IR.to(x_NI.dtype), total, input_precision="ieee")
+        if MODULES > 1:
+            total1 = _add_down(
+                total1, x_NP, x_NQ, key1, A1, n, r, p, q, pair_P, tokens, features, rank, THRESHOLD, GOLDEN_RATIO
+            )
+        if MODULES > 2:
+            total2 = _add_down(
+                total2, x_NP, x_NQ, key2, A2, n, r, p, q, pair_P, tokens, features, rank, THRESHOLD, GOLDEN_RATIO
+            )
     place = out + n.to(tl.int64)[:, None] * rank + r[None, :]
-    tl.store(place, (total * scale).to(out.dtype.element_ty), mask=(n[:, None] < tokens) & (r[None, :] < rank))
+    inside = (n[:, None] < tokens) & (r[None, :] < rank)
+    each = tokens.to(tl.int64) * rank
+    tl.store(place, (total0 * scale).to(out.dtype.element_ty), mask=inside)
+    if MODULES > 1:
+        tl.store(place + each, (total1 * scale).to(out.dtype.element_ty), mask=inside)
+    if MODULES > 2:
+        tl.store(place + 2 * each, (total2 * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rows_of_t(grad_t, n, r, tokens, rank):  # type: ignore[no-untyped-def]
+    place = grad_t + n.to(tl.int64)[:, None] * rank + r[None, :]
+    return tl.load(place, mask=(n[:, None] < tokens) & (r[None, :] < rank), other=0.0)
+
+
+@triton.jit
+def _add_grad(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what it takes
+    total_P, total_Q, x_NP, x_NQ, grad_t, key, n, r, pair_P, tokens, rank,
+    THRESHOLD: tl.constexpr, GOLDEN_RATIO: tl.constexpr,
+):  # fmt: skip
+    h = _bits(key, n, tokens, pair_P, GOLDEN_RATIO)
+    t_RN = tl.trans(_rows_of_t(grad_t, n, r, tokens, rank))
+    x_NP = tl.where((h & 0xFFFF) >= THRESHOLD, x_NP, 0.0).to(t_RN.dtype)
+    x_NQ = tl.where((h >> 16) >= THRESHOLD, x_NQ, 0.0).to(t_RN.dtype)
+    total_P = tl.dot(t_RN, x_NP, total_P, input_precision="ieee")
+    total_Q = tl.dot(t_RN, x_NQ, total_Q, input_precision="ieee")
+    return total_P, total_Q
+
+
+@triton.jit
+def _store_grad(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what it takes
+    out, module, total_P, total_Q, r, p, features, rank, scale, HALF: tl.constexpr
+):
+    place = out + (module * rank + r)[:, None] * features + p[None, :]
+    tl.store(place, total_P * scale, mask=(r[:, None] < rank) & (p[None, :] < features))
+    tl.store(place + HALF, total_Q * scale, mask=(r[:, None] < rank) & (p[None, :] + HALF < features))
 
 
 @triton.jit
 def _grad_A(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what it takes
-    grad_t,
-    x,
-    key,
-    out,
-    tokens,
-    features,
-    rank,
-    t_stride,
-    x_stride,
-    blocks,
-    scale,
-    THRESHOLD: tl.constexpr,
-    GOLDEN_RATIO: tl.constexpr,
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    i = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    t0, t1, t2, x, key0, key1, key2, out, tokens, features, rank, x_stride, blocks, scale,
+    TOKENS: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, THRESHOLD: tl.constexpr,
+    GOLDEN_RATIO: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0) * 2 * HALF + tl.arange(0, HALF)
+    q = p + HALF
+    pair_P = tl.program_id(0) * HALF + tl.arange(0, HALF)
     r = tl.arange(0, RANK)
     part = tl.program_id(1)
-    total = tl.zeros((RANK, FEATURES), dtype=tl.float32)
+    total0_P = tl.zeros((RANK, HALF), dtype=tl.float32)
+    total0_Q = tl.zeros((RANK, HALF), dtype=tl.float32)
+    total1_P = tl.zeros((RANK, HALF), dtype=tl.float32)
+    total1_Q = tl.zeros((RANK, HALF), dtype=tl.float32)
+    total2_P = tl.zeros((RANK, HALF), dtype=tl.float32)
+    total2_Q = tl.zeros((RANK, HALF), dtype=tl.float32)
     for block in range(part * blocks, part * blocks + blocks):
         n = block * TOKENS + tl.arange(0, TOKENS)
-        key_N = tl.load(key + n, mask=n < tokens, other=0)
-        place = n.to(tl.int64)[:, None]
-        x_NI = tl.load(
-            x + place * x_stride + i[None, :], mask=(n[:, None] < tokens) & (i[None, :] < features), other=0.0
+        rows = x + n.to(tl.int64)[:, None] * x_stride
+        x_NP = tl.load(rows + p[None, :], mask=(n[:, None] < tokens) & (p[None, :] < features), other=0.0)
+        x_NQ = tl.load(rows + q[None, :], mask=(n[:, None] < tokens) & (q[None, :] < features), other=0.0)
+        total0_P, total0_Q = _add_grad(
+            total0_P, total0_Q, x_NP, x_NQ, t0, key0, n, r, pair_P, tokens, rank, THRESHOLD, GOLDEN_RATIO
         )
-        x_NI = tl.where(_keep(key_N, i, THRESHOLD, GOLDEN_RATIO), x_NI, 0.0)
-        t_NR = tl.load(
-            grad_t + place * t_stride + r[None, :], mask=(n[:, None] < tokens) & (r[None, :] < rank), other=0.0
-        )
-        total = tl.dot(tl.trans(t_NR), x_NI.to(t_NR.dtype), total, input_precision="ieee")
-    place = out + (part * rank + r)[:, None] * features + i[None, :]
-    tl.store(place, total * scale, mask=(r[:, None] < rank) & (i[None, :] < features))
+        if MODULES > 1:
+            total1_P, total1_Q = _add_grad(
+                total1_P, total1_Q, x_NP, x_NQ, t1, key1, n, r, pair_P, tokens, rank, THRESHOLD, GOLDEN_RATIO
+            )
+        if MODULES > 2:
+            total2_P, total2_Q = _add_grad(
+                total2_P, total2_Q, x_NP, x_NQ, t2, key2, n, r, pair_P, tokens, rank, THRESHOLD, GOLDEN_RATIO
+            )
+    first = part * MODULES
+    _store_grad(out, first, total0_P, total0_Q, r, p, features, rank, scale, HALF)
+    if MODULES > 1:
+        _store_grad(out, first + 1, total1_P, total1_Q, r, p, features, rank, scale, HALF)
+    if MODULES > 2:
+        _store_grad(out, first + 2, total2_P, total2_Q, r, p, features, rank, scale, HALF)
+
+
+@triton.jit
+def _add_up(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what it takes
+    sum_NP, sum_NQ, grad_t, lora_A, key, n, r, p, q, pair_P, tokens, features, rank,
+    THRESHOLD: tl.constexpr, GOLDEN_RATIO: tl.constexpr,
+):  # fmt: skip
+    h = _bits(key, n, tokens, pair_P, GOLDEN_RATIO)
+    t_NR = _rows_of_t(grad_t, n, r, tokens, rank)
+    A_RP = _columns_of_A(lora_A, r, p, features, rank, t_NR.dtype)
+    A_RQ = _columns_of_A(lora_A, r, q, features, rank, t_NR.dtype)
+    sum_NP += tl.where((h & 0xFFFF) >= THRESHOLD, tl.dot(t_NR, A_RP, input_precision="ieee"), 0.0)
+    sum_NQ += tl.where((h >> 16) >= THRESHOLD, tl.dot(t_NR, A_RQ, input_precision="ieee"), 0.0)
+    return sum_NP, sum_NQ
 
 
 @triton.jit
 def _up(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what it takes
-    grad_t,
-    lora_A,
-    key,
-    out,
-    tokens,
-    features,
-    rank,
-    t_stride,
-    A_stride,
-    scale,
-    THRESHOLD: tl.constexpr,
-    GOLDEN_RATIO: tl.constexpr,
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    RANK: tl.constexpr,
-):
+    t0, t1, t2, A0, A1, A2, key0, key1, key2, out, tokens, features, rank, scale,
+    TOKENS: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, THRESHOLD: tl.constexpr,
+    GOLDEN_RATIO: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    i = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    p = tl.program_id(1) * 2 * HALF + tl.arange(0, HALF)
+    q = p + HALF
+    pair_P = tl.program_id(1) * HALF + tl.arange(0, HALF)
     r = tl.arange(0, RANK)
-    place = n.to(tl.int64)[:, None]
-    key_N = tl.load(key + n, mask=n < tokens, other=0)
-    t_NR = tl.load(grad_t + place * t_stride + r[None, :], mask=(n[:, None] < tokens) & (r[None, :] < rank), other=0.0)
-    A_RI = tl.load(
-        lora_A + r[:, None] * A_stride + i[None, :], mask=(r[:, None] < rank) & (i[None, :] < features), other=0.0
+    sum_NP = tl.zeros((TOKENS, HALF), dtype=tl.float32)
+    sum_NQ = tl.zeros((TOKENS, HALF), dtype=tl.float32)
+    sum_NP, sum_NQ = _add_up(
+        sum_NP, sum_NQ, t0, A0, key0, n, r, p, q, pair_P, tokens, features, rank, THRESHOLD, GOLDEN_RATIO
     )
-    value = tl.dot(t_NR, A_RI.to(t_NR.dtype), input_precision="ieee") * scale
-    value = tl.where(_keep(key_N, i, THRESHOLD, GOLDEN_RATIO), value, 0.0)
-    inside = (n[:, None] < tokens) & (i[None, :] < features)
-    tl.store(out + place * features + i[None, :], value.to(out.dtype.element_ty), mask=inside)
+    if MODULES > 1:
+        sum_NP, sum_NQ = _add_up(
+            sum_NP, sum_NQ, t1, A1, key1, n, r, p, q, pair_P, tokens, features, rank, THRESHOLD, GOLDEN_RATIO
+        )
+    if MODULES > 2:
+        sum_NP, sum_NQ = _add_up(
+            sum_NP, sum_NQ, t2, A2, key2, n, r, p, q, pair_P, tokens, features, rank, THRESHOLD, GOLDEN_RATIO
+        )
+    rows = out + n.to(tl.int64)[:, None] * features
+    inside_N1 = n[:, None] < tokens
+    tl.store(rows + p[None, :], (sum_NP * scale).to(out.dtype.element_ty), mask=inside_N1 & (p[None, :] < features))
+    tl.store(rows + q[None, :], (sum_NQ * scale).to(out.dtype.element_ty), mask=inside_N1 & (q[None, :] < features))

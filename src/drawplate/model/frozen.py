@@ -23,6 +23,7 @@ Shapes: B batch, T tokens, I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -227,7 +228,7 @@ def frozen_product(
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y = x W^T; backward to x only. Constants as in _LoraLinear."""
+    """y = x W^T; backward to x only. Constants as in _LoraLinears."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
@@ -243,55 +244,102 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_x, None, None, None, None, *(None for _ in stored)
 
 
-class _LoraLinear(torch.autograd.Function):
-    """y = x W^T + scaling * drop(x) A^T B^T, with the two skinny products added in place and the mask recomputed.
+class _LoraLinears(torch.autograd.Function):
+    """y_g = x W_g^T + scaling * drop_g(x) A_g^T B_g^T for the modules g of a group, the masks recomputed in backward.
 
-    Saves x, the rank-R intermediate and the stored weight. Adapter gradients are computed in x's dtype and returned in
-    the adapter's. The storage comes as two constants: torch 2.11's compiler mixes a dataclass up with tensors.
+    Given: x; the constants scaling, dropout, precision, double_quant and the number of modules; every module's A, every
+    B, every dropout key (all empty without dropout), every module's stored tensors. One kernel then makes all modules'
+    products with the dropped x, which is most of what an adapter costs. Saves x, the rank-R intermediates and what was
+    given. Adapter gradients are computed in x's dtype and returned in the adapter's. The storage comes as two
+    constants: torch 2.11's compiler mixes a dataclass up with tensors.
     """
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        x, lora_A_RI, lora_B_OR, dropout_key, scaling, dropout, precision, double_quant, *stored = given
-        storage, shape = Storage(precision, double_quant), (lora_B_OR.shape[0], lora_A_RI.shape[1])
-        y = frozen_product(x, stored, storage, shape, transposed=False)
-        x_NI = x.reshape(-1, shape[1])
-        if _drops(dropout_key, dropout):
-            t_NR = dropped_product.dropped_down(x_NI, dropout_key.reshape(-1), lora_A_RI, dropout)
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+        x, scaling, dropout, precision, double_quant, count, *tensors = given
+        parts = _Parts.of(tensors, count)
+        storage, x_NI = Storage(precision, double_quant), x.reshape(-1, x.shape[-1])
+        if parts.drop(dropout):
+            t_GNR = dropped_product.dropped_down(x_NI, parts.keys_N, parts.lora_As, dropout)
         else:
-            t_NR = x_NI @ lora_A_RI.to(x.dtype).t()
-        if torch.compiler.is_compiling():  # in place would be a copy there; a sum joins whatever follows it
-            y = y + ((t_NR @ lora_B_OR.to(x.dtype).t()) * scaling).view_as(y)
-        else:
-            y.view(-1, shape[0]).addmm_(t_NR, lora_B_OR.to(x.dtype).t(), alpha=scaling)
-        ctx.scaling, ctx.dropout, ctx.precision, ctx.double_quant = scaling, dropout, precision, double_quant
-        ctx.save_for_backward(x, lora_A_RI, lora_B_OR, dropout_key, t_NR, *stored)
-        return y
+            t_GNR = torch.stack([x_NI @ lora_A_RI.to(x.dtype).t() for lora_A_RI in parts.lora_As])
+        outputs = []
+        for t_NR, lora_A_RI, lora_B_OR, stored in zip(t_GNR, parts.lora_As, parts.lora_Bs, parts.stored, strict=True):
+            shape = (lora_B_OR.shape[0], lora_A_RI.shape[1])
+            y = frozen_product(x, stored, storage, shape, transposed=False)
+            if torch.compiler.is_compiling():  # in place would be a copy there; a sum joins whatever follows it
+                y = y + ((t_NR @ lora_B_OR.to(x.dtype).t()) * scaling).view_as(y)
+            else:
+                y.view(-1, shape[0]).addmm_(t_NR, lora_B_OR.to(x.dtype).t(), alpha=scaling)
+            outputs.append(y)
+        ctx.constants = scaling, dropout, storage.precision, storage.double_quant, count
+        ctx.save_for_backward(x, t_GNR, *tensors)
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Any:
-        scaling, dropout = ctx.scaling, ctx.dropout
-        x, lora_A_RI, lora_B_OR, dropout_key, t_NR, *stored = ctx.saved_tensors
-        storage, shape = Storage(ctx.precision, ctx.double_quant), (lora_B_OR.shape[0], lora_A_RI.shape[1])
-        grad_NO = grad_y.reshape(-1, shape[0])
-        grad_t_NR = (grad_NO @ lora_B_OR.to(x.dtype)) * scaling
-        grad_A = grad_B = grad_x = None
-        x_NI, drops = x.reshape(-1, shape[1]), _drops(dropout_key, dropout)
-        if ctx.needs_input_grad[1] and drops:
-            grad_A = dropped_product.dropped_grad_A(grad_t_NR, x_NI, dropout_key.reshape(-1), dropout)
-            grad_A = grad_A.to(lora_A_RI.dtype)
-        elif ctx.needs_input_grad[1]:
-            grad_A = (grad_t_NR.t() @ x_NI).to(lora_A_RI.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_B = ((grad_NO.t() @ t_NR) * scaling).to(lora_B_OR.dtype)
-        if ctx.needs_input_grad[0]:
-            grad_x = frozen_product(grad_y, stored, storage, shape, transposed=True)
+    def backward(ctx: Any, *grads: Any) -> Any:
+        scaling, dropout, precision, double_quant, count = ctx.constants
+        x, t_GNR, *tensors = ctx.saved_tensors
+        parts = _Parts.of(tensors, count)
+        storage, x_NI, drops = Storage(precision, double_quant), x.reshape(-1, x.shape[-1]), parts.drop(dropout)
+        grads_NO = [grad_y.reshape(-1, grad_y.shape[-1]) for grad_y in grads]
+        grad_ts = [(g_NO @ B_OR.to(x.dtype)) * scaling for g_NO, B_OR in zip(grads_NO, parts.lora_Bs, strict=True)]
+        needs = ctx.needs_input_grad
+        grad_As = grad_Bs = [None] * count
+        if any(needs[GIVEN_FIRST : GIVEN_FIRST + count]):
             if drops:
-                added_NI = dropped_product.dropped_up(grad_t_NR, lora_A_RI, dropout_key.reshape(-1), dropout)
-                grad_x = grad_x + added_NI.view_as(x)
+                made = list(dropped_product.dropped_grad_A(grad_ts, x_NI, parts.keys_N, dropout).unbind(0))
             else:
-                grad_x.view(-1, shape[1]).addmm_(grad_t_NR, lora_A_RI.to(x.dtype))
-        return grad_x, grad_A, grad_B, *(None for _ in range(5)), *(None for _ in stored)
+                made = [grad_t_NR.t() @ x_NI for grad_t_NR in grad_ts]
+            grad_As = [grad.to(A.dtype) for grad, A in zip(made, parts.lora_As, strict=True)]
+        if any(needs[GIVEN_FIRST + count : GIVEN_FIRST + 2 * count]):
+            pairs = zip(grads_NO, t_GNR, parts.lora_Bs, strict=True)
+            grad_Bs = [((grad_NO.t() @ t_NR) * scaling).to(B.dtype) for grad_NO, t_NR, B in pairs]
+        grad_x = parts.grad_x(grads, grad_ts, storage, dropout) if needs[0] else None
+        return grad_x, *[None] * (GIVEN_FIRST - 1), *grad_As, *grad_Bs, *[None] * (len(tensors) - 2 * count)
+
+
+GIVEN_FIRST = 6
+"""The place of the first tensor of a module among what `_LoraLinears` is given."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The tensors of the modules of a group."""
+
+    lora_As: list[Tensor]
+    lora_Bs: list[Tensor]
+    keys_N: list[Tensor]
+    stored: list[list[Tensor]]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], count: int) -> _Parts:
+        stored = tensors[3 * count :]
+        each = len(stored) // count
+        return cls(
+            tensors[:count],
+            tensors[count : 2 * count],
+            [key.reshape(-1) for key in tensors[2 * count : 3 * count]],
+            [stored[g * each : (g + 1) * each] for g in range(count)],
+        )
+
+    def drop(self, dropout: float) -> bool:
+        """Whether there is a mask."""
+        return _drops(self.keys_N[0], dropout)
+
+    def grad_x(self, grads: Sequence[Tensor], grad_ts: list[Tensor], storage: Storage, dropout: float) -> Tensor:
+        """The gradient of x: through the weights, and through the adapters."""
+        grad_x = None
+        for grad_y, lora_A_RI, lora_B_OR, stored in zip(grads, self.lora_As, self.lora_Bs, self.stored, strict=True):
+            shape = (lora_B_OR.shape[0], lora_A_RI.shape[1])
+            part = frozen_product(grad_y, stored, storage, shape, transposed=True)
+            grad_x = part if grad_x is None else grad_x + part
+        assert grad_x is not None
+        if self.drop(dropout):
+            return grad_x + dropped_product.dropped_up(grad_ts, self.lora_As, self.keys_N, dropout).view_as(grad_x)
+        for grad_t_NR, lora_A_RI in zip(grad_ts, self.lora_As, strict=True):
+            grad_x.view(-1, grad_x.shape[-1]).addmm_(grad_t_NR, lora_A_RI.to(grad_x.dtype))
+        return grad_x
 
 
 def _drops(dropout_key: Tensor, dropout: float) -> bool:
@@ -315,6 +363,8 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.storage, self.rank, self.scaling, self.dropout = storage, rank, scaling, dropout
+        self.group: Group | None = None
+        self.place_in_group = 0
         self.stored_names = tuple(storage.specs(self.out_features, self.in_features))
         for name, (shape, dtype) in storage.specs(self.out_features, self.in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -331,17 +381,22 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x_..I -> y_..O."""
-        stored, storage = [getattr(self, name) for name in self.stored_names], self.storage
+        if self.group is not None:
+            y = self.group.output(self.place_in_group, x)
+        elif self.rank:
+            (y,) = lora_outputs(x, [self])
+        else:
+            storage, stored = self._given()
+            facts = (self.out_features, self.in_features, storage.precision, storage.double_quant)
+            y = _FrozenLinear.apply(x, *facts, *stored)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _given(self) -> tuple[Storage, list[Tensor]]:
+        """The weight as it was handed over: as stored, or dequantized."""
         whole = getattr(self, WHOLE, None)
         if whole is not None and whole.numel():
-            stored, storage = [whole], DENSE
-        facts = (storage.precision, storage.double_quant)
-        if self.rank:
-            adapter = (self.lora_A, self.lora_B, self.dropout_key, self.scaling, self.dropout)
-            y = _LoraLinear.apply(x, *adapter, *facts, *stored)
-        else:
-            y = _FrozenLinear.apply(x, self.out_features, self.in_features, *facts, *stored)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            return DENSE, [whole]
+        return self.storage, [getattr(self, name) for name in self.stored_names]
 
     def dequantized(self, stored: dict[str, Tensor], path: str, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`, from a layer's stored tensors in which this one's are found under `path`."""
@@ -351,3 +406,44 @@ class FrozenLinear(nn.Module):
     def extra_repr(self) -> str:
         """As nn.Linear's, with precision and rank."""
         return f"{self.in_features}, {self.out_features}, {self.storage.precision}, rank={self.rank}"
+
+
+def lora_outputs(x: Tensor, modules: Sequence[FrozenLinear]) -> tuple[Tensor, ...]:
+    """What each of these modules gives for x, biases left out; all have an adapter of the same rank and dropout."""
+    given = [module._given() for module in modules]
+    storage, first = given[0][0], modules[0]
+    adapters = [getattr(m, name) for name in ("lora_A", "lora_B", "dropout_key") for m in modules]
+    stored = [tensor for _, tensors in given for tensor in tensors]
+    facts = (first.scaling, first.dropout, storage.precision, storage.double_quant, len(modules))
+    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, *facts, *adapters, *stored)
+    return outputs
+
+
+class Group:
+    """Modules with adapters that are called with the same x, one after another, and computed at the first call.
+
+    The others' outputs wait here for their calls. Whoever is called with another x is computed anew.
+    """
+
+    def __init__(self, modules: Sequence[FrozenLinear]) -> None:
+        self.modules = tuple(modules)
+        self._x: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+        for place, module in enumerate(self.modules):
+            module.group, module.place_in_group = self, place
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """What the module at that place gives for x."""
+        if self._x is not x or self._outputs[place] is None:
+            self._x, self._outputs = x, list(lora_outputs(x, self.modules))
+        y = self._outputs[place]
+        assert y is not None
+        self._outputs[place] = None
+        if not any(waiting is not None for waiting in self._outputs):
+            self._x, self._outputs = None, []
+        return y
+
+    def dissolve(self) -> None:
+        """Let every module be computed by itself."""
+        for module in self.modules:
+            module.group = None

@@ -12,14 +12,19 @@ from torch import Tensor, nn
 from drawplate.model.adapter import scaling_of
 from drawplate.model.causal_lm import Placement
 from drawplate.model.checkpoint_names import CheckpointNames
-from drawplate.model.frozen import WHOLE, FrozenLinear, Storage
+from drawplate.model.frozen import WHOLE, FrozenLinear, Group, Storage
 from drawplate.model.tables import computed_tables
 
 DROPOUT_KEY = "dropout_key"
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers that transformers' decoder layers call with one tensor, in this order."""
 
 
 def freeze_linears(layer: nn.Module, path: str, storage: Storage, config: LoraConfig, targets: set[str]) -> None:
-    """Put a FrozenLinear in the place of every linear layer; those in `targets` with an adapter."""
+    """Put a FrozenLinear in the place of every linear layer; those in `targets` with an adapter.
+
+    Adapted ones that usually read the same input are made a group; model/support.py takes apart what does not.
+    """
     for parent_path, parent in list(layer.named_modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear):
@@ -30,6 +35,11 @@ def freeze_linears(layer: nn.Module, path: str, storage: Storage, config: LoraCo
                 child, storage, rank=rank, scaling=scaling_of(config), dropout=config.lora_dropout if rank else 0.0
             )
             setattr(parent, name, frozen)
+        for names in SAME_INPUT:
+            found = [getattr(parent, name, None) for name in names]
+            group = [m for m in found if isinstance(m, FrozenLinear) and m.rank]
+            if len(group) > 1 and len({m.in_features for m in group}) == 1:
+                Group(group)
 
 
 def stored_specs(layer: nn.Module, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -14,7 +14,7 @@ found out here; the self-check after loading still compares their loss with tran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -109,6 +109,7 @@ def walk(anatomy: Anatomy) -> Walk:
     calls = {recorder.calls for recorder in recorders}
     if calls != {1}:
         raise _refused(name, f"its layers are not called once each ({min(calls)} to {max(calls)} times)")
+    _dissolve_groups(templates, called)
     idle = sorted({path.rpartition(".")[2] for path, module in _adapted(templates) if path not in called})
     if idle:
         raise UsageError(
@@ -120,6 +121,16 @@ def walk(anatomy: Anatomy) -> Walk:
     side_door = next((f"layer {i} changes {r.side_door}" for i, r in enumerate(recorders) if r.side_door), "")
     extras = tuple(recorder.extras for recorder in recorders)
     return Walk(extras, side_door or _shared_tensors(templates), unpackable)
+
+
+def _dissolve_groups(templates: Sequence[nn.Module], called: Mapping[str, Tensor]) -> None:
+    """Linear layers of a group that were called with different tensors are computed each by itself."""
+    for i, template in enumerate(templates):
+        linears = [(f"{i}.{path}", m) for path, m in template.named_modules() if isinstance(m, FrozenLinear)]
+        for group in {id(m.group): m.group for _, m in linears if m.group is not None}.values():
+            inputs = {id(called.get(path)) for path, m in linears if m.group is group}
+            if len(inputs) > 1:
+                group.dissolve()
 
 
 def _unpackable(name: str, templates: Sequence[nn.Module], recorders: Sequence[_Recorder]) -> str:
@@ -211,9 +222,9 @@ def _in_place_of(layers: nn.ModuleList, recorders: Sequence[nn.Module]) -> Itera
 
 
 @contextmanager
-def _counting_calls(templates: Sequence[nn.Module]) -> Iterator[set[str]]:
-    """Names of the frozen linear layers that are called; they give meta tensors of the right shape meanwhile."""
-    called: set[str] = set()
+def _counting_calls(templates: Sequence[nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """The frozen linear layers that are called, each with its last input; they give tensors of the right shape."""
+    called: dict[str, Tensor] = {}
     linears = [
         (f"{i}.{path}", module)
         for i, template in enumerate(templates)
@@ -229,9 +240,9 @@ def _counting_calls(templates: Sequence[nn.Module]) -> Iterator[set[str]]:
             object.__delattr__(module, "forward")
 
 
-def _shape_of_output(name: str, module: FrozenLinear, called: set[str]) -> Any:
+def _shape_of_output(name: str, module: FrozenLinear, called: dict[str, Tensor]) -> Any:
     def forward(x: Tensor) -> Tensor:
-        called.add(name)
+        called[name] = x
         return x.new_empty((*x.shape[:-1], module.out_features))
 
     return forward
