@@ -2,13 +2,13 @@
 
     python bench/streaming.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:OPTION...] ...
 
-OPTIONS: head=ROWS streams the head, layers=N cuts the model short, eager compiles nothing, alone computes every adapter
-by itself, launches captures no CUDA graphs, profile adds a table of kernels, steps=N times that many steps, cached
-keeps the prepared weights in $DRAWPLATE_CACHE. Each case runs in a process of its own, so that its peak is its own.
-A case's peak is the most the allocator ever reserved, loading included (the CUDA context, some 0.3 to 0.5 GiB, lies outside
-of it). Every case is a whole optimizer step: forward, loss over the full vocabulary, backward, AdamW. A case without sizes
-only loads, so the same cached one twice gives the cold start and the warm one; imports and the CUDA context come before
-the clock. The file is written after every size, so that a run that is cut short keeps what it had.
+OPTIONS: head=ROWS streams the head, layers=N cuts the model short, eager compiles nothing, alone computes every
+adapter by itself, launches captures no CUDA graphs, profile adds a table of kernels, steps=N times that many steps,
+cached keeps the prepared weights in $DRAWPLATE_CACHE. Each case runs in a process of its own, so that its peak is its
+own. A case's peak is the most the allocator ever reserved, loading included (the CUDA context, some 0.3 to 0.5 GiB,
+lies outside of it). Every case is a whole optimizer step: forward, loss over the full vocabulary, backward, AdamW. A
+case without sizes only loads, so the same cached one twice gives the cold start and the warm one; imports and the CUDA
+context come before the clock. The file is written after every size, so that a run that is cut short keeps what it had.
 """
 
 from __future__ import annotations
