@@ -54,7 +54,7 @@ def test_kernels_err_no_more_than_their_twins(modules: int, shape: tuple[int, in
             torch.stack([x @ A.t() for x, A in zip(dropped, exact, strict=True)]),
         ),
         "grad_A": (
-            lambda impl: grad_A(ts, x_NI, keys, DROPOUT, impl),
+            lambda impl: torch.stack(grad_A(ts, x_NI, keys, DROPOUT, impl)),
             torch.stack([t.t() @ x for t, x in zip(grads, dropped, strict=True)]),
         ),
         "up": (

@@ -78,11 +78,11 @@ def down(
 
 def grad_A(
     grad_ts: Sequence[Tensor], x_NI: Tensor, keys_N: Sequence[Tensor], dropout: float, impl: Impl = "auto"
-) -> Tensor:
-    """grad_t^T drop(x) of each module, (G, R, I); the kernel's in float32, the twin's in x's dtype."""
+) -> list[Tensor]:
+    """grad_t^T drop(x) of each module, (R, I) each; the kernel's in float32, the twin's in x's dtype."""
     if uses_triton(x_NI.device, impl):
         return _kernels().grad_A(grad_ts, x_NI, keys_N, dropout)
-    return torch.stack([t_NR.t() @ _dropped(x_NI, k_N, dropout) for t_NR, k_N in zip(grad_ts, keys_N, strict=True)])
+    return [t_NR.t() @ _dropped(x_NI, key_N, dropout) for t_NR, key_N in zip(grad_ts, keys_N, strict=True)]
 
 
 def up(
@@ -111,9 +111,9 @@ def dropped_down(x_NI: Tensor, keys_N: list[Tensor], lora_As: list[Tensor], drop
 
 
 @torch.library.custom_op("drawplate::dropped_grad_A", mutates_args=())
-def dropped_grad_A(grad_ts: list[Tensor], x_NI: Tensor, keys_N: list[Tensor], dropout: float) -> Tensor:
+def dropped_grad_A(grad_ts: list[Tensor], x_NI: Tensor, keys_N: list[Tensor], dropout: float) -> list[Tensor]:
     """`grad_A` in float32, opaque to the compiler."""
-    return grad_A(grad_ts, x_NI, keys_N, dropout).float()
+    return [grad_RI.float() for grad_RI in grad_A(grad_ts, x_NI, keys_N, dropout)]
 
 
 @torch.library.custom_op("drawplate::dropped_up", mutates_args=())
@@ -128,8 +128,8 @@ def _(x_NI: Tensor, keys_N: list[Tensor], lora_As: list[Tensor], dropout: float)
 
 
 @dropped_grad_A.register_fake
-def _(grad_ts: list[Tensor], x_NI: Tensor, keys_N: list[Tensor], dropout: float) -> Tensor:
-    return x_NI.new_empty(len(grad_ts), grad_ts[0].shape[1], x_NI.shape[1], dtype=torch.float32)
+def _(grad_ts: list[Tensor], x_NI: Tensor, keys_N: list[Tensor], dropout: float) -> list[Tensor]:
+    return [x_NI.new_empty(grad_t_NR.shape[1], x_NI.shape[1], dtype=torch.float32) for grad_t_NR in grad_ts]
 
 
 @dropped_up.register_fake

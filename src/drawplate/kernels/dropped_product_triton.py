@@ -61,16 +61,16 @@ def down(x_NI: Tensor, keys_N: Sequence[Tensor], lora_As: Sequence[Tensor], drop
     return t_GNR
 
 
-def grad_A(grad_ts: Sequence[Tensor], x_NI: Tensor, keys_N: Sequence[Tensor], dropout: float) -> Tensor:
+def grad_A(grad_ts: Sequence[Tensor], x_NI: Tensor, keys_N: Sequence[Tensor], dropout: float) -> list[Tensor]:
     """See dropped_product.grad_A."""
     (tokens, features), rank = x_NI.shape, grad_ts[0].shape[1]
     parts = min(PARTS, triton.cdiv(tokens, TOKEN_BLOCK))
-    grad_PGRI = torch.empty(parts, len(grad_ts), rank, features, dtype=torch.float32, device=x_NI.device)
+    grad_GPRI = torch.empty(len(grad_ts), parts, rank, features, dtype=torch.float32, device=x_NI.device)
     _grad_A[(triton.cdiv(features, 2 * HALF), parts)](
         *_three([t_NR.contiguous() for t_NR in grad_ts]),
         x_NI,
         *_three(keys_N),
-        grad_PGRI,
+        grad_GPRI,
         tokens,
         features,
         rank,
@@ -80,7 +80,7 @@ def grad_A(grad_ts: Sequence[Tensor], x_NI: Tensor, keys_N: Sequence[Tensor], dr
         TOKENS=TOKEN_BLOCK,
         **_constants(len(grad_ts), rank, dropout),
     )
-    return grad_PGRI.sum(0)
+    return [grad_PRI.sum(0) for grad_PRI in grad_GPRI]
 
 
 def up(grad_ts: Sequence[Tensor], lora_As: Sequence[Tensor], keys_N: Sequence[Tensor], dropout: float) -> Tensor:
@@ -194,9 +194,9 @@ def _add_grad(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes
 
 @triton.jit
 def _store_grad(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what it takes
-    out, module, total_P, total_Q, r, p, features, rank, scale, HALF: tl.constexpr
+    out, part, total_P, total_Q, r, p, features, rank, scale, HALF: tl.constexpr
 ):
-    place = out + (module * rank + r)[:, None] * features + p[None, :]
+    place = out + (part * rank + r)[:, None] * features + p[None, :]
     tl.store(place, total_P * scale, mask=(r[:, None] < rank) & (p[None, :] < features))
     tl.store(place + HALF, total_Q * scale, mask=(r[:, None] < rank) & (p[None, :] + HALF < features))
 
@@ -234,12 +234,12 @@ def _grad_A(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes w
             total2_P, total2_Q = _add_grad(
                 total2_P, total2_Q, x_NP, x_NQ, t2, key2, n, r, pair_P, tokens, rank, THRESHOLD, GOLDEN_RATIO
             )
-    first = part * MODULES
-    _store_grad(out, first, total0_P, total0_Q, r, p, features, rank, scale, HALF)
+    parts = tl.num_programs(1)
+    _store_grad(out, part, total0_P, total0_Q, r, p, features, rank, scale, HALF)
     if MODULES > 1:
-        _store_grad(out, first + 1, total1_P, total1_Q, r, p, features, rank, scale, HALF)
+        _store_grad(out, parts + part, total1_P, total1_Q, r, p, features, rank, scale, HALF)
     if MODULES > 2:
-        _store_grad(out, first + 2, total2_P, total2_Q, r, p, features, rank, scale, HALF)
+        _store_grad(out, 2 * parts + part, total2_P, total2_Q, r, p, features, rank, scale, HALF)
 
 
 @triton.jit

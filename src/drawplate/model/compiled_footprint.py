@@ -36,7 +36,17 @@ _VIEWS = {
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "var_mean", "var", "prod", "any", "all", "_softmax"}
 TYPICAL_TOKENS = 4096
 """The compiler orders kernels by sizes, which are not known yet."""
-_EXTERN_WORDS = ("mm", "attention", "attn", "frozen_product", "bitsandbytes", "convolution", "sort", "index_put")
+_EXTERN_WORDS = (
+    "mm",
+    "attention",
+    "attn",
+    "frozen_product",
+    "dropped_",
+    "bitsandbytes",
+    "convolution",
+    "sort",
+    "index_put",
+)
 
 
 def compiled_footprint(trial: Trial) -> Footprint:

@@ -288,7 +288,7 @@ class _LoraLinears(torch.autograd.Function):
         grad_As = grad_Bs = [None] * count
         if any(needs[GIVEN_FIRST : GIVEN_FIRST + count]):
             if drops:
-                made = list(dropped_product.dropped_grad_A(grad_ts, x_NI, parts.keys_N, dropout).unbind(0))
+                made = dropped_product.dropped_grad_A(grad_ts, x_NI, parts.keys_N, dropout)
             else:
                 made = [grad_t_NR.t() @ x_NI for grad_t_NR in grad_ts]
             grad_As = [grad.to(A.dtype) for grad, A in zip(made, parts.lora_As, strict=True)]
