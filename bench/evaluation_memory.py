@@ -50,14 +50,10 @@ def build(shape: str, precision: str, r: int) -> Any:
     """The model, its layers and head streamed from the host."""
     import torch
 
-    from bench.shapes import random_checkpoint
-    from drawplate.model.adapter import lora_config
-    from drawplate.model.assemble import assemble
+    from bench.random_models import random_model
     from drawplate.model.causal_lm import Placement
     from drawplate.model.frozen import Storage
-    from drawplate.recipe import LoraSection
 
-    torch.manual_seed(0)
     placement = Placement(
         device=torch.device("cuda", 0),
         storage=Storage(precision),
@@ -68,9 +64,7 @@ def build(shape: str, precision: str, r: int) -> Any:
         compiled=precision == "nf4",
         dequantize="layer",
     )
-    section = LoraSection(r=r, lora_alpha=32)
-    checkpoint = random_checkpoint(shape)
-    return assemble(checkpoint, placement, lambda a: lora_config(section, a, "random", None), seed=0)  # type: ignore[arg-type]
+    return random_model(shape, placement, {"r": r, "lora_alpha": 32})
 
 
 class Peak:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,8 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-import torch  # noqa: E402
-
+from bench.about import about  # noqa: E402
 from tests.faults.conftest import COUNTS  # noqa: E402
 
 ROWS = {1: "row_01_killed_at_every_write_fsync_and_rename", 2: "row_02_killed_at_random_moments"}
@@ -45,14 +43,8 @@ def main() -> None:
         }
         for row, name in ROWS.items()
     }
-    about = {
-        "command": " ".join(["python", "bench/kill_sweep.py", *sys.argv[1:]]),
-        "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
     wall = {"wall_seconds": round(time.monotonic() - began, 1)}
-    Path(sys.argv[1]).write_text(json.dumps({**about, **wall, "results": results}, indent=1) + "\n")
+    Path(sys.argv[1]).write_text(json.dumps({**about(), **wall, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -35,18 +34,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from bench.shapes import random_checkpoint  # noqa: E402
+from bench.about import about  # noqa: E402
+from bench.random_models import random_model, random_sequences  # noqa: E402
 from drawplate.checkpoint import MANIFEST_NAME, Position, good, keep_only, write_checkpoint  # noqa: E402
 from drawplate.errors import StoppedSafely  # noqa: E402
-from drawplate.model.adapter import WEIGHTS_NAME, lora_config  # noqa: E402
-from drawplate.model.assemble import assemble  # noqa: E402
+from drawplate.model.adapter import WEIGHTS_NAME  # noqa: E402
 from drawplate.model.causal_lm import CausalLM, Placement  # noqa: E402
 from drawplate.model.frozen import Storage  # noqa: E402
-from drawplate.recipe import LoraSection, TrainSection  # noqa: E402
-from drawplate.records import Sequence  # noqa: E402
+from drawplate.recipe import TrainSection  # noqa: E402
 from drawplate.snapshot import OPTIMIZER_NAME, restore, snapshot_files  # noqa: E402
 from drawplate.train import make_optimizer, train  # noqa: E402
 from drawplate.train_task import Cutting, Schedule, TrainState, TrainTask  # noqa: E402
@@ -62,7 +59,6 @@ WRITE = os.write  # the log's own, which no kill counts
 
 def load(options: argparse.Namespace) -> CausalLM:
     """The shape with random weights, the same in every process, and an adapter on all linear layers."""
-    torch.manual_seed(0)
     cuda = options.device == "cuda"
     placement = Placement(
         device=torch.device("cuda", 0) if cuda else torch.device("cpu"),
@@ -70,25 +66,13 @@ def load(options: argparse.Namespace) -> CausalLM:
         compute_dtype=torch.bfloat16 if cuda else torch.float32,
         activations="recompute",
     )
-    section = LoraSection(r=16, lora_alpha=32, lora_dropout=0.1)
-    checkpoint = random_checkpoint(options.shape, layers=options.layers, device=options.device)
-    return assemble(checkpoint, placement, lambda a: lora_config(section, a, "random", None), seed=0)  # type: ignore[arg-type]
+    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}
+    return random_model(options.shape, placement, lora, layers=options.layers)
 
 
 def task_of(model: CausalLM, options: argparse.Namespace) -> TrainTask:
     """Sixty-four windows of random tokens; each micro-batch is four of them, packed."""
-    rng = np.random.default_rng(0)
-    length = options.tokens // 4
-    windows = [
-        Sequence(
-            index=i,
-            document=str(i),
-            input_ids=rng.integers(0, model.anatomy.config.vocab_size, length).astype(np.int32),
-            counted=np.ones(length, bool),
-            text_bytes=length,
-        )
-        for i in range(64)
-    ]
+    windows = random_sequences([options.tokens // 4] * 64, model.anatomy.config.vocab_size)
     return TrainTask(
         model=model,
         sequences=windows,
@@ -303,15 +287,7 @@ def main() -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     result = judge(lines, died)
     shutil.rmtree(folder)
-    about = {
-        "command": " ".join(["python", "bench/kills.py", *sys.argv[1:]]),
-        "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
-        "machine": {"platform": platform.platform(), "device": options.device},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-    if options.device == "cuda":
-        about["machine"]["gpu"] = torch.cuda.get_device_name()  # type: ignore[index]
-    options.out.write_text(json.dumps({**about, **result}, indent=1))
+    options.out.write_text(json.dumps({**about(), **result}, indent=1))
     lists = ("pairs", "moments", "step_seconds", "load_seconds")
     print({key: value for key, value in result.items() if key not in lists})
 

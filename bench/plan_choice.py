@@ -17,7 +17,6 @@ import gc
 import itertools
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,39 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+from bench.about import about  # noqa: E402
+from bench.random_models import random_model, random_sequences  # noqa: E402
+
 STEPS = 4
-
-
-def sequences_of(lengths: list[int], vocab: int) -> list[Any]:
-    """Random tokens, every one counted."""
-    import numpy as np
-
-    from drawplate.records import Sequence
-
-    rng = np.random.default_rng(0)
-    return [
-        Sequence(
-            index=i, document=str(i), input_ids=rng.integers(0, vocab, n).astype(np.int32), counted=np.ones(n, bool),
-            text_bytes=n,
-        )
-        for i, n in enumerate(lengths)
-    ]  # fmt: skip
-
-
-def build(shape: str, placement: Any, lora: dict[str, Any]) -> Any:
-    """A random model of that shape in its placement."""
-    from bench.shapes import random_checkpoint
-    from drawplate.model.adapter import lora_config
-    from drawplate.model.assemble import assemble
-    from drawplate.recipe import LoraSection
-
-    section = LoraSection(**lora)
-    return assemble(
-        random_checkpoint(shape),  # type: ignore[arg-type]
-        placement,
-        lambda a: lora_config(section, a, "random", None),
-        seed=0,
-    )
 
 
 def timed_steps(model: Any, batch: Any, steps: int = STEPS) -> dict[str, Any]:
@@ -151,11 +121,11 @@ def time_case(case: str) -> dict[str, Any]:
     lora = {"r": int(flags.get("r", 8)), "lora_alpha": 32, "target_modules": targets}
     lora["lora_dropout"] = float(flags.get("dropout", 0.0))
     began = time.monotonic()
-    model = build(shape, placement, lora)
+    model = random_model(shape, placement, lora)
     torch.cuda.synchronize()
     loaded = time.monotonic() - began
     tokens, length = (int(n) for n in size.split("/"))
-    sequences = sequences_of([length] * (tokens // length), model.anatomy.config.vocab_size)
+    sequences = random_sequences([length] * (tokens // length), model.anatomy.config.vocab_size)
     batch = (
         cut_packed(sequences, tokens, 16, 0)[0]
         if "packed" in flags
@@ -233,8 +203,10 @@ def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
         graphs=choice.captured(layers),
     )
     lora = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
-    model = build(shape, placement, lora)
-    sequences = sequences_of([DOCUMENT_TOKENS] * (2 * choice.micro_batch_tokens // DOCUMENT_TOKENS), search.model.vocab)
+    model = random_model(shape, placement, lora)
+    sequences = random_sequences(
+        [DOCUMENT_TOKENS] * (2 * choice.micro_batch_tokens // DOCUMENT_TOKENS), search.model.vocab
+    )
     batches = cut_packed(sequences, choice.micro_batch_tokens, 16, 0)
     timed = timed_accumulation(model, batches)
     predicted = step_cost(search.model, choice, replace(found.batch.work, micro_batches=2), search.speed)
@@ -361,7 +333,7 @@ def main() -> None:
     device, began = torch.device("cuda", 0), time.monotonic()
     speed = probe(device, torch.bfloat16, machine(device))
     torch.cuda.empty_cache()
-    result = record() | {"probe_seconds": round(time.monotonic() - began, 2), "speed": to_json(speed), "results": []}
+    result = about() | {"probe_seconds": round(time.monotonic() - began, 2), "speed": to_json(speed), "results": []}
     print(json.dumps(result["speed"]), flush=True)
     timed = [({"case": case}, lambda case=case: time_case(case)) for case in arguments if mode == "time"]
     for facts, call in timed or (choose_cases(arguments, speed) if mode == "choose" else ()):
@@ -372,23 +344,6 @@ def main() -> None:
         out.write_text(json.dumps(result, indent=1))
         print(json.dumps(measured), f"{time.monotonic() - began:.0f} s so far", flush=True)
     out.write_text(json.dumps(result, indent=1))
-
-
-def record() -> dict[str, Any]:
-    """What a result was measured on."""
-    import torch
-    import transformers
-
-    return {
-        "command": " ".join(["python", "bench/plan_choice.py", *sys.argv[1:]]),
-        "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
-        "machine": {"gpu": torch.cuda.get_device_name(), "cpu": platform.processor(), "platform": platform.platform()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -26,8 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-import torch  # noqa: E402
-
+from bench.about import about  # noqa: E402
 from tests.faults.conftest import Server, same_adapter, write_recipe  # noqa: E402
 from tests.tiny import write_base, write_texts  # noqa: E402
 
@@ -126,15 +124,7 @@ def main() -> None:
         result = soak(server, folder, options.steps, options.device, options.chance)
         if isinstance(server, Server):
             server.close()
-    about = {
-        "command": " ".join(["python", "bench/soak.py", *sys.argv[1:]]),
-        "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
-        "machine": {"platform": platform.platform(), "device": options.device},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-    if options.device == "cuda":
-        about["machine"]["gpu"] = torch.cuda.get_device_name()  # type: ignore[index]
-    options.out.write_text(json.dumps({**about, **result}, indent=1))
+    options.out.write_text(json.dumps({**about(), "device": options.device, **result}, indent=1) + "\n")
     print(json.dumps(result))
 
 

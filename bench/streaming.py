@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -215,20 +214,9 @@ def _line(result: dict[str, Any]) -> str:
 
 def record(results: list[dict[str, Any]]) -> dict[str, object]:
     """Results with what they were measured on."""
-    import torch
-    import transformers
+    from bench.about import about
 
-    return {
-        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
-        "machine": {"gpu": torch.cuda.get_device_name(), "cpu": platform.processor(), "platform": platform.platform()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "results": results,
-    }
+    return {**about(), "results": results}
 
 
 if __name__ == "__main__":
