@@ -3,14 +3,15 @@
     python bench/plan_accuracy.py MEASURED.json [CASE ...] [context=BYTES] [needs=FILE] [device=GIB] [host=GIB] [most=N]
     python bench/plan_accuracy.py --again MEASURED.json OUT.json     predict them (no GPU), write both, print errors
     python bench/plan_accuracy.py --needs FILE                       predictions alone, to pack processes by
-    python bench/plan_accuracy.py --trace OUT.json.gz CASE ...  all in this process, with every allocation of one step
+    python bench/plan_accuracy.py --trace OUT.json.gz CASE ...  all in this process, with every allocation
 
 A case is SHAPE:PRECISION:TIERS:POLICY:SIZES:RANK:TARGETS:DROPOUT:PACKING[:option=value ...], like
 `3b:nf4:streamed:offload:2x2048,1x1024:8:qv:0.1:padded:head=8192`. TIERS is resident, dequantized, streamed or partial
 (the first half on the device); POLICY keep, recompute, offload or mixed (the last quarter keeps, the others recompute).
 With --trace a size ROWSxLENGTH is measured after those before it on the same loaded model, the cache emptied between.
-Each size runs one evaluation micro-batch, three optimizer steps and another evaluation. Without cases those of
-bench/plan_cases.txt are run, each in a process of its own, some at a time.
+Each size runs one evaluation micro-batch, three optimizer steps, a save of the adapter and another evaluation, as a run
+does: gradients in one run of memory, micro-steps captured where the placement allows it (not with :launched). Without
+cases those of bench/plan_cases.txt are run, each in a process of its own, some at a time.
 
 The CUDA context cannot be told apart where several processes share a device: it is measured in one small run before all
 others, as is the host memory of CUDA and the compiler, and given to every prediction. Speeds are not measured here.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 STEPS = 3
+OUTSIDE = ("CUDA context", "allocator: rounding and gaps")
 
 
 def parse(case: str) -> dict[str, Any]:
@@ -73,6 +76,8 @@ def load(case: str) -> tuple[Any, dict[str, Any]]:
         head_rows=int(options.get("head", 0)),
         compiled=True,
         dequantize=options.get("dequantize", "product" if facts["shape"] == "70b" else "layer"),
+        graphs="launched" not in options,
+        adapter=options.get("adapter", "device"),
     )
     section = LoraSection(
         r=int(facts["rank"]),
@@ -123,44 +128,72 @@ def run_size(model: Any, size: str, packing: str, *, traced: bool) -> dict[str, 
     torch.cuda.empty_cache()
     torch._dynamo.reset()
     batch, found = batch_of(model, size, packing), {}
-    optimizer = make_optimizer(model.adapter.parameters(), TrainSection())
+    parameters = model.adapter.parameters()
+    optimizer = make_optimizer(parameters, TrainSection())
 
     def evaluate() -> float:
         with torch.no_grad():
             return float(model.sum_nats(batch)[0]) / batch.counted_tokens
 
     def step(number: int) -> float:
-        loss, _ = model.sum_nats(batch, scale=1 / batch.counted_tokens, dropout_seed=(0, number))
-        loss.backward()
+        model.adapter.zero_gradients()
+        nats = model.add_gradients(batch, scale=1 / batch.counted_tokens, dropout_seed=(0, number))
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        for parameter in model.adapter.parameters():
-            parameter.grad = None
-        return float(loss.detach())
+        return float(nats) / batch.counted_tokens
 
-    stages = {"baseline": evaluate} | {f"step{i}": lambda i=i: step(i) for i in range(STEPS)} | {"final": evaluate}
+    def evaluate_again() -> float:
+        model.forget_graphs()
+        return evaluate()
+
+    def checkpoint() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            model.adapter.save(Path(folder))
+        return 0.0
+
+    steps = {f"step{i}": lambda i=i: step(i) for i in range(STEPS)}
+    stages = {"baseline": evaluate} | steps | {"checkpoint": checkpoint, "final": evaluate_again}
+    trace = _Trace() if traced else None
     for name, stage in stages.items():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         began = time.monotonic()
-        watched = traced and name == f"step{STEPS - 1}"
-        value, trace = _traced(stage) if watched else (stage(), None)
+        value = stage()
         torch.cuda.synchronize()
         found[name] = {"loss": value, "seconds": round(time.monotonic() - began, 4), **_peaks()}
         if trace:
-            found["trace"] = trace
+            trace.mark(name)
+    if trace:
+        found["trace"] = trace.events()
     return found
 
 
-def _traced(stage: Any) -> tuple[float, dict[str, Any]]:
-    """The stage's result, with the live blocks before it and every allocation and release during it."""
-    import torch
+class _Trace:
+    """Every allocation and release from now on, with the live blocks before."""
 
-    torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=300_000)
-    before = torch.cuda.memory._snapshot()["segments"]
-    value = stage()
-    torch.cuda.synchronize()
-    events = torch.cuda.memory._snapshot()["device_traces"][0]
-    torch.cuda.memory._record_memory_history(enabled=None)
+    def __init__(self) -> None:
+        import torch
+
+        torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=2_000_000)
+        self.before = torch.cuda.memory._snapshot()["segments"]
+        self.marks: dict[str, int] = {}
+
+    def mark(self, stage: str) -> None:
+        """The events so far were those up to the stage's end."""
+        import torch
+
+        self.marks[stage] = len(torch.cuda.memory._snapshot()["device_traces"][0])
+
+    def events(self) -> dict[str, Any]:
+        """All of them, as plain JSON values."""
+        import torch
+
+        events = torch.cuda.memory._snapshot()["device_traces"][0]
+        torch.cuda.memory._record_memory_history(enabled=None)
+        return {**_plain(self.before, events), "marks": self.marks}
+
+
+def _plain(before: Any, events: Any) -> dict[str, Any]:
     places: dict[str, int] = {}
     kinds = {"alloc": "a", "free_completed": "f", "segment_map": "m", "segment_unmap": "u", "segment_alloc": "s"}
     lines = [
@@ -184,7 +217,7 @@ def _traced(stage: Any) -> tuple[float, dict[str, Any]]:
         }
         for s in before
     ]
-    return value, {"before": segments, "events": lines, "places": list(places)}
+    return {"before": segments, "events": lines, "places": list(places)}
 
 
 def _place(frames: list[dict[str, Any]]) -> str:
@@ -197,6 +230,8 @@ def _place(frames: list[dict[str, Any]]) -> str:
 def _peaks() -> dict[str, int]:
     import torch
 
+    from drawplate.speed import own_device_bytes
+
     free, total = torch.cuda.mem_get_info()
     return {
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
@@ -204,6 +239,7 @@ def _peaks() -> dict[str, int]:
         "allocated_bytes": torch.cuda.memory_allocated(),
         "reserved_bytes": torch.cuda.memory_reserved(),
         "outside_allocator_bytes": total - free - torch.cuda.memory_reserved(),
+        "own_device_bytes": own_device_bytes(torch.device("cuda", torch.cuda.current_device())),
         "host_bytes": _resident_bytes("VmRSS"),
         "host_peak_bytes": _resident_bytes("VmHWM"),
         "host_locked_bytes": _resident_bytes("VmPin"),
@@ -291,11 +327,19 @@ def predict(case: str, around: dict[str, int]) -> dict[str, Any]:
         compiled=True,
         dequantize=options.get("dequantize", "product" if facts["shape"] == "70b" else "layer"),  # type: ignore[arg-type]
         dropout=float(facts["dropout"]),
+        adapter=options.get("adapter", "device"),  # type: ignore[arg-type]
+        launched="launched" in options,
     )
     made = ledger(shape, choice, Surroundings(self_check=False, **around))
     return {
         "phases": {
-            p.phase: {"moment": p.moment, "device": p.bytes("device"), "host": p.bytes("host")} for p in made.phases
+            p.phase: {
+                "moment": p.moment,
+                "device": p.bytes("device"),
+                "alloc": sum(x.bytes for x in p.lines if x.where == "device" and x.name not in OUTSIDE),
+                "host": p.bytes("host"),
+            }
+            for p in made.phases
         },
         "device": made.peak("device"),
         "host": made.peak("host"),

@@ -104,14 +104,15 @@ def context_bytes(device: torch.device) -> int:
         return 0
     torch.cuda.synchronize(device)
     reserved = torch.cuda.memory_reserved(device)
-    own = _driver_count_of_this_process(device)
+    own = own_device_bytes(device)
     if own:
         return max(0, own - reserved)
     free, total = torch.cuda.mem_get_info(device)
     return max(0, total - free - reserved)
 
 
-def _driver_count_of_this_process(device: torch.device) -> int:
+def own_device_bytes(device: torch.device) -> int:
+    """What the driver counts for this process; 0 where it does not say, as in some containers."""
     with suppress(pynvml.NVMLError, AttributeError):
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

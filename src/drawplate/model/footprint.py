@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -286,26 +287,30 @@ def _outer_traces(
             marks["first"] = len(recorder.events)
         if index != last:
             return hidden
-        hidden = torch.empty_like(hidden).requires_grad_(training)
-        marks["input"] = watch.name_of(hidden)
+        leaf = torch.empty_like(hidden).requires_grad_(training)
+        last_output = leaf * 1  # not a leaf: those are kept by autograd itself
+        marks["input"] = {watch.name_of(leaf), watch.name_of(last_output)}
         marks["last"] = len(recorder.events)
-        leaves.append(weakref.ref(hidden))
-        return hidden
+        if training:
+            edges.append(get_gradient_edge(last_output))
+        kept.append(weakref.ref(last_output))
+        return last_output
 
-    leaves: list[Any] = []
+    edges: list[Any] = []
+    kept: list[Any] = []
     with _hollow(anatomy, on_call), torch.set_grad_enabled(training), watch:
         out = _run_body(anatomy, embedded, mode, outside)
         names, turn = {watch.name_of(out): "out"}, len(recorder.events)
-        leaf = leaves[0]()
+        keeps_input = kept[0]() is not None
         if training:
-            gradient = torch.autograd.grad(out, leaf, torch.empty_like(out))[0]
+            gradient = torch.autograd.grad(out, edges[0], torch.empty_like(out))[0]
             names[watch.name_of(gradient)] = "grad_in"
         events = recorder.cut(0, None, names)
     first, start, of_input = marks["first"], marks["last"], marks["input"]
     shared = {name for name, _ in events[:first]}
-    closing = [e for e in events[start:turn] if e[0] != of_input and e[0] not in shared]
-    backward = [e for e in events[turn:] if e[0] != of_input and e[0] not in shared]
-    return events[:first], tuple(closing), tuple(backward), leaf is not None
+    closing = [e for e in events[start:turn] if e[0] not in of_input and e[0] not in shared]
+    backward = [e for e in events[turn:] if e[0] not in of_input and e[0] not in shared]
+    return events[:first], tuple(closing), tuple(backward), keeps_input
 
 
 def _packing(hidden: Tensor, mode: Mode) -> dict[str, Any]:

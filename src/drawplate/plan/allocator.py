@@ -9,9 +9,11 @@ rules (c10/cuda/CUDACachingAllocator.cpp, torch 2.11, expandable segments, one s
   block stays free;
 - the free block at the end of a segment counts as if the segment were already as large as it can become;
 - if none is large enough the segment grows, by 2 MiB (small pool) or 20 MiB (large pool) at a time;
-- a block that is let go of joins its free neighbours.
+- a block that is let go of joins its free neighbours;
+- before a CUDA graph is captured, whatever part of a segment holds no block is given back, and the capture has pools of
+  its own (model/graphed.py).
 
-Left out: other streams (they only copy here), and giving memory back.
+Left out: other streams (they only copy here), and where exactly a segment grows again after it was given back in parts.
 """
 
 from __future__ import annotations
@@ -36,6 +38,15 @@ class Pool:
         self._size_at: dict[int, int] = {}
         self._start_of_end: dict[int, int] = {}
         self._used: dict[int, int] = {}
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Of the parts by which it grew, those that hold a block."""
+        parts = {part for start, size in self._used.items() for part in self._parts(start, size)}
+        return len(parts) * self.granule
+
+    def _parts(self, start: int, size: int) -> range:
+        return range(start // self.granule, (start + size - 1) // self.granule + 1)
 
     def take(self, size: int) -> int:
         """The address of a new block."""
@@ -85,24 +96,49 @@ class Pool:
 
 
 class CachingAllocator:
-    """Blocks by name. `reserved` never shrinks."""
+    """Blocks by name. `reserved` shrinks only when a capture begins.
+
+    Attributes:
+        pools: from which blocks are taken now.
+        allocated: bytes of all blocks.
+        highest_reserved: the most bytes reserved; whoever reads it may set it back.
+    """
 
     def __init__(self) -> None:
-        self.pools = {name: Pool(granule) for name, granule in GRANULE.items()}
+        self.pools = _pools()
+        self._beside: dict[str, Pool] = {}
+        self._given_back = 0
         self._blocks: dict[object, tuple[Pool, int, int]] = {}
-        self.allocated = 0
+        self.allocated = self.highest_reserved = 0
 
     @property
     def reserved(self) -> int:
         """Bytes taken of the device."""
-        return sum(pool.reserved for pool in self.pools.values())
+        return sum(pool.reserved for pool in (*self.pools.values(), *self._beside.values())) - self._given_back
+
+    def begin_capture(self) -> None:
+        """What holds no block is given back, and blocks come from pools of the graph's own."""
+        self._given_back = sum(pool.reserved - pool.bytes_in_use for pool in self.pools.values())
+        self.pools, self._beside = _pools(), self.pools
+
+    def end_capture(self) -> None:
+        """The graph's pools keep what they have, but no new block comes from them."""
+        self.pools, self._beside = self._beside, self.pools
+
+    def forget_capture(self) -> None:
+        """The graph's pools are given back but for what still holds a block."""
+        kept = sum(pool.bytes_in_use for pool in self._beside.values())
+        self._given_back = sum(pool.reserved for pool in self._beside.values()) - kept
 
     def take(self, name: object, size: int) -> int:
         """A new block; returns its size."""
         rounded = max(ROUNDING, -(-size // ROUNDING) * ROUNDING)
         pool = self.pools["small" if rounded <= LARGEST_SMALL else "large"]
+        before = pool.reserved
         self._blocks[name] = (pool, pool.take(rounded), rounded)
         self.allocated += rounded
+        if pool.reserved > before:
+            self.highest_reserved = max(self.highest_reserved, self.reserved)
         return rounded
 
     def give(self, name: object) -> None:
@@ -116,12 +152,16 @@ class CachingAllocator:
         self._blocks[new] = self._blocks.pop(old)
 
 
+def _pools() -> dict[str, Pool]:
+    return {name: Pool(granule) for name, granule in GRANULE.items()}
+
+
 class PlainMemory:
     """A CPU's: what is let go of is gone, and nothing is rounded but to a cache line."""
 
     def __init__(self) -> None:
         self._blocks: dict[object, int] = {}
-        self.allocated = 0
+        self.allocated = self.highest_reserved = 0
 
     @property
     def reserved(self) -> int:
@@ -133,6 +173,7 @@ class PlainMemory:
         rounded = -(-size // CACHE_LINE) * CACHE_LINE
         self._blocks[name] = rounded
         self.allocated += rounded
+        self.highest_reserved = max(self.highest_reserved, self.allocated)
         return rounded
 
     def give(self, name: object) -> None:

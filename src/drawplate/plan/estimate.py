@@ -93,7 +93,7 @@ class _Moments:
     def __init__(self, model: ModelShape, choice: Choice, around: Surroundings) -> None:
         self.model, self.choice, self.around = model, choice, around
         self.size = DTYPE_BYTES[choice.compute_dtype]
-        self.rows = train_rows_of(choice)
+        self.rows = train_rows_of(choice, model.layers)
         # Layers alike: (kind, tier, keeps) -> how many, and the place of the last of them.
         self.groups: Counter[tuple[int, str, bool]] = Counter()
         first_kept = model.layers - choice.kept_layers

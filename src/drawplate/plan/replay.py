@@ -13,7 +13,7 @@ step.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from drawplate.footprints import Footprint, Trace
 from drawplate.plan.allocator import CachingAllocator, PlainMemory
@@ -21,7 +21,9 @@ from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroun
 from drawplate.plan.storage import Storage, layer_bytes, loss_tile
 
 RETURN_BUFFERS = 2
+COUNTED_PARTS = 8
 TRAINED_BYTES = 4
+IN_FLOAT32 = ("int8", "fp8")
 VISITS = 2
 """Copies of a layer's adapter on the device while the adapter lives on the host: its values and its gradients."""
 
@@ -30,7 +32,7 @@ Name = tuple[object, ...]
 
 @dataclass
 class Moment:
-    """The highest moment of a phase: bytes by line, and what the allocator has reserved by the phase's end."""
+    """The highest moment of a phase: bytes by line, and the most that the allocator reserved in the phase."""
 
     name: str = ""
     lines: dict[str, int] = field(default_factory=dict)
@@ -46,16 +48,35 @@ class Device:
     now: str = ""
     totals: dict[str, int] = field(default_factory=dict)
     highest: Moment = field(default_factory=Moment)
+    capturing: bool = False
     _line_of: dict[Name, tuple[str, int]] = field(default_factory=dict)
 
     def begin(self) -> None:
         """A new phase: what is held now is its first moment."""
-        self.highest = Moment(self.now, dict(self.totals), self.memory.allocated, self.memory.reserved)
+        self.memory.highest_reserved = self.memory.reserved
+        self.highest = Moment(self.now, dict(self.totals), self.memory.allocated)
 
     def end(self) -> Moment:
         """The phase's highest moment."""
-        self.highest.reserved = self.memory.reserved
+        self.highest.reserved = self.memory.highest_reserved
         return self.highest
+
+    def begin_capture(self) -> None:
+        """From now on blocks are a CUDA graph's."""
+        assert isinstance(self.memory, CachingAllocator)
+        self.memory.begin_capture()
+        self.capturing = True
+
+    def end_capture(self) -> None:
+        """They are the process's again, where they were a graph's."""
+        if self.capturing and isinstance(self.memory, CachingAllocator):
+            self.memory.end_capture()
+        self.capturing = False
+
+    def forget_capture(self) -> None:
+        """Captured micro-steps give their memory back."""
+        if isinstance(self.memory, CachingAllocator):
+            self.memory.forget_capture()
 
     def take(self, line: str, name: Name, size: int) -> None:
         """A new block."""
@@ -98,6 +119,7 @@ class Rows:
     rows: int
     documents: int
     packing: bool
+    roomy: bool = False
 
     @property
     def borders(self) -> int:
@@ -106,13 +128,17 @@ class Rows:
 
     @property
     def counted(self) -> int:
-        """Tokens that the loss counts, at most: none counts the first of a document."""
-        return max(1, self.tokens - (self.documents if self.packing else self.rows))
+        """Tokens that the loss counts, at most: none counts the first of a document. Where micro-steps are captured
+        they are rounded up to an eighth (model/device_batch.py)."""
+        counted = max(1, self.tokens - (self.documents if self.packing else self.rows))
+        part = -(-self.tokens // COUNTED_PARTS) if self.roomy else 1
+        return min(self.tokens, -(-counted // part) * part)
 
 
-def train_rows_of(choice: Choice) -> Rows:
-    """Training micro-batches."""
-    return Rows(choice.micro_batch_tokens, choice.rows, choice.documents, choice.packing)
+def train_rows_of(choice: Choice, layers: int) -> Rows:
+    """Training micro-batches of a model with so many layers."""
+    rows = Rows(choice.micro_batch_tokens, choice.rows, choice.documents, choice.packing)
+    return replace(rows, roomy=choice.captured(layers))
 
 
 def eval_rows_of(choice: Choice) -> Rows:
@@ -128,7 +154,7 @@ class Replay:
         self.model, self.choice, self.around = model, choice, around
         self.size = DTYPE_BYTES[choice.compute_dtype]
         self.device = Device(CachingAllocator() if choice.device == "cuda" else PlainMemory())
-        self.train_rows, self.eval_rows = train_rows_of(choice), eval_rows_of(choice)
+        self.train_rows, self.eval_rows = train_rows_of(choice, model.layers), eval_rows_of(choice)
         self._left: dict[Name, dict[Name, None]] = {}
         self._resolved: dict[tuple[int, Rows], tuple[Trace, list[tuple[str, int | None]]]] = {}
         self._kinds = [model.kinds[k] for k in model.kind_of_layer]
@@ -136,6 +162,7 @@ class Replay:
         self._kept = [choice.mode(choice.tier(i), kept=True) for i in range(model.layers)]
         self._trained = [kind.trained for kind in self._kinds]
         self._first_kept = model.layers - choice.kept_layers
+        self.captured = choice.captured(model.layers)
 
     # --- phases ---------------------------------------------------------------------------------------------------
 
@@ -156,6 +183,7 @@ class Replay:
             device.take("ring slots", ("slot", slot), max(away))
         for linear in self._kinds[0].linears:
             self._quantize(linear.out_features * linear.in_features)
+        device.give_all(name for i in range(3) if device.has(name := ("before", i)))
         for i, trained in enumerate(self._trained):
             for j, count in enumerate(trained if choice.adapter == "device" else ()):
                 device.take("adapter", ("adapter", i, j), count * TRAINED_BYTES)
@@ -169,7 +197,7 @@ class Replay:
         return device.end()
 
     def _quantize(self, count: int) -> None:
-        """One weight on its way: as read, in the compute dtype, and what the encoding works with."""
+        """One weight on its way: as read, in the compute dtype, and encoded; the one before it is still held."""
         line, device = "a weight being quantized", self.device
         device.take(line, ("read",), count * 2)
         names: list[Name] = [("read",)]
@@ -177,16 +205,30 @@ class Replay:
             device.take(line, ("cast",), count * self.size)
             device.give(names.pop())
             names.append(("cast",))
-        if self.choice.precision == "int8":
-            parts = [count * 4, count * 4, count * 4]
-        elif self.choice.precision in PLAIN:
-            parts = []
+        encoded = names if self.choice.precision in PLAIN else self._encode(count, names)
+        device.give_all(name for i in range(3) if device.has(name := ("before", i)))
+        for i, name in enumerate(encoded):
+            device.rename(name, ("before", i))
+
+    def _encode(self, count: int, read: list[Name]) -> list[Name]:
+        """The blocks of an encoded weight; what it was read into is let go of last."""
+        line, device = "a weight being quantized", self.device
+        if self.choice.precision in IN_FLOAT32:  # as float32, divided, rounded
+            passing: list[Name] = [("float",), ("divided",), ("rounded",)]
+            device.take(line, passing[0], count * 4)
+            device.take(line, passing[1], count * 4)
+            device.give(passing[0])
+            device.take(line, passing[2], count * 4)
+            device.give(passing[1])
+            parts = [count]
         else:
-            parts = [count // 2, count // 16, count // 64]
-        for i, part in enumerate(parts):
-            device.take(line, ("encoded", i), part)
-            names.append(("encoded", i))
-        device.give_all(names)
+            passing, parts = [], [count // 2, count // 16, count // 64]
+        names: list[Name] = [("encoded", i) for i in range(len(parts))]
+        for name, part in zip(names, parts, strict=True):
+            device.take(line, name, part)
+        device.give_all(passing[2:])
+        device.give_all(read)
+        return names
 
     def _load_outside(self) -> None:
         model, choice, device = self.model, self.choice, self.device
@@ -215,9 +257,9 @@ class Replay:
         self.device.give_all([("copy",), ("copy of the head",), ("logits",)])
 
     def evaluation(self) -> Moment:
-        """One micro-batch without gradients."""
+        """One micro-batch without gradients. Captured micro-steps have given their memory back before it."""
         self.device.now = "before the first layer"
-        self._zero_gradients()
+        self.device.forget_capture()
         self.device.begin()
         rows = self.eval_rows
         self._product_workspace("forward")
@@ -237,17 +279,22 @@ class Replay:
         return self.device.end()
 
     def training(self) -> Moment:
-        """Two optimizer steps: in the first the moments come, in the second they are there."""
-        self.device.now = "before the first layer"
-        self.device.begin()
-        self._zero_gradients()
+        """Two optimizer steps: in the first the moments come, in the second they are there.
+
+        Where micro-steps are captured the first is launched, and the second is the capture."""
+        device = self.device
+        device.now = "before the first layer"
+        device.begin()
+        self._make_gradients()
         self._micro_batch(self.train_rows)
         self._update()
-        self._zero_gradients()
-        for _ in range(2 if self.choice.micro_batches > 1 else 1):
-            self._micro_batch(self.train_rows)
+        if self.captured:
+            device.begin_capture()
+            self._graph_inputs(self.train_rows)
+        self._micro_batch(self.train_rows)
+        device.end_capture()
         self._update()
-        return self.device.end()
+        return device.end()
 
     def checkpoint(self) -> Moment:
         """The adapter is copied to the host: nothing more on the device."""
@@ -257,11 +304,16 @@ class Replay:
 
     # --- an optimizer step ----------------------------------------------------------------------------------------
 
-    def _zero_gradients(self) -> None:
-        for i, trained in enumerate(self._trained):
-            for j in range(len(trained)):
-                if self.device.has(("gradient", i, j)):
-                    self.device.give(("gradient", i, j))
+    def _make_gradients(self) -> None:
+        """One run of zeros for all trained tensors, which stays (model/adapter.py, `zero_gradients`)."""
+        if self.choice.adapter == "device":
+            count = sum(sum(trained) for trained in self._trained)
+            self.device.take("adapter gradients", ("gradients",), count * TRAINED_BYTES)
+
+    def _graph_inputs(self, rows: Rows) -> None:
+        """What a captured micro-step reads: its own copy of the batch."""
+        size = (24 + (4 if self.choice.dropout else 0)) * rows.tokens + 4 * (rows.borders + 1)
+        self.device.take("captured micro-step: its batch", ("graph batch",), size)
 
     def _update(self) -> None:
         """AdamW: two moments for each trained number, and a step count for each tensor."""
@@ -291,12 +343,13 @@ class Replay:
         self._run(closing.forward, "the norm after the last layer", ("closing",), rows)
         if not closing.keeps_input and hidden not in self._held_inputs():
             self._drop_hidden(hidden)
-        if self._offloads(0):
+        if self._offloads(0) or self._keeps(0):  # the first layer's input needs no gradient: autograd keeps it not
             self.device.give(("embedded",))
         self.device.now = "the loss"
         self._loss(rows, ("closing", "out"), training=True)
         self.device.give(("closing", "out"))
         self._backward(rows, hidden, closing)
+        self._add_up()
         self._give_shared()
         self._give_batch()
         if self.device.has(("keys",)):
@@ -338,8 +391,12 @@ class Replay:
         gradient = rows.counted * model.hidden * self.size
         self._product_workspace("backward")
         device.take("loss", ("scaled",), gradient)
-        device.take("gradient between layers", ("grad",), rows.tokens * model.hidden * self.size)
-        device.give_all([("scaled",), ("loss gradient",)])
+        if rows.counted < rows.tokens:
+            device.take("gradient between layers", ("grad",), rows.tokens * model.hidden * self.size)
+            device.give(("scaled",))
+        else:
+            device.rename(("scaled",), ("grad",), "gradient between layers")
+        device.give(("loss gradient",))
         device.now = "the norm after the last layer, backward"
         self._run(closing.backward, "the norm after the last layer", ("closing",), rows)
         self._pass_gradient(("closing",))
@@ -369,7 +426,7 @@ class Replay:
             self._run(part.forward, line, prefix, rows)
         self._run(part.backward, line, prefix, rows)
         for j in range(len(self._trained[layer])):
-            self._accumulate(("gradient", layer, j), (*prefix, f"grad:{j}"))
+            self._accumulate((*prefix, f"grad:{j}"), ("new", layer, j))
         self._pass_gradient(prefix)
         if device.has(("layer keys", layer)):
             device.give(("layer keys", layer))
@@ -383,20 +440,27 @@ class Replay:
         self.device.give(("grad",))
         self.device.rename(("next grad",), ("grad",))
 
-    def _accumulate(self, kept: Name, new: Name) -> None:
-        """A gradient becomes the parameter's, or is added to it."""
+    def _accumulate(self, new: Name, later: Name) -> None:
+        """A gradient is added to the parameter's, by a captured micro-step only at its end."""
         if not self.device.has(new):
             return
-        if self.device.has(kept) or (kept[0] == "gradient" and self.choice.adapter == "host"):
-            self.device.give(new)
+        if self.device.capturing:
+            self.device.rename(new, later, "captured micro-step: its own gradients")
         else:
-            self.device.rename(new, kept, "adapter gradients")
+            self.device.give(new)
+
+    def _add_up(self) -> None:
+        """The end of a captured micro-step: its gradients are added to the parameters'."""
+        for i, trained in enumerate(self._trained):
+            self.device.give_all(("new", i, j) for j in range(len(trained)) if self.device.has(("new", i, j)))
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
     def _product_workspace(self, thread: str) -> None:
-        if self.choice.device == "cuda" and not self.device.has(("cublas", thread)):
-            self.device.take("cuBLAS workspace", ("cublas", thread), self.around.product_workspace_bytes)
+        """cuBLAS keeps one for each thread and stream that multiplies; a capture has a stream of its own."""
+        name: Name = ("cublas", thread, self.device.capturing)
+        if self.choice.device == "cuda" and not self.device.has(name):
+            self.device.take("cuBLAS workspace", name, self.around.product_workspace_bytes)
 
     def _open(self, rows: Rows) -> None:
         """The batch, its embedding, and what all layers share."""
@@ -437,7 +501,8 @@ class Replay:
         device, counted, width, line = self.device, rows.counted, self.model.hidden, "loss"
         tile = loss_tile(self.model, self.choice, counted, training=training)
         parts = {"targets": 16 * rows.tokens, "counted": 8 * rows.tokens}
-        parts["compact"] = counted * width * self.size
+        if counted < rows.tokens:
+            parts["compact"] = counted * width * self.size
         if training:
             parts |= {"gradient": counted * width * 4}
         parts |= {f"sums{i}": counted * 4 for i in range(4)}

@@ -78,6 +78,7 @@ class Choice:
         eval_tokens, eval_rows: positions and rows of an evaluation micro-batch; None for those of training.
         optimizer: adamw or adamw_8bit.
         adapter: where trained tensors, their gradients and the optimizer live.
+        launched: micro-steps are launched kernel by kernel even where they could be captured.
     """
 
     precision: str
@@ -103,6 +104,7 @@ class Choice:
     eval_rows: int | None = None
     optimizer: str = "adamw"
     adapter: Literal["device", "host"] = "device"
+    launched: bool = False
 
     @classmethod
     def in_words(cls, layers: int, *, weights: str, activations: str, **others: Any) -> Choice:
@@ -120,11 +122,9 @@ class Choice:
         return max(0, layers - self.dequantized_layers - self.device_layers)
 
     def captured(self, layers: int) -> bool:
-        """Whether micro-steps are replayed as CUDA graphs: nothing of them crosses the bus (model/graphed.py).
-
-        They take the memory that a micro-step takes anyway, and give it back before anything else runs."""
+        """Whether micro-steps are replayed as CUDA graphs: nothing of them crosses the bus (model/graphed.py)."""
         crosses = self.host_layers(layers) or self.head_rows or (self.policy == "offload" and self.kept_layers < layers)
-        return self.device == "cuda" and not crosses
+        return self.device == "cuda" and self.adapter == "device" and not (crosses or self.launched)
 
     def tier(self, layer: int) -> str:
         """dequantized, device or host."""
