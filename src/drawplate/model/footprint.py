@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 

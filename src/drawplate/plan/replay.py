@@ -207,8 +207,8 @@ class Replay:
             names.append(("cast",))
         encoded = names if self.choice.precision in PLAIN else self._encode(count, names)
         device.give_all(name for i in range(3) if device.has(name := ("before", i)))
-        for i, name in enumerate(encoded):
-            device.rename(name, ("before", i))
+        for i, block in enumerate(encoded):
+            device.rename(block, ("before", i))
 
     def _encode(self, count: int, read: list[Name]) -> list[Name]:
         """The blocks of an encoded weight; what it was read into is let go of last."""
