@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from bench.peers.ceiling import H100_BF16_FLOPS, ceiling  # noqa: E402
-from bench.peers.table import GIB, ratios, table  # noqa: E402
+from bench.peers.table import GIB, is_fp8, ratios, table  # noqa: E402
 from bench.shapes import SHAPES  # noqa: E402
 
 LOOKS = {
@@ -35,8 +35,7 @@ LOOKS = {
 
 def look_of(result: dict[str, Any]) -> str:
     """The key of LOOKS."""
-    fp8 = result["system"] == "drawplate" and result["setting"].startswith("fp8")
-    return "drawplate fp8" if fp8 else str(result["system"])
+    return "drawplate fp8" if is_fp8(result) else str(result["system"])
 
 
 def panel(axes: Any, results: list[dict[str, Any]], title: str) -> None:

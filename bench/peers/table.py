@@ -67,13 +67,18 @@ def ratios(
     Drawplate's fp8 arithmetic is compared by itself: with `fp8` it alone, else everything but it.
     """
     found = []
-    kept = [r for r in results if r["system"] != "drawplate" or r["setting"].startswith("fp8") == fp8]
+    kept = [r for r in results if r["system"] != "drawplate" or is_fp8(r) == fp8]
     for case in dict.fromkeys(r["case"] for r in results):
         best = best_within(kept, case, budget_gib)
         if "drawplate" in best and peer in best:
             own, other = best["drawplate"]["tokens_per_second"], best[peer]["tokens_per_second"]
             found.append((case, own, other, own / other))
     return found
+
+
+def is_fp8(result: dict[str, Any]) -> bool:
+    """Whether Drawplate multiplied in fp8."""
+    return result["system"] == "drawplate" and "fp8" in result["setting"]
 
 
 def _setting(result: dict[str, Any]) -> str:

@@ -82,7 +82,7 @@ class LayerRunner:
         self._salts = _module_salts([len(names) for names in self._key_names], residency.device)
         self._keys: list[Tensor] = []
         self._no_key = torch.empty(0, dtype=torch.int32, device=residency.device)
-        self._no_whole = torch.empty(0, dtype=whole_dtype or torch.float32, device=residency.device)
+        self._no_whole = torch.empty(0, device=residency.device)  # of one dtype, or it would be compiled twice
         self._whole_dtype = whole_dtype
         self._quantized = [_quantized_linears(template) for template in templates]
         self._functions = _shared_functions(self.templates) if compiled else [_call_of(t) for t in self.templates]
