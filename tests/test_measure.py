@@ -10,8 +10,9 @@ import pytest
 import drawplate.measure as measure
 import drawplate.prepare as prepare
 import drawplate.run as story
-from drawplate.errors import DoesNotFit
+from drawplate.errors import DoesNotFit, UsageError
 from drawplate.measure import change_between, evaluation_facts, forgetting_warning
+from drawplate.model.adapter import read_adapter
 from drawplate.recipe import Recipe
 from drawplate.records import DocumentScore, EvaluationFacts, RunRecord
 from tests.tiny import read_lines, tiny_recipe, write_base, write_texts
@@ -148,3 +149,70 @@ def test_the_tax_runs_with_long_documents_and_padding(tmp_path: Path) -> None:
     )
     evaluation = story.tune(recipe).evaluation
     assert evaluation.unquantized_baseline.tokens == evaluation.baseline.tokens
+
+
+# --- a start from the quantization error ---------------------------------------------------------------------------
+
+
+STARTED = {"init_lora_weights": "quantization_error"}
+
+
+def test_an_adapter_that_starts_from_the_error_is_measured_against_the_base_without_it(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    plain = run_within(recipe, tmp_path / "plain")
+    record = run_within(recipe, tmp_path / "run", lora=STARTED)
+    assert record.evaluation.baseline == plain.evaluation.baseline, "to the last bit"
+    assert record.evaluation.final != plain.evaluation.final
+    assert (record.training.init_lora_weights, plain.training.init_lora_weights) == ("quantization_error", "default")
+    config, adapter = read_adapter(tmp_path / "run" / "adapter")
+    twice, difference = read_adapter(tmp_path / "run" / "adapter_unquantized")
+    assert (config.r, twice.r) == (4, 8)
+    assert adapter.keys() == difference.keys()
+    assert not (tmp_path / "plain" / "adapter_unquantized").exists()
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "BitsAndBytesConfig(load_in_4bit=True" in card
+    assert "adapter_unquantized" in card
+
+
+def test_eval_measures_it_on_the_weights_it_belongs_to(recipe: Recipe, corpus: Path, tmp_path: Path) -> None:
+    record = run_within(recipe, tmp_path / "run", lora=STARTED, evaluation={"general_files": []})
+    adapter, base = str(tmp_path / "run" / "adapter"), recipe.model.name_or_path
+    settings = ["model.device_map=cpu", "quantization.bnb_4bit_compute_dtype=float32"]
+    results = story.evaluate(base, adapter, [str(corpus)], settings=settings)
+    assert {score.precision for score in results.values()} == {record.model.precision}
+    with pytest.raises(UsageError, match="belongs to weights in nf4"):
+        story.evaluate(base, adapter, [str(corpus)], settings=["quantization.precision=fp32"])
+    other = str(tmp_path / "run" / "adapter_unquantized")
+    assert story.evaluate(base, other, [str(corpus)], settings=[*settings, "quantization.precision=fp32"])
+
+
+def test_without_unquantized_weights_the_adapter_starts_at_zero_and_the_log_says_so(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    messages: list[str] = []
+    values = recipe.model_dump(mode="json")
+    values["lora"] |= STARTED
+    values["evaluation"]["quantization_tax"] = False
+    record = story.tune(Recipe.model_validate(values), lambda progress: messages.append(progress.message))
+    assert record.training.init_lora_weights == "default"
+    assert any("The adapter starts at zero" in message for message in messages)
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_own_start(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_within(recipe, tmp_path / "whole", lora=STARTED)
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(story, "_keep_the_best", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_within(recipe, tmp_path / "cut", lora=STARTED)
+    resumed = story.resume(tmp_path / "cut")
+    assert resumed.evaluation.final == whole.evaluation.final
+    for name in ("adapter", "adapter_unquantized"):
+        files = [(tmp_path / run / name / "adapter_model.safetensors").read_bytes() for run in ("whole", "cut")]
+        assert files[0] == files[1]

@@ -25,7 +25,7 @@ from drawplate.errors import UsageError
 from drawplate.evaluate import total
 from drawplate.journal import Journal
 from drawplate.measure import Scores, give_back_memory, paired, score
-from drawplate.model.adapter import lora_config, read_adapter
+from drawplate.model.adapter import base_precision_of, lora_config, read_adapter
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.assemble import assemble
 from drawplate.model.weights import Checkpoint, open_checkpoint
@@ -41,6 +41,7 @@ from drawplate.prepare import (
 )
 from drawplate.recipe import LoraSection, Recipe, expand, load_recipe
 from drawplate.records import ModelScore
+from drawplate.run_folder import UNQUANTIZED_NAME
 from drawplate.train import Cutting
 
 
@@ -104,12 +105,36 @@ def _contenders(models: Seq[str], adapters: Seq[str], files: Seq[str], settings:
         bases.append(_Contender(name=name, recipe=recipe, checkpoint=open_checkpoint(recipe.model)))
     owners = {adapter: _base_of(adapter, bases) for adapter in adapters}
     contenders = []
-    for base in bases:
+    for plain in bases:
+        own = [adapter for adapter in adapters if owners[adapter] is plain]
+        base = replace(plain, recipe=_in_their_precision(plain.recipe, own))
         contenders.append(base)
-        for adapter in (a for a in adapters if owners[a] is base):
+        for adapter in own:
             name = "with adapter" if alone else f"{base.name} + {adapter}"
             contenders.append(replace(base, name=name, adapter=adapter))
     return contenders
+
+
+def _in_their_precision(recipe: Recipe, adapters: Seq[str]) -> Recipe:
+    """The recipe with the precision that its adapters belong to, where they belong to one and none was asked for.
+
+    Raises:
+        UsageError: an adapter belongs to another one than what was asked for, or than another adapter.
+    """
+    wanted = {adapter: precision for adapter in adapters if (precision := base_precision_of(expand(adapter)))}
+    asked = recipe.quantization.chosen
+    for adapter, precision in wanted.items():
+        if precision != (next(iter(wanted.values())) if asked == "auto" else asked):
+            raise UsageError(
+                f"The adapter {adapter} starts from what {precision} loses, so it belongs to weights in {precision}.",
+                safe="Nothing was loaded.",
+                next_step=f"Measure it with --set quantization.precision={precision}, or take {UNQUANTIZED_NAME} beside"
+                " it for other weights.",
+            )
+    if not wanted or asked != "auto":
+        return recipe
+    section = recipe.quantization.model_copy(update={"precision": next(iter(wanted.values()))})
+    return recipe.model_copy(update={"quantization": section})
 
 
 def _base_of(adapter: str, bases: Seq[_Contender]) -> _Contender:

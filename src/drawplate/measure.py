@@ -8,7 +8,7 @@ used one after the other and not together.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 
 import torch
@@ -21,10 +21,11 @@ from drawplate.journal import Journal
 from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
+from drawplate.model.error_start import Start, quantization_error_start
 from drawplate.model.frozen import Storage
-from drawplate.plan.tax import HEAD_ROWS, PLAIN_PRECISION, SAMPLE_TOKENS, window_tokens
-from drawplate.prepare import Prepared, choose_context_tokens, evaluation_cutting, pad_id
-from drawplate.recipe import LoraSection, Recipe
+from drawplate.plan.tax import CALIBRATION_TOKENS, HEAD_ROWS, PLAIN_PRECISION, SAMPLE_TOKENS, window_tokens
+from drawplate.prepare import Prepared, choose_context_tokens, evaluation_cutting, pad_id, placement_of
+from drawplate.recipe import FOUR_BITS, LoraSection, Recipe
 from drawplate.records import DocumentScore, EvaluationFacts, Sequence
 from drawplate.train import Cutting
 
@@ -62,27 +63,66 @@ def score_general(prepared: Prepared, model: CausalLM, journal: Journal, *, look
     return score(model, prepared.general, evaluation_cutting(prepared), journal, look=look)
 
 
-def score_unquantized(prepared: Prepared, journal: Journal) -> Scores:
-    """A sample of the held-out documents under the unquantized base model; nothing where the plan leaves it out.
+def score_unquantized(prepared: Prepared, journal: Journal) -> tuple[Scores, Start]:
+    """A sample of the held-out documents under the unquantized base model, and what the adapter is to start from.
 
-    What goes wrong here costs a warning and not the run: the measurement is a help, not a need.
+    Nothing where the plan leaves it out, and no start where the recipe wants the default one. What goes wrong here
+    costs a warning and not the run: the measurement is a help, not a need.
     """
+    wanted = starts_from_error(prepared)
     if not prepared.plan.quantization_tax:
         reason = prepared.plan.reasons.get("quantization_tax")
         if reason:
             journal.message(f"What quantization costs is {reason}.")
-        return ()
+        if wanted:
+            journal.message("The adapter starts at zero: for the quantization error, unquantized weights are needed.")
+        return (), {}
     scores: Scores = ()
+    start: Start = {}
     problem = ""
     with journal.in_phase("unquantized"):
         try:
-            scores = _score_unquantized(prepared, journal)
+            model = _unquantized(prepared, journal)
+            cutting = Cutting(packing=True, tokens=window_tokens(prepared.plan), pad_id=pad_id(prepared.tokenizer))
+            heldout = prepared.heldout.sequences
+            chosen = sample(heldout, prepared.split.heldout, SAMPLE_TOKENS[prepared.plan.device])
+            scores = score(model, chosen, cutting, journal)
+            start = _error_start(prepared, model, cutting) if wanted else {}
+            del model
         except (DoesNotFit, EnvironmentProblem, torch.OutOfMemoryError) as error:
             problem = str(error).partition("\n")[0]
     give_back_memory()
     if problem:
         journal.on_warning(f"What quantization costs was not measured: {problem}")
-    return scores
+    return scores, start
+
+
+def starts_from_error(prepared: Prepared) -> bool:
+    """Whether the adapter is to start from what 4 bits lost."""
+    asked = prepared.recipe.lora.filled().init_lora_weights
+    return asked == "quantization_error" and prepared.plan.precision in FOUR_BITS
+
+
+def _error_start(prepared: Prepared, model: CausalLM, cutting: Cutting) -> Start:
+    recipe, checkpoint = prepared.recipe, prepared.checkpoint
+    chosen = list(within_tokens(prepared.train.sequences, CALIBRATION_TOKENS[prepared.plan.device]))
+    return quantization_error_start(
+        model,
+        placement_of(prepared.plan, prepared.device).storage,
+        cutting(chosen),
+        lora_config(recipe.lora, prepared.anatomy, checkpoint.loadable_name, checkpoint.revision),
+        seed=recipe.train.seed,
+    )
+
+
+def within_tokens(sequences: Seq[Sequence], tokens: int) -> Iterator[Sequence]:
+    """The first windows that have at most so many tokens together; one at least."""
+    total = 0
+    for sequence in sequences:
+        if total and total + len(sequence) > tokens:
+            return
+        total += len(sequence)
+        yield sequence
 
 
 def give_back_memory() -> None:
@@ -92,7 +132,7 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _score_unquantized(prepared: Prepared, journal: Journal) -> Scores:
+def _unquantized(prepared: Prepared, journal: Journal) -> CausalLM:
     plan, recipe, checkpoint = prepared.plan, prepared.recipe, prepared.checkpoint
     on_gpu = prepared.device.type == "cuda"
     placement = Placement(
@@ -103,7 +143,7 @@ def _score_unquantized(prepared: Prepared, journal: Journal) -> Scores:
         head_rows=HEAD_ROWS if on_gpu else 0,
     )
     idle = LoraSection(r=1, target_modules=recipe.lora.target_modules)  # B starts at zero: it changes nothing
-    model = assemble(
+    return assemble(
         checkpoint,
         placement,
         lambda anatomy: lora_config(idle, anatomy, checkpoint.loadable_name, checkpoint.revision),
@@ -111,9 +151,6 @@ def _score_unquantized(prepared: Prepared, journal: Journal) -> Scores:
         progress=lambda done, count: journal.show(done, count, "layers"),
         tell=journal.on_warning,
     )
-    chosen = sample(prepared.heldout.sequences, prepared.split.heldout, SAMPLE_TOKENS[plan.device])
-    cutting = Cutting(packing=True, tokens=window_tokens(plan), pad_id=pad_id(prepared.tokenizer))
-    return score(model, chosen, cutting, journal)
 
 
 def evaluation_facts(recipe: Recipe, max_length: int, measured: Measured) -> EvaluationFacts:

@@ -22,6 +22,7 @@ from drawplate.guards import Clock, StopSignals
 from drawplate.journal import Journal
 from drawplate.measure import Measured, evaluation_facts
 from drawplate.model.causal_lm import CausalLM
+from drawplate.model.error_start import Start
 from drawplate.prepare import Prepared
 from drawplate.records import (
     DataFacts,
@@ -52,6 +53,7 @@ class Outcome:
         stop: whether somebody asked the run to stop.
         clock: of the training's seconds.
         earlier_peaks: device and host bytes of the processes that ran before this one.
+        start: what the adapter started from, where that is not the default (model/error_start.py).
         resumed: where this and earlier processes took the run up, in words.
     """
 
@@ -66,6 +68,7 @@ class Outcome:
     stop: StopSignals = field(default_factory=StopSignals)
     clock: Clock = field(default_factory=Clock)
     earlier_peaks: tuple[int, int] = (0, 0)
+    start: Start = field(default_factory=dict)
     resumed: list[str] = field(default_factory=list)
     rehearsal: tuple[RehearsedPhase, ...] = ()
     machine: Machine = field(init=False)
@@ -183,6 +186,7 @@ class Outcome:
             best_step=state.best_step,
             corrections=tuple(state.corrections),
             checkpoint_seconds=state.saving_seconds,
+            init_lora_weights="quantization_error" if self.start else "default",
         )
 
     def _time_facts(self) -> TimeFacts:

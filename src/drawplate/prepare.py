@@ -29,7 +29,7 @@ from drawplate.plan.advise import Learner, advise
 from drawplate.plan.choose import CorpusShape, Obstacles, Situation, choose, choose_compute_dtype, choose_max_length
 from drawplate.plan.ledger import ModelShape
 from drawplate.plan.tax import plan_quantization_tax
-from drawplate.recipe import Recipe
+from drawplate.recipe import FOUR_BITS, Recipe
 from drawplate.records import Plan, Sequence
 from drawplate.speed import measured_speed
 from drawplate.train import Cutting
@@ -126,6 +126,7 @@ def with_quantization_tax(chosen: Plan, recipe: Recipe, checkpoint: Checkpoint, 
         asked=recipe.evaluation.quantization_tax,
         stored_precision=checkpoint.quantized_precision,
         host_room_bytes=int(HOST_SHARE * available),
+        starts_adapter=recipe.lora.filled().init_lora_weights == "quantization_error" and chosen.precision in FOUR_BITS,
     )
 
 

@@ -28,6 +28,8 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 USUAL_RANK = 16
 USUAL_TARGETS = "all-linear"
+USUAL_START = "default"
+FOUR_BITS = ("nf4", "fp4")
 
 
 def _off(value: Any) -> Any:
@@ -97,6 +99,11 @@ class LoraSection(Section):
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's input set to zero in training.")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too.")
+    init_lora_weights: Literal["default", "quantization_error"] | Auto = Field(
+        "auto",
+        description="default: B starts at zero; quantization_error: A and B start as the leading part of what 4 bits "
+        "lost, where the unquantized weights are measured anyway (evaluation.quantization_tax).",
+    )
     use_rslora: bool = Field(False, description="Rank-stabilised scaling.")
     loraplus_lr_ratio: float = Field(
         1.0, gt=0, description="Learning rate of the B matrices over that of the A matrices (LoRA+)."
@@ -107,7 +114,9 @@ class LoraSection(Section):
         rank = USUAL_RANK if self.r == "auto" else self.r
         alpha = usual_alpha(rank) if self.lora_alpha == "auto" else self.lora_alpha
         targets = USUAL_TARGETS if self.target_modules == "auto" else self.target_modules
-        return self.model_copy(update={"r": rank, "lora_alpha": alpha, "target_modules": targets})
+        start = USUAL_START if self.init_lora_weights == "auto" else self.init_lora_weights
+        usual = {"r": rank, "lora_alpha": alpha, "target_modules": targets, "init_lora_weights": start}
+        return self.model_copy(update=usual)
 
 
 def usual_alpha(rank: int) -> float:

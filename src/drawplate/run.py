@@ -29,9 +29,10 @@ from drawplate.guards import Clock, StopRequested, StopSignals, Watchdog, leave_
 from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
 from drawplate.measure import Scores, forgetting_warning, score, score_general, score_unquantized
-from drawplate.model.adapter import lora_config
+from drawplate.model.adapter import lora_config, read_adapter, save_adapter, write_base_precision
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM
+from drawplate.model.error_start import without_start
 from drawplate.model.self_check import self_check, warning_of
 from drawplate.outcome import Outcome
 from drawplate.prepare import (
@@ -49,7 +50,7 @@ from drawplate.rehearse import enforce_cap, rehearsed
 from drawplate.reopen import Reopened, recipe_of, refuse_finished, reopen
 from drawplate.report.card import model_card
 from drawplate.report.html import render_report
-from drawplate.run_folder import CHECKPOINTS_NAME, RECIPE_NAME, RunFolder
+from drawplate.run_folder import CHECKPOINTS_NAME, RECIPE_NAME, START_NAME, UNQUANTIZED_NAME, RunFolder
 from drawplate.saving import Saving, where
 from drawplate.train import INITIAL_LOSS_SCALE, TrainTask, make_optimizer, rate_groups, schedule_of, train
 
@@ -174,7 +175,7 @@ def _tell(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> Run
     journal = outcome.journal
     _write_beginnings(outcome, folder, reopened)
     if "baseline" not in outcome.scores:
-        outcome.scores["unquantized"] = score_unquantized(outcome.prepared, journal)
+        outcome.scores["unquantized"], outcome.start = score_unquantized(outcome.prepared, journal)
     with journal.in_phase("load"):
         enforce_cap(outcome.prepared)
         outcome.model = _load(outcome)
@@ -224,9 +225,15 @@ def _save_adapter(outcome: Outcome, folder: RunFolder, state: dict[str, torch.Te
 
     def fill(partial: Path) -> None:
         model.adapter.save(partial, state)
+        if outcome.start:
+            write_base_precision(partial, outcome.prepared.plan.precision)
         outcome.prepared.tokenizer.save_pretrained(partial)
 
     folder.write_folder("adapter", fill)
+    if outcome.start:
+        trained = state if state is not None else model.adapter.state()
+        config, difference = without_start(model.adapter.config, trained, outcome.start)
+        folder.write_folder(UNQUANTIZED_NAME, lambda partial: save_adapter(partial, config, difference, trained))
 
 
 def _write(record: RunRecord, folder: RunFolder) -> RunRecord:
@@ -305,7 +312,9 @@ def _train(outcome: Outcome, model: CausalLM, folder: RunFolder, reopened: Reope
     saving = Saving(folder, outcome, optimizer)
     if reopened:
         saving.take_up(reopened.checkpoint, state, same=reopened.same)
+        outcome.start = read_adapter(folder.path / START_NAME)[1] if (folder.path / START_NAME).is_dir() else {}
     else:
+        _take_start(outcome, model, folder)
         state.loss_scale = INITIAL_LOSS_SCALE if prepared.plan.compute_dtype == "float16" else 1.0
     task = replace(
         train_task(prepared, model, optimizer),
@@ -319,6 +328,20 @@ def _train(outcome: Outcome, model: CausalLM, folder: RunFolder, reopened: Reope
         outcome.stop.graceful = True
         train(replace(task, watchdog=watchdog), outcome.journal, state)
         saving.save(state)
+
+
+def _take_start(outcome: Outcome, model: CausalLM, folder: RunFolder) -> None:
+    """The adapter as it is to start, after the base model was measured without it; kept for the end of the run."""
+    if not outcome.start:
+        return
+    start = model.adapter.state() | outcome.start
+    model.adapter.load_state(start, "the start")
+    folder.write_folder(
+        START_NAME, lambda partial: save_adapter(partial, model.adapter.config, outcome.start, outcome.start)
+    )
+    outcome.journal.message(
+        f"The adapter starts from what {outcome.prepared.plan.precision} loses of the weights, not from zero."
+    )
 
 
 def train_task(prepared: Prepared, model: CausalLM, optimizer: torch.optim.Optimizer | None) -> TrainTask:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from drawplate.recipe import LoraSection
 PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+BASE_NAME = "base_precision.json"
 
 
 def lora_config(section: LoraSection, anatomy: Anatomy, base_model: str, revision: str | None) -> LoraConfig:
@@ -209,19 +210,26 @@ class Adapter:
         Raises:
             IntegrityError: what was written is not what is trained.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        state = state if state is not None else self.state()
-        save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        values = self.config.to_dict()
-        values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
-        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.chmod(folder / WEIGHTS_NAME, 0o666 & ~_umask())
-        written = load_file(folder / WEIGHTS_NAME)
-        if written.keys() != self.named_tensors().keys() or not written:
-            raise IntegrityError(
-                f"{folder} holds {len(written)} adapter tensors where {len(self.named_tensors())} were trained.",
-                next_step="Please report this; the checkpoint before it is unharmed.",
-            )
+        save_adapter(folder, self.config, state if state is not None else self.state(), self.named_tensors())
+
+
+def save_adapter(folder: Path, config: LoraConfig, state: dict[str, Tensor], trained: Collection[str]) -> None:
+    """Write an adapter in PEFT's files, then read the tensors' names back.
+
+    Raises:
+        IntegrityError: what was written is not `trained`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.chmod(folder / WEIGHTS_NAME, 0o666 & ~_umask())
+    written = load_file(folder / WEIGHTS_NAME)
+    if written.keys() != set(trained) or not written:
+        raise IntegrityError(
+            f"{folder} holds {len(written)} adapter tensors where {len(trained)} were trained.",
+            next_step="Please report this; the checkpoint before it is unharmed.",
+        )
 
 
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -245,6 +253,19 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         )
     known = {key: value for key, value in values.items() if key in LoraConfig.__dataclass_fields__}
     return LoraConfig(**known), load_file(folder / WEIGHTS_NAME)
+
+
+def write_base_precision(folder: Path, precision: str) -> None:
+    """Say beside an adapter that it belongs to weights of this precision alone; PEFT's files have no place for it."""
+    (folder / BASE_NAME).write_text(json.dumps({"base_precision": precision}) + "\n", encoding="utf-8")
+
+
+def base_precision_of(folder: Path) -> str | None:
+    """The precision that an adapter's base must have; None where any will do."""
+    try:
+        return str(json.loads((folder / BASE_NAME).read_text(encoding="utf-8"))["base_precision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _peft_name(name: str) -> str:

@@ -19,6 +19,7 @@ from drawplate.units import MIB, format_bytes, format_count
 PHASE = "unquantized baseline"
 PLAIN_PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SAMPLE_TOKENS = {"cpu": 4096, "cuda": 65_536}
+CALIBRATION_TOKENS = {"cpu": 2048, "cuda": 16_384}
 HEAD_ROWS = 8192
 _SHARED = ("CUDA context", "process before the model", "token windows")
 _KEY = "quantization_tax"
@@ -31,6 +32,7 @@ def plan_quantization_tax(
     asked: Literal[True, False] | Auto,
     stored_precision: str | None,
     host_room_bytes: int,
+    starts_adapter: bool = False,
 ) -> Plan:
     """The plan, with the decision, its reason and, if it is yes, the phase's lines in the ledger.
 
@@ -40,10 +42,11 @@ def plan_quantization_tax(
         asked: evaluation.quantization_tax.
         stored_precision: what the checkpoint itself is quantized to, None where it is not.
         host_room_bytes: what the process may still take of the host.
+        starts_adapter: the adapter's start is made of what quantization loses, while the weights are at hand.
     """
     if plan.precision in PLAIN_PRECISION.values():
         return plan
-    phase = _phase(plan, model)
+    phase = _phase(plan, model, starts_adapter)
     why_not = _why_not(plan, phase, asked, stored_precision, host_room_bytes)
     if why_not:
         return replace(plan, reasons={**plan.reasons, _KEY: f"not measured: {why_not}"})
@@ -90,7 +93,7 @@ _MOVING = (
 )
 
 
-def _phase(plan: Plan, model: ModelShape) -> PhaseLedger:
+def _phase(plan: Plan, model: ModelShape, starts_adapter: bool) -> PhaseLedger:
     size, on_cpu = DTYPE_BYTES[plan.compute_dtype], plan.device == "cpu"
     layers, layer = model.linear_parameters * size, model.linear_parameters // model.layers * size
     tokens = window_tokens(plan)
@@ -113,6 +116,10 @@ def _phase(plan: Plan, model: ModelShape) -> PhaseLedger:
     else:  # what comes and goes is that of the quantized model's own evaluation, or less
         moving = [line for line in baseline.lines if line.name in _MOVING]
         rows += [(line.name, "device", line.bytes, line.formula) for line in moving]
+    if starts_adapter:
+        one = model.hidden * max(model.intermediate, model.attention_width)
+        rows.append(("error of one weight", "device", 12 * one, "12 bytes x hidden x widest"))
+        rows.append(("adapter's start", "host", 4 * model.trained_parameters, "trained parameters x 4 bytes"))
     own = tuple(
         LedgerLine(name=n, where="host" if on_cpu else where, bytes=count, formula=formula)  # type: ignore[arg-type]
         for n, where, count, formula in rows

@@ -112,6 +112,7 @@ class TrainingFacts:
     Attributes:
         corrections: what running out of memory forced, in words; micro_batch_tokens is the plan's.
         checkpoint_seconds: spent writing and verifying checkpoints; not part of `seconds`.
+        init_lora_weights: what the adapter started from: default (it changes nothing), or quantization_error.
     """
 
     optimizer_steps: int
@@ -129,6 +130,7 @@ class TrainingFacts:
     best_step: int | None = None
     corrections: tuple[str, ...] = ()
     checkpoint_seconds: float = 0.0
+    init_lora_weights: str = "default"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,18 +158,36 @@ def _loading(record: RunRecord) -> str:
     arguments = [repr(visible(name))]
     if record.model.revision:
         arguments.append(f"revision={visible(record.model.revision)!r}")
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({arguments[0]})"
+    imported, made = "AutoModelForCausalLM, AutoTokenizer", []
+    if _belongs_to_four_bits(record):
+        imported += ", BitsAndBytesConfig"
+        kind = f'bnb_4bit_quant_type="{record.model.precision}", bnb_4bit_use_double_quant={_double_quant(record)}'
+        made = [f'four_bits = BitsAndBytesConfig(load_in_4bit=True, {kind}, bnb_4bit_compute_dtype="bfloat16")']
+        arguments.append("quantization_config=four_bits")
     return "\n".join(
         [
             "```python",
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {imported}",
             "",
+            *made,
             f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})",
             'model = PeftModel.from_pretrained(base, "PATH_TO_THIS_FOLDER")',
-            f"tokenizer = AutoTokenizer.from_pretrained({arguments[0]})",
+            tokenizer,
             "```",
         ]
     )
+
+
+def _belongs_to_four_bits(record: RunRecord) -> bool:
+    """The adapter started from what 4 bits lost, so that it holds for those weights alone."""
+    return record.training.init_lora_weights == "quantization_error"
+
+
+def _double_quant(record: RunRecord) -> bool:
+    asked = record.recipe.get("quantization", {}).get("bnb_4bit_use_double_quant", "auto")
+    return asked is not False
 
 
 def _limits(record: RunRecord) -> str:
@@ -181,7 +199,14 @@ def _limits(record: RunRecord) -> str:
         "- It can repeat what was in the training documents. Publish it only if they may be published.",
         "- The base model's licence and limits apply; the documents' may too.",
     ]
-    if precision in ("nf4", "fp4", "int8", "fp8"):
+    if _belongs_to_four_bits(record):
+        limits.insert(
+            1,
+            f"- It started from what {precision} loses of the base model's weights, and holds for those weights alone. "
+            "For unquantized ones, or to merge it, take `adapter_unquantized` from the run's folder: twice the rank, "
+            "without that start. It is a different model: measure it.",
+        )
+    elif precision in ("nf4", "fp4", "int8", "fp8"):
         limits.insert(
             1,
             f"- It was trained on the base model's {precision} weights. Loaded on, or merged into, weights of another "
