@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.faults.rows import FAULTS, SEES
-from tests.faults.write_docs import TARGET, document, rows_held
+from tests.faults.rows import FAULTS, HELD_ELSEWHERE, SEES
+from tests.faults.write_docs import ROOT, TARGET, document, rows_held
 
 HERE = Path(__file__).parent
 WITHOUT_CONTROL = {9, 12, 16, 17, 25, 26, 27, 35, 36}  # inside the test itself, or a measurement
@@ -34,3 +34,8 @@ def test_every_promised_sentence_is_asserted() -> None:
         by_variable = any(rest.rstrip().endswith("which)") for rest in asserted)
         plain = bool(asserted) - bool(numbers) > 0
         assert by_variable or plain or numbers >= set(range(len(sentences))), f"row {row}: {numbers}"
+
+
+def test_tests_that_are_named_elsewhere_exist() -> None:
+    for place, name in {test for tests in HELD_ELSEWHERE.values() for test in tests}:
+        assert f"def test_{name}(" in (ROOT / place).read_text(encoding="utf-8"), name

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from tests.faults.rows import ELSEWHERE, FAULTS, SEES  # noqa: E402
+from tests.faults.rows import ELSEWHERE, FAULTS, HELD_ELSEWHERE, SEES  # noqa: E402
 
 TARGET = ROOT / "docs" / "faults.md"
 RESULTS = ROOT / "bench" / "results"
@@ -41,6 +41,8 @@ def rows_held() -> dict[int, list[str]]:
                 place = path.relative_to(ROOT)
                 words = match[2].replace("_", " ") + (" (GPU)" if gpu else "")
                 found.setdefault(int(match[1]), []).append(f"[{words}](../{place})")
+    for row, tests in HELD_ELSEWHERE.items():
+        found.setdefault(row, []).extend(f"[{name.replace('_', ' ')}](../{place})" for place, name in tests)
     return found
 
 
@@ -88,7 +90,7 @@ def document() -> str:
         parts += [f"> {sentence}" + "  " for sentence in SEES.get(row, ())]
         if SEES.get(row):
             parts.append("")
-        parts += [f"- {test}" for test in tests.get(row, ["No test is called after this row yet."])]
+        parts += [f"- {test}" for test in tests.get(row, ["No test holds this row yet."])]
     return "\n".join(parts) + "\n"
 
 
