@@ -210,6 +210,11 @@ def test_the_arithmetic_of_the_effective_batch(
     assert plan.micro_batch_tokens == micro * 512
 
 
+def test_a_small_step_need_not_be_cut() -> None:
+    plan = plan_of(recipe_of(train={"effective_batch_size": 7}, data={"packing": False}))
+    assert (plan.micro_batch_sequences, plan.gradient_accumulation_steps) == (7, 1), "80 GiB keep all of it"
+
+
 def test_packed_rows_hold_what_was_asked_for() -> None:
     asked = {"per_device_train_batch_size": 7, "effective_batch_size": 70}
     assert plan_of(recipe_of(train=asked, data={"packing": True})).micro_batch_tokens == 7 * 512

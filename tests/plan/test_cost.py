@@ -117,6 +117,14 @@ def test_dequantization_is_paid_at_every_pass_unless_the_layers_are_dequantized(
     )
 
 
+def test_fp8_is_transposed_once_for_backward_unless_the_transpose_is_stored() -> None:
+    name = "dequantization"
+    assert line(cost_of("dequantized", precision="fp8"), name) == 0
+    kept, again = (line(cost_of("device", activations, precision="fp8"), name) for activations in ("keep", "recompute"))
+    assert kept == again > 0
+    assert kept < 0.1 * cost_of("device", precision="fp8").seconds
+
+
 def test_a_streamed_head_costs_what_its_copy_takes_longer_than_its_products() -> None:
     work = work_of(64, 64)
     copy = head_copy_seconds(MODEL, choice_of(head_rows=8192), H100)

@@ -275,7 +275,8 @@ def _micro_batches(situation: Situation, corpus: CorpusShape, batch: _Batch) -> 
         sizes = [(batch.effective, n) for n in sorted(rows) if n <= enough]
     else:
         limit = max(LARGEST_PADDED_TOKENS[device], batch.row_tokens)
-        sizes = [(n, n * batch.row_tokens) for n in SEQUENCES if n <= batch.effective and n * batch.row_tokens <= limit]
+        counts = sorted({n for n in (*SEQUENCES, batch.effective) if n <= batch.effective})
+        sizes = [(n, n * batch.row_tokens) for n in counts if n * batch.row_tokens <= limit]
     return tuple(
         MicroBatch(
             sequences=sequences,
