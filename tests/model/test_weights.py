@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from drawplate.data.batches import cut_packed
 from drawplate.data.tokens import load_tokenizer
 from drawplate.errors import IntegrityError, NeedsNetwork, StorageError, UsageError, UserError
-from drawplate.model import weights
+from drawplate.model import gguf as gguf_module
+from drawplate.model.fetch import INDEX_NAME
 from drawplate.model.frozen import Storage
-from drawplate.model.weights import INDEX_NAME, open_checkpoint
+from drawplate.model.weights import open_checkpoint
 from drawplate.recipe import ModelSection
 from drawplate.run import plan
 from tests.model.conftest import random_sequences
@@ -292,7 +293,7 @@ def gguf(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSe
             shutil.copy(path, target)
 
     CALLS.clear()
-    monkeypatch.setattr(weights, "_write_converted", convert)
+    monkeypatch.setattr(gguf_module, "_write_converted", convert)
     return ModelSection(name_or_path=str(folder), gguf_file="m.gguf")
 
 
@@ -303,7 +304,7 @@ def test_a_gguf_file_is_converted_once(gguf: ModelSection) -> None:
     first, second = open_checkpoint(gguf), open_checkpoint(gguf)
     assert CALLS == ["m.gguf"]
     assert first.folder == second.folder
-    assert first.folder.is_relative_to(weights.cache_folder())
+    assert first.folder.is_relative_to(gguf_module.cache_folder())
 
 
 def test_a_converted_gguf_file_is_the_same_model_with_the_same_tokens(base: Path, tmp_path: Path) -> None:
@@ -328,17 +329,17 @@ def test_another_file_of_that_name_is_converted_anew(gguf: ModelSection) -> None
 def test_half_a_conversion_is_not_taken_for_a_whole_one(
     gguf: ModelSection, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    whole = weights._write_converted
+    whole = gguf_module._write_converted
 
     def half(source: Path, gguf_file: str, target: Path) -> None:
         (target / "config.json").write_text("{}")
         raise error
 
-    monkeypatch.setattr(weights, "_write_converted", half)
+    monkeypatch.setattr(gguf_module, "_write_converted", half)
     with pytest.raises(StorageError if isinstance(error, OSError) else KeyboardInterrupt):
         open_checkpoint(gguf)
-    assert list((weights.cache_folder() / "converted").iterdir()) == []
-    monkeypatch.setattr(weights, "_write_converted", whole)
+    assert list((gguf_module.cache_folder() / "converted").iterdir()) == []
+    monkeypatch.setattr(gguf_module, "_write_converted", whole)
     assert "model.norm.weight" in open_checkpoint(gguf).files
 
 

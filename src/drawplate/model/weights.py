@@ -10,25 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from drawplate.errors import EnvironmentProblem, IntegrityError, NeedsNetwork, StorageError, UsageError, UserError
+from drawplate.errors import IntegrityError, UsageError
+from drawplate.model.fetch import CONFIGURATION_PATTERNS, INDEX_NAME, complete, find_folder, indexed_files
 from drawplate.model.frozen import BLOCK, SCALE_BLOCK, Storage
-from drawplate.recipe import ModelSection, cache_folder, expand
+from drawplate.model.gguf import converted_gguf, only_gguf
+from drawplate.recipe import ModelSection, cache_folder
 
-INDEX_NAME = "model.safetensors.index.json"
-CONFIGURATION_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
-HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -142,11 +139,11 @@ def open_configuration(section: ModelSection) -> Checkpoint:
 
     A GGUF file is opened as `open_checkpoint` does, because its configuration lies in it. Raises as that does.
     """
-    folder, revision = _find_folder(section, CONFIGURATION_PATTERNS)
-    if section.gguf_file or _only_gguf(folder):
+    folder, revision = find_folder(section, CONFIGURATION_PATTERNS)
+    if section.gguf_file or only_gguf(folder):
         return open_checkpoint(section)
     config = read_config(folder, section.name_or_path)
-    files = _tensor_files(folder, section.name_or_path) if _complete(folder) else {}
+    files = _tensor_files(folder, section.name_or_path) if complete(folder) else {}
     return Checkpoint(folder, section.name_or_path, revision, config, files)
 
 
@@ -158,10 +155,10 @@ def open_checkpoint(section: ModelSection) -> Checkpoint:
         UsageError: no such folder, or a folder without a model.
         IntegrityError: weights only as pickles, or a configuration that asks for code.
     """
-    folder, revision = _find_folder(section)
-    gguf_file = section.gguf_file or _only_gguf(folder)
+    folder, revision = find_folder(section)
+    gguf_file = section.gguf_file or only_gguf(folder)
     if gguf_file:
-        folder = _converted_gguf(folder, gguf_file)
+        folder = converted_gguf(folder, gguf_file)
     config = read_config(folder, section.name_or_path)
     return Checkpoint(folder, section.name_or_path, revision, config, _tensor_files(folder, section.name_or_path))
 
@@ -200,94 +197,9 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
         ) from None
 
 
-def _find_folder(section: ModelSection, patterns: list[str] | None = None) -> tuple[Path, str | None]:
-    local = expand(section.name_or_path)
-    if local.is_dir():
-        return local, None
-    looks_local = section.name_or_path.startswith((".", "/", "~", "$")) or section.name_or_path.count("/") != 1
-    if looks_local:
-        raise NeedsNetwork(
-            f"There is no model folder {local}.",
-            safe="Nothing was loaded or written.",
-            next_step="For the demo's model run `python examples/fetch_demo.py`; else mend model.name_or_path.",
-        )
-    return _fetch(section, patterns)
-
-
-def _only_gguf(folder: Path) -> str | None:
-    """The GGUF file of a folder that holds one and no other model, so that naming the folder is enough."""
-    files = sorted(folder.glob("*.gguf"))
-    return files[0].name if len(files) == 1 and not (folder / "config.json").is_file() else None
-
-
-def _fetch(section: ModelSection, patterns: list[str] | None = None) -> tuple[Path, str | None]:
-    """The folder of a hub repository and its commit: all that is needed, or only what matches `patterns`."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    name, only_some = section.name_or_path, patterns is not None or section.gguf_file is not None
-    patterns = [section.gguf_file] if section.gguf_file else patterns or HUB_PATTERNS
-    command = f"hf download {name}" + (f" --revision {section.revision}" if section.revision else "")
-    try:
-        for offline in (True, False):
-            try:
-                folder = snapshot_download(
-                    name, revision=section.revision, allow_patterns=patterns, local_files_only=offline, etag_timeout=5
-                )
-                there = (Path(folder) / "config.json").is_file() or section.gguf_file
-                if not offline or _complete(Path(folder)) or (only_some and there):
-                    return Path(folder), Path(folder).name
-            except LocalEntryNotFoundError:
-                if not offline:
-                    raise
-    except GatedRepoError:
-        raise NeedsNetwork(
-            f"{name} is gated: its owner grants access to each account.",
-            next_step=f"Accept its licence on its page, then run `hf auth login` and `{command}`.",
-        ) from None
-    except RepositoryNotFoundError:
-        raise NeedsNetwork(
-            f"There is no model {name}, neither as a folder nor as a public repository.",
-            next_step="Check the spelling of model.name_or_path, or run `hf auth login` if it is private.",
-        ) from None
-    except UserError:
-        raise
-    except Exception as error:  # the HTTP library's own, which another version of the client takes from another package
-        raise NeedsNetwork(
-            f"{name} is not on this machine and could not be fetched ({type(error).__name__}).",
-            safe="Nothing was trained or written; what was fetched so far is kept for the next attempt.",
-            next_step=f"With a network run `{command}`, then start again.",
-        ) from None
-    raise AssertionError("unreachable: the second attempt returns or raises")
-
-
-def _complete(folder: Path) -> bool:
-    if (folder / INDEX_NAME).is_file():
-        return all((folder / name).is_file() for name in _indexed_files(folder))
-    return any(folder.glob("*.safetensors"))
-
-
-def _indexed_files(folder: Path) -> list[str]:
-    """Names of the files that the index of a sharded model lists.
-
-    Raises:
-        IntegrityError: it is not an index.
-    """
-    try:
-        return sorted(
-            {str(name) for name in json.loads((folder / INDEX_NAME).read_text("utf-8"))["weight_map"].values()}
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise IntegrityError(
-            f"{folder / INDEX_NAME} is damaged.",
-            safe="Nothing was trained or written.",
-            next_step="Fetch the model again.",
-        ) from None
-
-
 def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
     if (folder / INDEX_NAME).is_file():
-        paths = [folder / file for file in _indexed_files(folder)]
+        paths = [folder / file for file in indexed_files(folder)]
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -317,63 +229,6 @@ def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
                 next_step="Fetch the model again.",
             ) from None
     return files
-
-
-def _converted_gguf(folder: Path, gguf_file: str) -> Path:
-    """The cache folder with the GGUF file's model as bf16 safetensors and its tokenizer; made on the first call."""
-    source = folder / gguf_file
-    if not source.is_file():
-        raise UsageError(f"There is no GGUF file {source}.", next_step="Mend model.gguf_file.")
-    with source.open("rb") as file:
-        key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    target = cache_folder() / "converted" / f"{source.stem}-{key}"
-    if (target / "config.json").is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
-    try:
-        _write_converted(folder, gguf_file, partial)
-        partial.rename(target)
-    except OSError as error:
-        if (target / "config.json").is_file():  # another process was faster
-            return target
-        raise StorageError(
-            f"The converted model could not be written to {target}: {error.strerror or error}.",
-            safe="Nothing was left under its final name.",
-            next_step="Free some disk space, or set DRAWPLATE_CACHE to another folder.",
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
-
-
-def _write_converted(folder: Path, gguf_file: str, target: Path) -> None:
-    import transformers
-
-    options: dict[str, Any] = {"gguf_file": gguf_file, "local_files_only": True, "dtype": torch.bfloat16}
-    if hasattr(transformers, "GgufConfig"):  # from 5.20 on, GGUF blocks stay packed unless told otherwise
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"Reading GGUF needs a package: {error}", next_step="Run `pip install gguf`."
-        ) from None
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise IntegrityError(
-            f"{folder / gguf_file} cannot be converted: {str(error).partition(chr(10))[0]}",
-            safe="Nothing was left in the cache.",
-            next_step="Fetch the file again, or use the model's safetensors.",
-        ) from None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    setattr(model, "hf_quantizer", None)  # noqa: B010 - it would refuse to save what is no longer quantized
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    for path in target.iterdir():
-        os.chmod(path, 0o644)
-    os.chmod(target, 0o755)
 
 
 def _version_of(path: Path) -> str:
