@@ -1,6 +1,9 @@
-"""The law of T*: tokens per second and peak memory against micro-batch tokens, from bench/results/sweep-*.json.
+"""The law of T*: speed and peak memory against micro-batch tokens, from bench/results/sweep-*.json.
 
 python bench/plot_streaming.py docs/pictures/streaming.png        (needs matplotlib)
+
+Speed is drawn as a share of each shape's best, because the law says that it depends on the tokens alone. T* is computed
+from the rates that the planner measured (bench/results/plan-choice-3b-h100.json).
 """
 
 from __future__ import annotations
@@ -15,7 +18,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
-NAMES = {"sweep-3b-h100.json": "Llama-3.2 3B shape", "sweep-8b-h100.json": "Llama-3.1 8B shape"}
+NAMES = {
+    "sweep-3b-h100.json": ("Llama-3.2 3B shape", "#2a6fb0"),
+    "sweep-8b-h100.json": ("Llama-3.1 8B shape", "#b8460e"),
+    "sweep-70b-h100.json": ("Llama-3 70B shape", "#3b7d3a"),
+}
+NF4_BYTES = 0.516
+"""A weight with double quantization: 4 bits, a scale of 8 bits to 64 weights, one of 32 bits to 256 of those."""
 
 
 def micro_batch_tokens(case: str) -> int:
@@ -24,15 +33,31 @@ def micro_batch_tokens(case: str) -> int:
     return int(rows) * int(length)
 
 
+def least_free_tokens() -> float:
+    """T* = bytes per weight x FLOP/s / (2 x bytes per second of the bus)."""
+    speed = json.loads((RESULTS / "plan-choice-3b-h100.json").read_text())["speed"]
+    flops = max(rate for _, rate in speed["product_rates"])
+    return float(NF4_BYTES * flops / (2 * speed["to_device_rate"]))
+
+
 def main() -> None:
     """Draw one picture with two panels."""
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.6))
-    for (file, name), colour in zip(NAMES.items(), ("#2a6fb0", "#b8460e"), strict=True):
+    for file, (name, colour) in NAMES.items():
         results = json.loads((RESULTS / file).read_text())["results"]
-        tokens = [micro_batch_tokens(r["case"]) for r in results]
-        speed.plot(tokens, [r["tokens_per_second"] for r in results], "o-", color=colour, label=name)
-        memory.plot(tokens, [r["peak_reserved_bytes"] / 2**30 for r in results], "o-", color=colour, label=name)
-    for axes, title in ((speed, "tokens per second"), (memory, "peak reserved, GiB")):
+        measured = (r for r in results if "tokens_per_second" in r)
+        rows = sorted(measured, key=lambda r: micro_batch_tokens(r["case"]))
+        tokens = [micro_batch_tokens(r["case"]) for r in rows]
+        best = max(r["tokens_per_second"] for r in rows)
+        label = f"{name} (best {best:,.0f} tokens/s)"
+        speed.plot(tokens, [100 * r["tokens_per_second"] / best for r in rows], "o-", color=colour)
+        memory.plot(tokens, [r["peak_reserved_bytes"] / 2**30 for r in rows], "o-", color=colour, label=label)
+    free = least_free_tokens()
+    speed.axvline(free, color="#777777", linestyle="--", linewidth=1)
+    speed.annotate(
+        f"T* = {free:,.0f}", (free, 4), xytext=(4, 0), textcoords="offset points", color="#555555", fontsize=9
+    )
+    for axes, title in ((speed, "speed, % of the best"), (memory, "peak reserved, GiB")):
         axes.set_xscale("log", base=2)
         axes.set_xticks([512, 1024, 2048, 4096, 8192, 16384], ["512", "1k", "2k", "4k", "8k", "16k"])
         axes.set_xlabel("tokens in a micro-batch")
@@ -40,7 +65,7 @@ def main() -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    speed.legend(frameon=False, fontsize=9)
+    memory.legend(frameon=False, fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(sys.argv[1], dpi=130)
 
