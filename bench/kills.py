@@ -284,10 +284,11 @@ def main() -> None:
             for waiting in processes[number + 1 :]:
                 waiting.kill()
             raise SystemExit(f"process {number} failed")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    result = judge(lines, died)
+        if number:  # after every one, so that a bench that is cut short keeps what it had
+            lines = [json.loads(line) for line in log.read_text().splitlines()]
+            result = judge(lines, died)
+            options.out.write_text(json.dumps({**about(), **result}, indent=1) + "\n")
     shutil.rmtree(folder)
-    options.out.write_text(json.dumps({**about(), **result}, indent=1))
     lists = ("pairs", "moments", "step_seconds", "load_seconds")
     print({key: value for key, value in result.items() if key not in lists})
 

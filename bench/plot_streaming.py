@@ -19,9 +19,9 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = {
-    "sweep-3b-h100.json": ("Llama-3.2 3B shape", "#2a6fb0"),
-    "sweep-8b-h100.json": ("Llama-3.1 8B shape", "#b8460e"),
-    "sweep-70b-h100.json": ("Llama-3 70B shape", "#3b7d3a"),
+    "sweep-3b*-h100.json": ("Llama-3.2 3B shape", "#2a6fb0"),
+    "sweep-8b*-h100.json": ("Llama-3.1 8B shape", "#b8460e"),
+    "sweep-70b*-h100.json": ("Llama-3 70B shape", "#3b7d3a"),
 }
 NF4_BYTES = 0.516
 """A weight with double quantization: 4 bits, a scale of 8 bits to 64 weights, one of 32 bits to 256 of those."""
@@ -44,7 +44,7 @@ def main() -> None:
     """Draw one picture with two panels."""
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.6))
     for file, (name, colour) in NAMES.items():
-        results = json.loads((RESULTS / file).read_text())["results"]
+        results = [r for path in RESULTS.glob(file) for r in json.loads(path.read_text())["results"]]
         measured = (r for r in results if "tokens_per_second" in r)
         rows = sorted(measured, key=lambda r: micro_batch_tokens(r["case"]))
         tokens = [micro_batch_tokens(r["case"]) for r in rows]
@@ -65,8 +65,8 @@ def main() -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    memory.legend(frameon=False, fontsize=8, loc="upper left")
-    figure.tight_layout()
+    figure.legend(frameon=False, fontsize=9, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(sys.argv[1], dpi=130)
 
 
