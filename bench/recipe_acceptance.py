@@ -1,6 +1,7 @@
 """The default recipe through `drawplate.tune`, nothing set but the model and the files, on the study's three corpora.
 
     python bench/recipe_acceptance.py FOLDER OUT.json [--compile] [--device cpu] [--model FOLDER]
+        [--cases climate:nf4,code:nf4] [--set KEY=VALUE ...]
 
 FOLDER is what `bench/recipe_study.py corpora` wrote. Climate articles are learnt in NF4 and in the precision that the
 plan chooses, functions and manual pages in NF4; and the climate articles once more as an earlier rule divided them, on
@@ -61,23 +62,27 @@ def tune(corpus: str, precision: str, given: argparse.Namespace) -> dict[str, An
     import torch
 
     import drawplate
+    from drawplate.recipe import load_recipe
 
     torch.set_num_threads(2)
     model = {"name_or_path": given.model} if given.model else MODEL
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        record = drawplate.tune(
+        recipe = load_recipe(
             {
                 "model": {**model, "device_map": given.device, "compile": "auto" if given.compile else False},
                 "data": data_of(corpus, given.folder, Path(folder)),
                 "quantization": {"precision": precision},
                 "output_dir": f"{folder}/run",
-            }
+            },
+            given.set,
         )
+        record = drawplate.tune(recipe)
         seconds = time.monotonic() - began
     values = json.loads(json.dumps(drawplate.records.to_json(record)))
     return {
         "corpus": corpus,
+        "set": given.set,
         "precision": values["model"]["precision"],
         "seconds": round(seconds, 1),
         "evaluation": values["evaluation"],
@@ -98,6 +103,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model")
+    parser.add_argument("--cases", default=",".join(":".join(case) for case in CASES))
+    parser.add_argument("--set", action="append", default=[], help="a recipe's key=value, for every case")
     parser.add_argument("--case", help="corpus:precision; used by this script itself")
     given = parser.parse_args()
     if given.case:
@@ -106,7 +113,7 @@ def main() -> None:
         return
     running = {}
     with tempfile.TemporaryDirectory() as folder:
-        for corpus, precision in CASES:
+        for corpus, precision in (case.split(":") for case in given.cases.split(",")):
             part = Path(folder) / f"{corpus}-{precision}.json"
             own = [*sys.argv[1:2], str(part), *sys.argv[3:], "--case", f"{corpus}:{precision}"]
             running[part] = subprocess.Popen([sys.executable, __file__, *own])

@@ -18,7 +18,8 @@ written after each group, so what is done is kept whenever it ends.
 
 An adapter may start from the quantization error, W - Q(W): `error` is its best approximation of the adapter's rank
 (LoftQ's first step, Li et al. 2023), `weighted` the best for the layer's own inputs, each weighed by its root mean
-square over training text (QERA's approximate form, Zhang et al. 2024). Such a run, and every other in 4 bits, is
+square over training text (QERA's approximate form, Zhang et al. 2024), and `even` is the same product with A's rows
+as long as a plain start has them, so that the rate means the same. Such a run, and every other in 4 bits, is
 measured on the unquantized weights too, with the difference to its start added to them.
 """
 
@@ -128,7 +129,7 @@ def _some(found: list[tuple[str, str]], characters: int) -> list[tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What may differ within a group. `rate` is the A matrices'; `start` is zero, error or weighted."""
+    """What may differ within a group. `rate` is the A matrices'; `start` is zero, error, weighted or even."""
 
     rate: float = 7e-4
     schedule: str = "cosine"
@@ -169,15 +170,28 @@ SEEDED = (
     *(replace(BASE, start="error", r=r) for r in (16, 64)),
     *(replace(BASE, start="weighted", r=r) for r in (16, 32, 64)),
 )
+STARTS = (
+    *(replace(BASE, start="weighted", rate=rate) for rate in (2.5e-4, 3.5e-4, 5e-4)),
+    replace(BASE, start="weighted", rate=5e-4, dropout=0.1),
+    *(replace(BASE, start="even", rate=rate) for rate in (5e-4, 7e-4)),
+    replace(BASE, start="even", r=32, rate=3.5e-4),
+    replace(BASE, dropout=0.1),
+)
 ONCE = (
-    BASE,
     replace(BASE, schedule="linear"),
     replace(BASE, schedule="constant"),
     replace(BASE, schedule="constant then decay"),
     replace(BASE, warmup=0.0),
     replace(BASE, warmup=0.1),
-    replace(BASE, dropout=0.1),
+    replace(BASE, r=8),
     replace(BASE, r=64, scale=4.0),  # rank-stabilised: the scale of rank 16 times sqrt(64 / 16)
+    replace(BASE, r=64, rate=3.5e-4),
+)
+SHORTER = (
+    *(replace(BASE, rate=rate) for rate in (7e-4, 1e-3)),
+    *(replace(BASE, start="weighted", rate=rate) for rate in (5e-4, 7e-4)),
+    replace(BASE, start="even"),
+    replace(BASE, start="even", r=32),
 )
 
 
@@ -187,25 +201,26 @@ def rates(*chosen: float) -> tuple[Variant, ...]:
 
 
 def groups_of(corpus: str) -> list[Group]:
-    """In the order of what they decide. An earlier set (targets, LoRA+, rates from 2e-4 to 4e-3) is in the results."""
+    """In the order of what they decide; the first three were done first. An earlier set (targets, LoRA+, rates from
+    2e-4 to 4e-3) is in the results.
+    """
     nf4 = Group(corpus=corpus, variants=SEEDED)
-    starts = (replace(BASE, start="error", r=32), replace(BASE, start="weighted", rate=1e-3))
-    beside = replace(nf4, variants=(*rates(5e-4, 1e-3), replace(BASE, r=8), *starts))
     bf16 = Group(corpus=corpus, variants=rates(5e-4, 7e-4, 1e-3), precision="bf16")
     return [
         nf4,
         bf16,
         replace(nf4, seed=1),
-        replace(bf16, seed=1),
-        replace(nf4, seed=2),
-        replace(bf16, seed=2),
+        replace(nf4, variants=STARTS),
         replace(nf4, variants=ONCE),
+        replace(nf4, variants=SHORTER, epochs=2),
         replace(nf4, variants=rates(7e-4, 1e-3, 1.4e-3), step_tokens=4096),
-        beside,
-        replace(nf4, variants=rates(3.5e-4, 5e-4, 7e-4), step_tokens=1024),
+        replace(nf4, seed=2),
+        replace(bf16, seed=1),
+        replace(bf16, seed=2),
         replace(nf4, variants=rates(7e-4, 1.4e-3, 2e-3), step_tokens=8192),
-        replace(beside, seed=1),
-        replace(beside, seed=2),
+        replace(nf4, variants=rates(3.5e-4, 5e-4, 7e-4), step_tokens=1024),
+        replace(nf4, variants=STARTS, seed=1),
+        replace(nf4, variants=rates(5e-4, 1e-3), seed=1),
     ]
 
 
@@ -286,8 +301,10 @@ class Adapters:
                     if variant.start != "zero":
                         left, right = base.error_factors(variant.start)[name]
                         rank = min(variant.r, left.shape[1])
-                        a_VIR[v, :, :rank] = right[:, :rank] / math.sqrt(variant.scale)
-                        b_VRO[v, :rank] = left[:, :rank].T / math.sqrt(variant.scale)
+                        part = right[:, :rank] / math.sqrt(variant.scale)
+                        longer = part.norm(dim=0) * math.sqrt(3) if variant.start == "even" else 1.0
+                        a_VIR[v, :, :rank] = part / longer
+                        b_VRO[v, :rank] = (left[:, :rank] / math.sqrt(variant.scale) * longer).T
 
     def install(self) -> None:
         """Every linear layer adds its variants' products."""
@@ -423,7 +440,7 @@ def train_group(base: Base, group: Group, texts: dict[str, Any], deadline: float
     steps = an_epoch * group.epochs
     measured = {name: held for name, (_, held) in texts.items() if name in (group.corpus, GENERAL)}
     before = {name: score(model, held) for name, held in measured.items()}
-    if any(v.start == "weighted" for v in group.variants):
+    if any(v.start in ("weighted", "even") for v in group.variants):
         base.watch_inputs(windows)
     adapters = Adapters(base, group)
     adapters.install()
@@ -548,7 +565,7 @@ class Base:
                 names = [name for name in self.linears if name.endswith(kind)]
                 weights = [(self.plain[name].float(), self.linears[name].weight.float()) for name in names]
                 error_LOI = torch.stack([plain - stored for plain, stored in weights])
-                if start == "weighted":
+                if start != "error":
                     rms_L1I = torch.stack([self.input_rms[name] for name in names])[:, None]
                     rms_L1I = rms_L1I.maximum(1e-3 * rms_L1I.amax(dim=2, keepdim=True))
                 else:

@@ -28,7 +28,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 USUAL_RANK = 16
 USUAL_TARGETS = "all-linear"
-USUAL_START = "default"
+USUAL_START = "quantization_error"
 FOUR_BITS = ("nf4", "fp4")
 
 

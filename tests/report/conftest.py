@@ -249,7 +249,7 @@ def make_record() -> RunRecord:
         ),
         versions={"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.0", "bitsandbytes": "0.50.0"},
         seed=42,
-        started="2026-11-22 14:05 UTC",
+        started="2026-11-22T14:05:00+0000",
         plan=make_plan(),
         recipe={
             "model": {"name_or_path": "HuggingFaceTB/SmolLM2-135M", "device_map": "auto"},

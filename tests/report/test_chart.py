@@ -119,3 +119,4 @@ def test_ticks_are_round() -> None:
     x, y = chart_axes(make_chart(((0, 2.06), (171, 3.17))))
     assert [y.label(tick) for tick in y.ticks] == ["2.00", "2.25", "2.50", "2.75", "3.00", "3.25"]
     assert [x.label(tick) for tick in x.ticks] == ["0", "50", "100", "150"]
+    assert value_axis([-12.1, 0.0]).label(-2.5) == "-2.5", "the step is 2.5"

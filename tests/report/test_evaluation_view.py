@@ -80,3 +80,10 @@ def test_every_token_has_its_line(record: RunRecord, side: int) -> None:
     parts = ("counted by the loss", "first of a window", "masked", "dropped")
     assert counts["Tokens"] == sum(counts[name] for name in parts)
     assert seen == "370,386"
+
+
+def test_a_rows_name_stays_inside_the_chart(record: RunRecord) -> None:
+    heldout, _, tax = change_rows(record)
+    alone, beside = str(intervals_svg([heldout])), str(intervals_svg([heldout, tax]))
+    assert 'text-anchor="end">Held-out documents' in alone, "zero is the chart's right edge"
+    assert 'text-anchor="start">Held-out documents' in beside

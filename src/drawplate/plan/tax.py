@@ -54,12 +54,15 @@ def plan_quantization_tax(
     how = "streamed from the host" if plan.device == "cuda" else "before the quantized one is loaded"
     reason = f"the base model in {name}, {how}, on up to {format_count(SAMPLE_TOKENS[plan.device])} held-out tokens"
     phases = (*plan.phases, phase)
+    reasons = {**plan.reasons, _KEY: reason}
+    if starts_adapter:
+        reasons["init_lora_weights"] = f"quantization_error: the adapter starts from what {plan.precision} loses"
     return replace(
         plan,
         quantization_tax=True,
         phases=phases,
         ledger=Ledger(phases=phases).lines if plan.phases else plan.ledger,
-        reasons={**plan.reasons, _KEY: reason},
+        reasons=reasons,
     )
 
 

@@ -81,7 +81,7 @@ class Axis:
     def label(self, value: float) -> str:
         """A tick's text, with as many decimals as the tick distance needs."""
         decimals = max(0, -math.floor(math.log10(self.step) + 1e-9))
-        if decimals and abs(self.step * 10**decimals - round(self.step * 10**decimals)) > 1e-6:
+        if abs(self.step * 10**decimals - round(self.step * 10**decimals)) > 1e-6:
             decimals += 1
         return f"{value:,.{decimals}f}"
 

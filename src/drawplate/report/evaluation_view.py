@@ -27,6 +27,8 @@ from drawplate.report.wording import (
 from drawplate.units import format_count
 
 _ROW_PIXELS = 30
+_NAME_SHARE = 0.25
+"""Of the chart's width, what the longest row's name needs."""
 _STYLES = {"better": "good", "worse": "bad"}
 
 
@@ -97,12 +99,11 @@ def intervals_svg(rows: Sequence[ChangeRow]) -> Markup:
 
 
 def _bar(row: ChangeRow, share: Callable[[float], float], y: float) -> Markup:
-    """The interval, the dot, and the row's name on the side of zero where they are not."""
+    """The interval, the dot, and the row's name."""
     style = _STYLES.get(row.change.word, "neutral")
     low, high = row.change.ci95_percent or (row.change.percent, row.change.percent)
-    falls = row.change.percent < 0
-    beside, anchor, dx = (max(high, 0.0), "start", 12) if falls else (min(low, 0.0), "end", -12)
-    at = [f"{100 * share(value):.2f}%" for value in (low, high, row.change.percent, beside)]
+    beside, anchor, dx = _place_of_name(share(low), share(high), share(0.0))
+    at = [f"{100 * place:.2f}%" for place in (share(low), share(high), share(row.change.percent), beside)]
     reach = Markup("")
     if row.change.ci95_percent:
         reach = _fill('<line class="reach {}" x1="{}" x2="{}" y1="{}" y2="{}"/>', style, at[0], at[1], y, y)
@@ -110,6 +111,21 @@ def _bar(row: ChangeRow, share: Callable[[float], float], y: float) -> Markup:
     text = '<text class="row-name" x="{}" y="{}" dx="{}" dy="0.32em" text-anchor="{}">{}</text>'
     name = _fill(text, at[3], y, dx, anchor, row.name)
     return Markup("").join((reach, dot, name))
+
+
+def _place_of_name(low: float, high: float, zero: float) -> tuple[float, str, int]:
+    """Where a name starts or ends, as shares of the width: beyond zero as seen from the interval, else where there is
+    room: between the two, or on the interval's other side.
+    """
+    left, right = (min(low, zero), "end", -12), (max(high, zero), "start", 12)
+    if high < zero:
+        tried = [right, (zero, "end", -12) if zero - high >= _NAME_SHARE else left, left]
+    else:
+        tried = [left, (zero, "start", 12) if low - zero >= _NAME_SHARE else right, right]
+    for place, anchor, dx in tried:
+        if (place if anchor == "end" else 1 - place) >= _NAME_SHARE:
+            return place, anchor, dx
+    return tried[0]
 
 
 def _signed(label: str) -> str:

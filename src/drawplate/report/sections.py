@@ -248,6 +248,11 @@ def file_rows(record: RunRecord) -> list[Fact]:
     """What lies beside the page."""
     rows = [
         ("adapter/", "The trained adapter, in PEFT's format, with a model card", has_adapter(record)),
+        (
+            "adapter_unquantized/",
+            "The same without what it started from, for the base model's unquantized weights; not measured",
+            has_adapter(record) and record.training.init_lora_weights == "quantization_error",
+        ),
         ("record.json", "Everything that was measured; this page is made from it alone", True),
         ("metrics.jsonl", "A line for every step, memory sample and evaluation", bool(record.steps)),
         ("plan.json", "The plan and its ledger", record.plan is not None),
