@@ -1,4 +1,4 @@
-"""Base models as they lie on people's disks: whole, damaged, quantized by others, converted, absent."""
+"""Base models as they lie on people's disks: whole, damaged, quantized by others."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,16 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from drawplate.data.batches import cut_packed
-from drawplate.data.tokens import load_tokenizer
-from drawplate.errors import IntegrityError, NeedsNetwork, StorageError, UsageError, UserError
-from drawplate.model import gguf as gguf_module
+from drawplate.errors import IntegrityError, NeedsNetwork, UsageError, UserError
 from drawplate.model.fetch import INDEX_NAME
 from drawplate.model.frozen import Storage
 from drawplate.model.weights import open_checkpoint
 from drawplate.recipe import ModelSection
 from drawplate.run import plan
 from tests.model.conftest import random_sequences
-from tests.tiny import open_base, tiny_model, tiny_recipe, write_gguf
+from tests.tiny import open_base, tiny_model, tiny_recipe
 
 TENSORS = "model.safetensors"
 
@@ -275,107 +270,6 @@ def test_blocks_of_another_size_are_refused(base: Path, tmp_path: Path) -> None:
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     with pytest.raises(UsageError, match="128"):
         tiny_model(folder, storage=Storage("nf4", False))
-
-
-# --- converted, or fetched ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gguf(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSection:
-    """A folder with a GGUF file, and a converter that copies the base model in its place and counts its calls."""
-    folder = tmp_path / "gguf"
-    folder.mkdir()
-    (folder / "m.gguf").write_bytes(b"GGUF and more")
-
-    def convert(source: Path, gguf_file: str, target: Path) -> None:
-        CALLS.append(gguf_file)
-        for path in base.iterdir():
-            shutil.copy(path, target)
-
-    CALLS.clear()
-    monkeypatch.setattr(gguf_module, "_write_converted", convert)
-    return ModelSection(name_or_path=str(folder), gguf_file="m.gguf")
-
-
-CALLS: list[str] = []
-
-
-def test_a_gguf_file_is_converted_once(gguf: ModelSection) -> None:
-    first, second = open_checkpoint(gguf), open_checkpoint(gguf)
-    assert CALLS == ["m.gguf"]
-    assert first.folder == second.folder
-    assert first.folder.is_relative_to(gguf_module.cache_folder())
-
-
-def test_a_converted_gguf_file_is_the_same_model_with_the_same_tokens(base: Path, tmp_path: Path) -> None:
-    write_gguf(base, tmp_path / "m.gguf")
-    checkpoint = open_checkpoint(ModelSection(name_or_path=str(tmp_path), gguf_file="m.gguf"))
-    original = load_file(base / TENSORS)
-    for name, tensor in original.items():
-        assert torch.equal(checkpoint.read(name), tensor.to(torch.bfloat16)), name
-    ours, theirs = load_tokenizer(checkpoint.folder), load_tokenizer(base)
-    assert ours("the sea is rising 3.").input_ids == theirs("the sea is rising 3.").input_ids
-    assert nats_of(checkpoint.folder, Storage("fp32")) == pytest.approx(nats_of(base, Storage("fp32")), rel=2e-2)
-
-
-def test_another_file_of_that_name_is_converted_anew(gguf: ModelSection) -> None:
-    first = open_checkpoint(gguf)
-    (Path(gguf.name_or_path) / "m.gguf").write_bytes(b"GGUF and something else")
-    assert open_checkpoint(gguf).folder != first.folder
-    assert len(CALLS) == 2
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_half_a_conversion_is_not_taken_for_a_whole_one(
-    gguf: ModelSection, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    whole = gguf_module._write_converted
-
-    def half(source: Path, gguf_file: str, target: Path) -> None:
-        (target / "config.json").write_text("{}")
-        raise error
-
-    monkeypatch.setattr(gguf_module, "_write_converted", half)
-    with pytest.raises(StorageError if isinstance(error, OSError) else KeyboardInterrupt):
-        open_checkpoint(gguf)
-    assert list((gguf_module.cache_folder() / "converted").iterdir()) == []
-    monkeypatch.setattr(gguf_module, "_write_converted", whole)
-    assert "model.norm.weight" in open_checkpoint(gguf).files
-
-
-def test_a_gguf_file_that_is_not_there_or_is_none_is_a_users_error(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no GGUF file .*m\.gguf"):
-        open_checkpoint(ModelSection(name_or_path=str(base), gguf_file="m.gguf"))
-    (tmp_path / "m.gguf").write_bytes(b"not a GGUF file at all" * 10)
-    with pytest.raises(UserError, match=r"m\.gguf"):
-        open_checkpoint(ModelSection(name_or_path=str(tmp_path), gguf_file="m.gguf"))
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}],
-    ids=["offline", "no answer"],
-)
-def test_a_hub_name_without_network_says_how_to_fetch_it_within_seconds(environment: dict, tmp_path: Path) -> None:
-    code = (
-        "import time, drawplate.quiet; drawplate.quiet.hush_libraries()\n"
-        "from drawplate.model.weights import open_checkpoint\n"
-        "from drawplate.recipe import ModelSection\n"
-        "from drawplate.errors import NeedsNetwork\n"
-        "import huggingface_hub\n"
-        "began = time.monotonic()\n"
-        "try: open_checkpoint(ModelSection(name_or_path='no-such-owner/no-such-model', revision='v2'))\n"
-        "except NeedsNetwork as error: print(time.monotonic() - began, error.next_step)\n"
-    )
-    env = {**os.environ, "HF_HOME": str(tmp_path), **environment}
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120, check=False
-    )
-    seconds, _, next_step = done.stdout.partition(" ")
-    assert seconds, done.stderr
-    assert float(seconds) < 5, time.monotonic() - began
-    assert "hf download no-such-owner/no-such-model --revision v2" in next_step
 
 
 def test_an_adapter_names_a_hub_base_by_its_repository_and_a_local_one_by_its_folder(llama) -> None:

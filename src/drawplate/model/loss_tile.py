@@ -73,7 +73,7 @@ def loss_workspace_bytes(shape: LossShape, tokens: int, *, counted: int | None =
     One tile of logits and 11 numbers of 4 to 8 bytes for each token that counts. If some do not count, a copy of the
     hidden states of those that do (C * H elements). In training also their float32 accumulator and their targets'
     rows (C * H elements each), and where products cannot add to float32 (a CPU in bf16) one block's product (B * H
-    elements). Afterwards only the gradient stays (`loss_saved_bytes`) until backward, which makes another N * H.
+    elements). Afterwards only the gradient stays until backward, which makes another N * H.
     Blind to the allocator's rounding and to the workspace of cuBLAS and oneDNN.
 
     Args:
@@ -89,12 +89,6 @@ def loss_workspace_bytes(shape: LossShape, tokens: int, *, counted: int | None =
     if shape.training:
         total += counted * shape.hidden * (tile.sum_dtype.itemsize + size)
     return total
-
-
-def loss_saved_bytes(shape: LossShape, tokens: int, *, counted: int | None = None) -> int:
-    """Bytes that stay allocated from the loss to its backward: the gradient of the tokens that count, their indices."""
-    counted = tokens if counted is None else counted
-    return counted * (shape.hidden * shape.dtype.itemsize + 8) if shape.training else 0
 
 
 @dataclass
