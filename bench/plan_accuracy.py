@@ -13,8 +13,9 @@ Each size runs one evaluation micro-batch, three optimizer steps, a save of the 
 does: gradients in one run of memory, micro-steps captured where the placement allows it (not with :launched). Without
 cases those of bench/plan_cases.txt are run, each in a process of its own, some at a time.
 
-The CUDA context cannot be told apart where several processes share a device: it is measured in one small run before all
-others, as is the host memory of CUDA and the compiler, and given to every prediction. Speeds are not measured here.
+What every prediction is given of the CUDA context and of the host memory of CUDA and the compiler is measured in one
+small run before all others. Against it stands each process's own context where the driver counts by process, else the
+same. Speeds are not measured here.
 """
 
 from __future__ import annotations
@@ -356,6 +357,7 @@ def measure(case: str) -> dict[str, Any]:
 
     import drawplate.run  # noqa: F401 - what a run has imported before it loads
 
+    torch._inductor.config.autotune_local_cache = False  # every case is a first run, whoever compiled before it
     base = _resident_bytes("VmRSS")
     torch.cuda.init()
     model, loading = load(case)
@@ -365,22 +367,29 @@ def measure(case: str) -> dict[str, Any]:
 
 def summary(stages: dict[str, dict[str, int]]) -> dict[str, int]:
     """Peaks over all stages."""
-    return {
+    found = {
         name: max(stage[f"{name}_bytes"] for stage in stages.values())
         for name in ("peak_reserved", "peak_allocated", "host_peak", "outside_allocator")
     }
+    return {**found, "context": max(context_of(stage) for stage in stages.values())}
+
+
+def context_of(stage: dict[str, int]) -> int:
+    """This process's share of the device beside the allocator's, 0 where the driver does not count by process."""
+    own = stage.get("own_device_bytes", 0)
+    return own - stage["reserved_bytes"] if own else 0
 
 
 def probe() -> tuple[dict[str, int], dict[str, Any]]:
     """What a process takes beside the ledger's other lines, from one small run alone on the device."""
-    case = "1b:nf4:resident:recompute:1x1024:8:qv:0.1:packed:layers=2"
+    case = "1b:nf4:resident:recompute:1x1024:8:all:0.1:padded:layers=2"
     found = run_apart("--one", case)
     if "error" in found:
         raise SystemExit(found["error"])
     lines = run_apart("--predict", case, "{}")
     held = lines["phases"]["baseline evaluation"]["host"]
     around = {
-        "context_bytes": found["outside_allocator"],
+        "context_bytes": found["context"] or found["outside_allocator"],
         "loading_host_bytes": found["load"]["host_bytes"] - found["base_bytes"] - held,
         "runtime_host_bytes": found[f"step{STEPS - 1}"]["host_bytes"] - found["base_bytes"] - held,
     }
@@ -466,8 +475,13 @@ def predict_all(measured: Path, out: Path) -> None:
 def errors(result: dict[str, Any], around: dict[str, int]) -> tuple[float, float]:
     """Percent by which device and host peaks were predicted too high."""
     predicted, measured = result["predicted"], result["measured"]
-    device = measured["peak_reserved"] + around["context_bytes"]
+    device = device_peak(measured, around)
     return 100 * (predicted["device"] / device - 1), 100 * (predicted["host"] / measured["host_peak"] - 1)
+
+
+def device_peak(measured: dict[str, Any], around: dict[str, int]) -> int:
+    """The most that the allocator reserved, and the context: the process's own, else the one measured before."""
+    return int(measured["peak_reserved"] + (measured.get("context") or around["context_bytes"]))
 
 
 def line_of(result: dict[str, Any], around: dict[str, int]) -> str:
@@ -476,7 +490,7 @@ def line_of(result: dict[str, Any], around: dict[str, int]) -> str:
         return f"{result['case']:70s} {result['error'][-300:]}"
     predicted, measured = result["predicted"], result["measured"]
     device, host = errors(result, around)
-    peak = measured["peak_reserved"] + around["context_bytes"]
+    peak = device_peak(measured, around)
     return (
         f"{result['case']:72s} device {predicted['device'] / 2**20:8.0f} {peak / 2**20:8.0f} {device:+6.2f} %   "
         f"host {predicted['host'] / 2**20:8.0f} {measured['host_peak'] / 2**20:8.0f} {host:+6.2f} %"

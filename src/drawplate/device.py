@@ -29,6 +29,7 @@ from drawplate.records import Machine, MemorySample
 from drawplate.units import KIB
 
 HOST_SAMPLE_SECONDS = 0.05
+KEPT_PRODUCTS = 128
 BF16_CAPABILITY = (8, 0)
 _NATIVE_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -45,6 +46,7 @@ def pick_device(device_map: str = "auto") -> torch.device:
     if device_map not in ("auto", "cuda", "cpu"):
         raise UsageError(f"model.device_map {device_map!r} is not known.", next_step="Use auto, cuda or cpu.")
     if device_map == "cpu":
+        _let_few_products_stay()
         return torch.device("cpu")
     problem = cuda_problem()
     if problem is None:
@@ -56,7 +58,16 @@ def pick_device(device_map: str = "auto") -> torch.device:
             safe="Nothing was loaded or written.",
             next_step=f"{problem.cure}; or set model.device_map to cpu.",
         )
+    _let_few_products_stay()
     return torch.device("cpu")
+
+
+def _let_few_products_stay() -> None:
+    """oneDNN compiles a product for each shape and keeps 1,024 of them, most of a megabyte each: with rows of ever new
+    widths a CPU run would grow by hundreds of MiB. A step's own shapes stay. Not against what the user has set.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KEPT_PRODUCTS))
 
 
 def _let_segments_grow() -> None:

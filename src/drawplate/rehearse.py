@@ -30,10 +30,11 @@ from drawplate.errors import DoesNotFit
 from drawplate.journal import Journal
 from drawplate.model.causal_lm import CausalLM
 from drawplate.plan.choose import CorpusShape
+from drawplate.plan.host import RUNTIME
 from drawplate.plan.search import DEVICE_MARGIN, HOST_MARGIN
 from drawplate.prepare import Prepared, evaluation_cutting, lengths_of, plan_for_lengths, train_cutting
 from drawplate.records import Plan, RehearsedPhase, Sequence
-from drawplate.speed import context_bytes
+from drawplate.speed import context_bytes, keep_overheads
 from drawplate.train import Cutting, make_optimizer
 from drawplate.units import MIB, format_bytes, format_percent
 
@@ -111,6 +112,8 @@ def rehearse(prepared: Prepared, model: CausalLM, folder: Path) -> tuple[tuple[R
                         raise
                     return tuple(phases), f"The rehearsal of {name} ran out of memory."
             phases.append(_phase(prepared, name, meter))
+            if name == "training":
+                _learn(prepared, phases[-1])
     return tuple(phases), ""
 
 
@@ -155,6 +158,23 @@ def _untouched(model: CausalLM) -> Iterator[None]:
                 for parameter, value in zip(model.adapter.parameters(), before, strict=True):
                     parameter.grad = None
                     parameter.copy_(value)
+
+
+def _learn(prepared: Prepared, phase: RehearsedPhase) -> None:
+    """What CUDA, its libraries and the compiler hold after a step is kept for the next plan on this machine.
+
+    The host's share is what is measured less the plan's other lines. On a CPU those are too large to take it from.
+    """
+    if prepared.device.type != "cuda":
+        return
+    lines = next((p.lines for p in prepared.plan.phases if p.phase == phase.phase), ())
+    counted = sum(line.bytes for line in lines if line.where == "host" and line.name != RUNTIME)
+    keep_overheads(
+        prepared.device,
+        getattr(torch, prepared.plan.compute_dtype),
+        context=context_bytes(prepared.device),
+        runtime_host=phase.host_bytes - counted,
+    )
 
 
 def _phase(prepared: Prepared, name: str, meter: PeakMeter) -> RehearsedPhase:

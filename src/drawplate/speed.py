@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -24,13 +25,14 @@ import pynvml
 import torch
 import torch.nn.functional as F
 
-from drawplate.device import machine
+from drawplate.device import machine, memory_sample
 from drawplate.kernels.four_bits import dequantize
+from drawplate.plan.gpus import CPU_RUNTIME_HOST_BYTES, RUNTIME_HOST_BYTES, STEP_CONTEXT_BYTES
 from drawplate.recipe import cache_folder
 from drawplate.records import DeviceSpeed, Machine, from_json, to_json
 from drawplate.units import MIB
 
-VERSION = 2
+VERSION = 3
 PRODUCT_ROWS = {"cuda": (256, 1024, 4096, 16384), "cpu": (64, 256, 1024)}
 PRODUCT_WEIGHTS = {"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": ((192, 576), (1536, 576), (2048, 2048))}
 ATTENTION_SHAPE = {"cuda": (4, 32, 2048, 128), "cpu": (1, 8, 256, 64)}
@@ -72,7 +74,7 @@ def keep_speed(path: Path, speed: DeviceSpeed) -> None:
 
 def probe(device: torch.device, dtype: torch.dtype, here: Machine) -> DeviceSpeed:
     """Measure it now: about two seconds on a GPU, one on a CPU."""
-    timer = _Timer(device)
+    timer, before = _Timer(device), memory_sample().process_bytes
     with torch.no_grad():
         rates = _product_rates(timer, dtype)
         memory_rate = _memory_rate(timer)
@@ -80,6 +82,8 @@ def probe(device: torch.device, dtype: torch.dtype, here: Machine) -> DeviceSpee
         dequantize_rate = _dequantize_rate(timer, dtype)
         launch_seconds = _launch_seconds(device)
     attention_rate = _attention_rate(timer, dtype)
+    on_gpu = device.type == "cuda"
+    taken = memory_sample().process_bytes - before
     return DeviceSpeed(
         name=here.device_name or here.cpu,
         source=f"measured with torch {torch.__version__} in {str(dtype).removeprefix('torch.')}",
@@ -90,8 +94,24 @@ def probe(device: torch.device, dtype: torch.dtype, here: Machine) -> DeviceSpee
         to_host_rate=to_host,
         dequantize_rate=dequantize_rate,
         launch_seconds=launch_seconds,
-        context_bytes=context_bytes(device),
+        context_bytes=context_bytes(device) + STEP_CONTEXT_BYTES if on_gpu else 0,
+        l2_cache_bytes=torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 0,
+        loading_host_bytes=max(0, taken) if on_gpu else 0,
+        runtime_host_bytes=RUNTIME_HOST_BYTES if on_gpu else CPU_RUNTIME_HOST_BYTES,
     )
+
+
+def keep_overheads(device: torch.device, dtype: torch.dtype, *, context: int, runtime_host: int) -> None:
+    """What a compiled step has shown of this machine is what the next plan counts with.
+
+    Args:
+        device, dtype: as for `measured_speed`.
+        context: bytes of the device outside torch's allocator.
+        runtime_host: bytes of the host that libraries and compiler hold.
+    """
+    known = measured_speed(device, dtype)
+    found = replace(known, context_bytes=context or known.context_bytes, runtime_host_bytes=max(0, runtime_host))
+    keep_speed(speed_path(machine(device), dtype), found)
 
 
 def context_bytes(device: torch.device) -> int:

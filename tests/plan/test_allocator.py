@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawplate.plan.allocator import CachingAllocator
+from drawplate.plan.allocator import CachingAllocator, ProcessMemory
 from drawplate.units import MIB
 
 
@@ -56,3 +56,34 @@ def test_what_is_reserved_covers_what_is_held_and_comes_back_whole(steps: list[t
     largest = max(pool.reserved for pool in memory.pools.values())
     memory.take("all", largest if memory.pools["large"].reserved == largest else 1)
     assert memory.reserved == reserved, "released blocks have joined into one"
+
+
+def test_a_capture_gives_back_what_holds_no_block_and_takes_pools_of_its_own() -> None:
+    memory = CachingAllocator()
+    memory.take("stays", 3 * MIB)
+    memory.take("goes", 50 * MIB)
+    memory.give("goes")
+    assert memory.reserved == 60 * MIB
+    memory.begin_capture()
+    assert memory.reserved == 20 * MIB, "the part that holds a block"
+    memory.take("captured", 30 * MIB)
+    assert memory.reserved == 60 * MIB
+    memory.give("captured")
+    memory.end_capture()
+    assert memory.reserved == 60 * MIB, "a graph keeps what it has"
+    memory.forget_capture()
+    assert memory.reserved == 60 * MIB, "of the process's own, which may be grown again"
+    assert memory.highest_reserved == 60 * MIB
+
+
+def test_what_a_process_lets_go_of_stays_with_it_unless_it_is_large() -> None:
+    memory = ProcessMemory()
+    memory.take("small", 10 * MIB)
+    memory.take("large", 40 * MIB)
+    memory.give("small")
+    memory.give("large")
+    assert memory.allocated == 0
+    assert 10 * MIB <= memory.reserved < 11 * MIB
+    memory.take("again", 8 * MIB)
+    assert memory.reserved < 11 * MIB
+    assert memory.highest_reserved >= 50 * MIB

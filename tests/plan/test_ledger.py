@@ -190,3 +190,29 @@ def test_a_layers_activations_are_more_than_its_linear_inputs_and_outputs(size: 
     """Input, q, k, v, attention's output, gate, up, product: the least that autograd keeps of a Llama layer."""
     least = (3072 + 5120 + 3072 + 3 * 8192) * size
     assert least < kept_bytes_per_token_and_layer(shape(), size) < 3 * least
+
+
+def test_on_a_cpu_later_phases_hold_what_training_let_go_of() -> None:
+    values = {**KNOWN, "activations": "keep", "micro_batch_tokens": 32}
+    made = ledger_of(shape(), **{**values, "device": "cpu"})
+    stays = {p.phase: sum(x.bytes for x in p.lines if x.name == "freed, still with the process") for p in made.phases}
+    assert stays["baseline evaluation"] < stays["checkpoint"]
+    assert stays["checkpoint"] > 28 * 32 * 50_000, "28 layers kept 32 tokens"
+    on_gpu = ledger_of(shape(), **values)
+    assert not any("still with the process" in line.name for phase in on_gpu.phases for line in phase.lines)
+
+
+def test_a_captured_micro_step_holds_its_batch_and_workspaces_of_its_own() -> None:
+    captured, launched = lines_of(shape(), **KNOWN), lines_of(shape(), **KNOWN, launched=True)
+    own = {name for name in captured if name.startswith("captured micro-step")}
+    assert "captured micro-step: its batch" in own
+    assert not own & launched.keys()
+    assert captured["cuBLAS workspace"].bytes == 2 * launched["cuBLAS workspace"].bytes
+    assert captured["adapter gradients"].bytes == launched["adapter gradients"].bytes == 4 * 2_293_760
+
+
+def test_a_compiled_layers_kernels_are_tried_once_in_room_of_their_own() -> None:
+    tried = ledger(shape(), Choice.in_words(28, **KNOWN, compiled=True), replace(AROUND, trial_bytes=2**30))
+    eager = ledger(shape(), Choice.in_words(28, **KNOWN), replace(AROUND, trial_bytes=2**30))
+    names = [{line.name for line in made.largest("device").lines} for made in (tried, eager)]
+    assert ["compiler's trial of a kernel" in each for each in names] == [True, False]

@@ -22,7 +22,6 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from drawplate.footprints import Footprint, Line, Trace
-from drawplate.model.frozen import BLOCK
 from drawplate.model.kernel_order import Job, Jobs
 from drawplate.model.recorder import KEPT, TRACED_TOKENS, Recorder, Watch, kernel_lines, line_of
 
@@ -34,6 +33,8 @@ _VIEWS = {
     "as_strided", "reshape", "split", "split_with_sizes", "unbind", "_unsafe_view", "unflatten",
 }  # fmt: skip
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "var_mean", "var", "prod", "any", "all", "_softmax"}
+GRADIENT_PARTS = 16
+"""`PARTS` of kernels/dropped_product_triton.py, which cannot be imported without Triton."""
 TYPICAL_TOKENS = 4096
 """The compiler orders kernels by sizes, which are not known yet."""
 _EXTERN_WORDS = (
@@ -236,10 +237,13 @@ class _Walk:
             dying = {s for s in kernel.reads if self._last[s] == i and s not in self._wanted and s in self.names}
             if not self.release_inputs:
                 dying = {s for s in dying if s.op != "placeholder"}
+            scratch = [] if kernel.generated else _workspace(kernel.writes[0])
+            early = [self.recorder.take(line) for line in scratch if _begins_with_scratch(kernel.writes[0])]
             for node in kernel.writes:
                 self._write(node, i, dying)
-            if not kernel.generated:
-                self.recorder.pass_by(*_workspace(kernel.writes[0]))
+            for name in early:
+                self.recorder.give(name)
+            self.recorder.pass_by(*scratch[len(early) :])
             self._marks.append(len(self.recorder.events))
             for source in sorted(dying, key=lambda n: n.name):
                 self._give(source, i)
@@ -430,14 +434,21 @@ def _typical(node: fx.Node) -> int:
     return _line(node).bytes(TYPICAL_TOKENS)
 
 
+def _begins_with_scratch(node: fx.Node) -> bool:
+    """Whether a library's kernel takes its scratch before what it returns."""
+    return any(word in str(node.target) for word in ("frozen_product", "dropped_grad_A"))
+
+
 def _workspace(node: fx.Node) -> list[Line]:
     """What a library's kernel takes beside what it returns."""
     values: list[Any] = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
+    if "dropped_grad_A" in str(node.target):  # sums over parts of the tokens, added up at the end
+        grads: Any = node.args[0]
+        each = grads[0].meta["val"].shape[1] * values[1].shape[1] * 4
+        return [Line(GRADIENT_PARTS * len(grads) * each, 0)]
     if "frozen_product" not in str(node.target):
         return kernel_lines(node.target, values)
     if "frozen_product_fp8" in str(node.target):
         return [Line(values[2].numel(), 0)]
     element_bytes, precision, (out, inner) = values[0].element_size(), values[2], values[4]
-    if precision == "int8":
-        return [Line(out * inner * element_bytes, 0)] * 2
-    return [Line(out * inner // BLOCK * 4, 0), Line(out * inner * element_bytes, 0)]
+    return [Line(out * inner * element_bytes, 0)] * (2 if precision == "int8" else 1)

@@ -20,11 +20,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-from drawplate.units import MIB
+from drawplate.units import KIB, MIB
 
 ROUNDING = 512
 LARGEST_SMALL = MIB
 CACHE_LINE = 64
+LARGEST_IN_HEAP = 32 * MIB
+"""glibc's largest threshold (DEFAULT_MMAP_THRESHOLD_MAX), to which it rises as large blocks are let go of."""
+HEAP_GRANULE = 128 * KIB
+"""By how much the heap grows (DEFAULT_TOP_PAD)."""
 GRANULE = {"small": 2 * MIB, "large": 20 * MIB}
 
 
@@ -156,30 +160,48 @@ def _pools() -> dict[str, Pool]:
     return {name: Pool(granule) for name, granule in GRANULE.items()}
 
 
-class PlainMemory:
-    """A CPU's: what is let go of is gone, and nothing is rounded but to a cache line."""
+class ProcessMemory:
+    """A process's own, as the C library's malloc keeps it (glibc): `reserved` is what the process holds.
+
+    Blocks below `LARGEST_IN_HEAP` come from a heap that grows at its end; what is let go of in it stays with the
+    process, and is used again where it is large enough. Larger ones are mapped, and gone when they are let go of.
+    """
 
     def __init__(self) -> None:
-        self._blocks: dict[object, int] = {}
+        self._heap = Pool(HEAP_GRANULE)
+        self._in_heap: dict[object, int] = {}
+        self._sizes: dict[object, int] = {}
         self.allocated = self.highest_reserved = 0
+        self._mapped_bytes = 0
 
     @property
     def reserved(self) -> int:
-        """What is held."""
-        return self.allocated
+        """What is held, and what was and stays with the process."""
+        return self._heap.reserved + self._mapped_bytes
 
     def take(self, name: object, size: int) -> int:
         """A new block; returns its size."""
-        rounded = -(-size // CACHE_LINE) * CACHE_LINE
-        self._blocks[name] = rounded
+        rounded = max(CACHE_LINE, -(-size // CACHE_LINE) * CACHE_LINE)
+        if rounded < LARGEST_IN_HEAP:
+            self._in_heap[name] = self._heap.take(rounded)
+        else:
+            self._mapped_bytes += rounded
+        self._sizes[name] = rounded
         self.allocated += rounded
-        self.highest_reserved = max(self.highest_reserved, self.allocated)
+        self.highest_reserved = max(self.highest_reserved, self.reserved)
         return rounded
 
     def give(self, name: object) -> None:
         """The block of that name is let go of."""
-        self.allocated -= self._blocks.pop(name)
+        size = self._sizes.pop(name)
+        if name in self._in_heap:
+            self._heap.give(self._in_heap.pop(name))
+        else:
+            self._mapped_bytes -= size
+        self.allocated -= size
 
     def rename(self, old: object, new: object) -> None:
         """The block goes by another name."""
-        self._blocks[new] = self._blocks.pop(old)
+        self._sizes[new] = self._sizes.pop(old)
+        if old in self._in_heap:
+            self._in_heap[new] = self._in_heap.pop(old)

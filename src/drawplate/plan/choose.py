@@ -240,7 +240,12 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
     )
     speed = situation.known_speed
     around = Surroundings(
-        base_bytes=situation.base_bytes, context_bytes=speed.context_bytes, dataset_bytes=5 * corpus.tokens
+        base_bytes=situation.base_bytes,
+        context_bytes=speed.context_bytes,
+        trial_bytes=speed.l2_cache_bytes,
+        dataset_bytes=5 * corpus.tokens,
+        loading_host_bytes=speed.loading_host_bytes,
+        runtime_host_bytes=speed.runtime_host_bytes,
     )
     return Search(model, speed, space, around)
 

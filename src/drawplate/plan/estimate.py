@@ -35,7 +35,8 @@ def estimate(model: ModelShape, choice: Choice, around: Surroundings | None = No
     transient, held = max(places, key=sum)
     share = GAP_SHARE if (transient, held) != places[0] else 0.0  # loading goes one tensor at a time
     gaps = int(share * transient) + GRANULE + SMALL_POOL
-    return held + transient + gaps + around.context_bytes, max(host)
+    trial = around.trial_bytes if choice.compiled else 0
+    return held + transient + trial + gaps + around.context_bytes, max(host)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,15 @@ BUS_SHARE = 0.83
 DEQUANTIZE_BYTES = 6.0
 """Bytes of memory bandwidth that dequantizing a 4-bit weight is worth: half a byte in, two out, and the arithmetic."""
 LAUNCH_SECONDS = 6e-6
-CONTEXT_BYTES = 400 * MIB
+CONTEXT_BYTES, STEP_CONTEXT_BYTES = 821 * MIB, 132 * MIB
+"""Device memory outside torch's allocator after a compiled step, and by how much it has grown since loading."""
+LOADING_HOST_BYTES, RUNTIME_HOST_BYTES = 231 * MIB, 933 * MIB
+"""Host memory of CUDA and its libraries after loading, and with the compiler's after a compiled step.
+
+These four were measured on an H100 (bench/results/plan-accuracy-h100.json) and stand for every card until a run has
+measured its own."""
+CPU_RUNTIME_HOST_BYTES = 96 * MIB
+"""Libraries that a run imports after it has planned, and the products that oneDNN has compiled (device.py)."""
 SMALL_FLOPS_OF_PEAK, LARGE_FLOPS_OF_PEAK = 2e-6, 2e-4
 """Seconds at the peak that a small and a large product stand for."""
 
@@ -78,6 +86,8 @@ class Gpu:
             dequantize_rate=memory / DEQUANTIZE_BYTES,
             launch_seconds=LAUNCH_SECONDS,
             context_bytes=CONTEXT_BYTES,
+            loading_host_bytes=LOADING_HOST_BYTES,
+            runtime_host_bytes=RUNTIME_HOST_BYTES,
         )
 
 
@@ -142,6 +152,7 @@ def typical_speed(device: str) -> DeviceSpeed:
         to_host_rate=5e9,
         dequantize_rate=5e8,
         launch_seconds=4e-6,
+        runtime_host_bytes=CPU_RUNTIME_HOST_BYTES,
     )
 
 

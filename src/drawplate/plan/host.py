@@ -10,6 +10,7 @@ from drawplate.plan.shape import DTYPE_BYTES, Choice, ModelShape, Surroundings
 from drawplate.plan.storage import Storage, layer_bytes
 
 LANDINGS = 2
+RUNTIME = "libraries and compiler"
 Row = tuple[str, int, str]
 """Name, bytes, formula."""
 
@@ -61,7 +62,7 @@ class HostLines:
         tiers = Counter(model.kind_of_layer[i] for i in range(model.layers) if choice.tier(i) == "host")
         stored = sum(n * layer_bytes(model.kinds[k], Storage.of(choice, "host"), size) for k, n in tiers.items())
         rows = [("process before the model", around.base_bytes, "measured")]
-        rows.append(("CUDA and compiler in host memory", runtime_bytes, "measured"))
+        rows.append((RUNTIME, runtime_bytes, "measured, or typical until a run has"))
         rows.append(("token windows", around.dataset_bytes, "5 bytes a token"))
         rows.append(("frozen weights on the host", stored, "layers x stored tensors, each rounded to 256 bytes"))
         if choice.head_rows:

@@ -5,7 +5,7 @@ holds most. The lines of a phase are what is held at that moment, so that their 
 the device the moment is found by replaying the run block by block (plan/replay.py) under the allocator's rules
 (plan/allocator.py); what a decoder layer saves and works with comes from running it without data (model/footprint.py).
 
-Blind to what other programs take of the device, and to the compiler's trial runs of kernels in the first step.
+Blind to what other programs take of the device.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ DEVICE_FORMULAS = {
     "the norm after the last layer": "its blocks, forward or backward",
     "loss": "a tile of logits, and of the tokens that count hidden states, target rows and a float32 gradient",
     "cuBLAS workspace": "for each thread that multiplies, and again for those of a captured micro-step",
+    "compiler's trial of a kernel": "the size of the device's L2 cache, which it clears between trials",
     "a weight being quantized": "as read, in the compute dtype, and encoded",
     "self-check": "transformers' own module beside ours",
 }
@@ -125,8 +126,10 @@ def ledger(model: ModelShape, choice: Choice, around: Surroundings | None = None
 def _device_lines(moment: Moment, choice: Choice, around: Surroundings) -> tuple[LedgerLine, ...]:
     where = "host" if choice.device == "cpu" else "device"
     rows = [(name, size, DEVICE_FORMULAS.get(name, "")) for name, size in moment.lines.items() if size]
-    if choice.device == "cuda":
-        gaps = moment.reserved - moment.allocated
+    gaps = moment.reserved - moment.allocated
+    if choice.device == "cpu":
+        rows.append(("freed, still with the process", gaps, "the C library's heap by a replay, less the blocks in it"))
+    else:
         rows.append(("allocator: rounding and gaps", gaps, "reserved by a replay of the allocator, less the blocks"))
         rows.append(("CUDA context", around.context_bytes, "measured"))
     return tuple(

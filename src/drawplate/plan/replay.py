@@ -6,8 +6,7 @@ What each part does to memory is a trace (plan/shape.py); this file strings them
 model/saved_inputs.py, model/loss.py and train.py do. Every block belongs to a line of the ledger, so that the highest
 moment of a phase can be read off line by line.
 
-Left out: blocks below a kilobyte that live for one operation, and the compiler's trial runs of kernels in the first
-step.
+Left out: blocks below a kilobyte that live for one operation.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from drawplate.footprints import Footprint, Trace
-from drawplate.plan.allocator import CachingAllocator, PlainMemory
+from drawplate.plan.allocator import CachingAllocator, ProcessMemory
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
 from drawplate.plan.storage import Storage, layer_bytes, loss_tile
 
@@ -44,7 +43,7 @@ class Moment:
 class Device:
     """Blocks by name, each on a line, and the highest moment since `begin`."""
 
-    memory: CachingAllocator | PlainMemory
+    memory: CachingAllocator | ProcessMemory
     now: str = ""
     totals: dict[str, int] = field(default_factory=dict)
     highest: Moment = field(default_factory=Moment)
@@ -153,9 +152,10 @@ class Replay:
     def __init__(self, model: ModelShape, choice: Choice, around: Surroundings) -> None:
         self.model, self.choice, self.around = model, choice, around
         self.size = DTYPE_BYTES[choice.compute_dtype]
-        self.device = Device(CachingAllocator() if choice.device == "cuda" else PlainMemory())
+        self.device = Device(CachingAllocator() if choice.device == "cuda" else ProcessMemory())
         self.train_rows, self.eval_rows = train_rows_of(choice, model.layers), eval_rows_of(choice)
         self._left: dict[Name, dict[Name, None]] = {}
+        self._tried: set[int] = set()
         self._resolved: dict[tuple[int, Rows], tuple[Trace, list[tuple[str, int | None]]]] = {}
         self._kinds = [model.kinds[k] for k in model.kind_of_layer]
         self._inner = [choice.mode(choice.tier(i)) for i in range(model.layers)]
@@ -517,8 +517,10 @@ class Replay:
         device.give_all(("loss", name) for name in reversed(parts))
 
     def _run(self, trace: Trace, line: str, prefix: Name, rows: Rows) -> None:
-        """Replay a trace, its blocks under a prefix."""
+        """Replay a trace, its blocks under a prefix. A compiled layer's kernels are tried when they first run."""
         device, left = self.device, self._left.setdefault(prefix, {})
+        tried = not self.choice.compiled or prefix[0] != "layer" or id(trace) in self._tried
+        self._tried.add(id(trace))
         for name, size in self._bytes(trace, rows):
             full = (*prefix, name)
             if size is None:
@@ -527,6 +529,9 @@ class Replay:
             else:
                 device.take(line, full, size)
                 left[full] = None
+                if not tried and self.choice.device == "cuda":
+                    device.take("compiler's trial of a kernel", ("trial",), self.around.trial_bytes)
+                    device.give(("trial",))
 
     def _bytes(self, trace: Trace, rows: Rows) -> list[tuple[str, int | None]]:
         key = (id(trace), rows)

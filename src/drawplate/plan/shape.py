@@ -157,6 +157,7 @@ class Surroundings:
         context_bytes: of the device, taken by the CUDA context and loaded libraries.
         dataset_bytes: token windows in host memory.
         product_workspace_bytes: cuBLAS keeps for itself in each of the two threads that multiply; 32 MiB on Hopper.
+        trial_bytes: of the device, taken by the compiler while it tries variants of a kernel: the size of the L2 cache.
         self_check: whether loading ends with the comparison of model/self_check.py.
         loading_host_bytes: of host memory that CUDA's libraries take by the end of loading.
         runtime_host_bytes: the same by the end of the first step, the compiler's share included.
@@ -166,6 +167,7 @@ class Surroundings:
     context_bytes: int = 0
     dataset_bytes: int = 0
     product_workspace_bytes: int = 32 * 2**20
+    trial_bytes: int = 50 * 2**20
     self_check: bool = True
     loading_host_bytes: int = 0
     runtime_host_bytes: int = 0

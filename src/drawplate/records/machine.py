@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from drawplate.units import MIB
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySample:
@@ -47,7 +49,10 @@ class DeviceSpeed:
         to_device_rate, to_host_rate: bytes per second between page-locked host memory and the device.
         dequantize_rate: 4-bit weights per second, double quantization included.
         launch_seconds: host time to start one small operation.
-        context_bytes: device memory that CUDA takes outside torch's allocator.
+        context_bytes: device memory that CUDA takes outside torch's allocator, once compiled steps have run.
+        l2_cache_bytes: of the device.
+        loading_host_bytes: host memory that CUDA and its libraries take by the end of loading.
+        runtime_host_bytes: the same by the end of the first step, the compiler's share included.
     """
 
     name: str
@@ -60,3 +65,6 @@ class DeviceSpeed:
     dequantize_rate: float
     launch_seconds: float
     context_bytes: int = 0
+    l2_cache_bytes: int = 50 * MIB
+    loading_host_bytes: int = 0
+    runtime_host_bytes: int = 0
