@@ -117,8 +117,12 @@ class CachingAllocator:
 
     @property
     def reserved(self) -> int:
-        """Bytes taken of the device."""
-        return sum(pool.reserved for pool in (*self.pools.values(), *self._beside.values())) - self._given_back
+        """Bytes taken of the device; where parts were given back and are taken again, at least what is held."""
+        return max(self.allocated, self._grown - self._given_back)
+
+    @property
+    def _grown(self) -> int:
+        return sum(pool.reserved for pool in (*self.pools.values(), *self._beside.values()))
 
     def begin_capture(self) -> None:
         """What holds no block is given back, and blocks come from pools of the graph's own."""
@@ -130,9 +134,10 @@ class CachingAllocator:
         self.pools, self._beside = self._beside, self.pools
 
     def forget_capture(self) -> None:
-        """The graph's pools are given back but for what still holds a block."""
-        kept = sum(pool.bytes_in_use for pool in self._beside.values())
-        self._given_back = sum(pool.reserved for pool in self._beside.values()) - kept
+        """Whatever part of any pool holds no block is given back, where there was a capture."""
+        if self._beside:
+            kept = sum(pool.bytes_in_use for pool in (*self.pools.values(), *self._beside.values()))
+            self._given_back = self._grown - kept
 
     def take(self, name: object, size: int) -> int:
         """A new block; returns its size."""
@@ -141,7 +146,7 @@ class CachingAllocator:
         before = pool.reserved
         self._blocks[name] = (pool, pool.take(rounded), rounded)
         self.allocated += rounded
-        if pool.reserved > before:
+        if pool.reserved > before or self._given_back:
             self.highest_reserved = max(self.highest_reserved, self.reserved)
         return rounded
 
