@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from drawplate.device import machine, memory_sample
 from drawplate.kernels.four_bits import dequantize
-from drawplate.plan.gpus import CPU_RUNTIME_HOST_BYTES, RUNTIME_HOST_BYTES, STEP_CONTEXT_BYTES
+from drawplate.overheads import CPU_RUNTIME_HOST_BYTES, RUNTIME_HOST_BYTES, STEP_CONTEXT_BYTES
 from drawplate.recipe import cache_folder
 from drawplate.records import DeviceSpeed, Machine, from_json, to_json
 from drawplate.units import MIB

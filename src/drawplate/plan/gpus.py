@@ -12,8 +12,9 @@ import difflib
 from dataclasses import dataclass
 
 from drawplate.errors import UsageError
+from drawplate.overheads import CONTEXT_BYTES, CPU_RUNTIME_HOST_BYTES, LOADING_HOST_BYTES, RUNTIME_HOST_BYTES
 from drawplate.records import DeviceSpeed
-from drawplate.units import GIB, MIB
+from drawplate.units import GIB
 
 PRODUCT_SHARE = 0.70
 SMALL_PRODUCT_SHARE = 0.12
@@ -24,15 +25,6 @@ BUS_SHARE = 0.83
 DEQUANTIZE_BYTES = 6.0
 """Bytes of memory bandwidth that dequantizing a 4-bit weight is worth: half a byte in, two out, and the arithmetic."""
 LAUNCH_SECONDS = 6e-6
-CONTEXT_BYTES, STEP_CONTEXT_BYTES = 821 * MIB, 132 * MIB
-"""Device memory outside torch's allocator after a compiled step, and by how much it has grown since loading."""
-LOADING_HOST_BYTES, RUNTIME_HOST_BYTES = 231 * MIB, 933 * MIB
-"""Host memory of CUDA and its libraries after loading, and with the compiler's after a compiled step.
-
-These four were measured on an H100 (bench/results/plan-accuracy-h100.json) and stand for every card until a run has
-measured its own."""
-CPU_RUNTIME_HOST_BYTES = 96 * MIB
-"""Libraries that a run imports after it has planned, and the products that oneDNN has compiled (device.py)."""
 SMALL_FLOPS_OF_PEAK, LARGE_FLOPS_OF_PEAK = 2e-6, 2e-4
 """Seconds at the peak that a small and a large product stand for."""
 
