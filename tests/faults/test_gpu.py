@@ -1,9 +1,10 @@
-"""Faults that need a GPU (rows 14, 16 and 17)."""
+"""Faults that need a GPU (rows 14 to 17)."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 import drawplate.run as story
 from drawplate.accumulate import _contradicted
 from drawplate.device import PeakMeter
+from drawplate.model.causal_lm import CausalLM
 from drawplate.recipe import load_recipe
 from drawplate.records import LedgerLine
 from tests.faults.conftest import values_of
+from tests.faults.rows import shows
 
 GPU = {
     "model": {"device_map": "cuda", "compile": False},
@@ -51,30 +54,47 @@ def test_row_16_resuming_needs_no_more_than_running(
     assert 0 < resuming.device_peak_bytes <= running.device_peak_bytes
 
 
+def refusing(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[CausalLM, Any], bool]) -> None:
+    """The allocator is asked for more than there is, at each training pass that is `too_large`."""
+    total, add_gradients = torch.cuda.get_device_properties(0).total_memory, CausalLM.add_gradients
+
+    def squeezed(self: CausalLM, batch: Any, **options: Any) -> Any:
+        if too_large(self, batch):
+            torch.empty(total, dtype=torch.uint8, device="cuda")  # its own refusal
+        return add_gradients(self, batch, **options)
+
+    monkeypatch.setattr(CausalLM, "add_gradients", squeezed)
+
+
 @pytest.mark.gpu
-def test_row_14_a_real_refusal_of_the_allocator_cuts_the_micro_batch(small: Path, tmp_path: Path) -> None:
-    """The allocator may hold only what is held now and some MiB, once training begins."""
+def test_row_14_a_real_refusal_of_the_allocator_cuts_the_micro_batch(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = tune(small, tmp_path / "whole")
-    begin, total = story.train, torch.cuda.get_device_properties(0).total_memory
-    limited: list[float] = []
+    refused: list[int] = []
 
-    def squeezed(task: Any, journal: Any, state: Any) -> Any:
-        torch.cuda.empty_cache()
-        add_gradients = task.model.add_gradients
+    def first(model: CausalLM, batch: Any) -> bool:
+        if refused or len(batch.documents) < 2:
+            return False
+        refused.append(len(batch.documents))
+        return True
 
-        def once(batch: Any, **options: Any) -> Any:
-            if len(batch.documents) > 1 and not limited:
-                limited.append(1.0)
-                torch.empty(total, dtype=torch.uint8, device="cuda")  # the allocator's own refusal
-            return add_gradients(batch, **options)
-
-        task.model.add_gradients = once
-        return begin(task, journal, state)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(story, "train", squeezed)
-        record = tune(small, tmp_path / "run")
+    refusing(monkeypatch, first)
+    record = tune(small, tmp_path / "run")
     assert record.training.corrections
+    assert [s.loss for s in record.steps] == pytest.approx([s.loss for s in whole.steps], rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_row_15_at_one_sequence_the_next_rung_is_tried(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = {"train": {**GPU["train"], "per_device_train_batch_size": 1}}
+    whole = tune(small, tmp_path / "whole", **one)
+    refusing(monkeypatch, lambda model, batch: model.runner.policies[0] != "offload")
+    record = tune(small, tmp_path / "run", **one)
+    shows(15, " ".join(record.warnings), 0)
+    shows(15, " ".join(record.warnings), 1)
     assert [s.loss for s in record.steps] == pytest.approx([s.loss for s in whole.steps], rel=1e-5)
 
 
