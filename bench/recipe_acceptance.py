@@ -4,11 +4,11 @@
         [--cases climate:nf4,code:nf4] [--set KEY=VALUE ...]
 
 FOLDER is what `bench/recipe_study.py corpora` wrote. Climate articles are learnt in NF4 and in the precision that the
-plan chooses, functions and manual pages in NF4; and the climate articles once more as an earlier rule divided them, on
-whose held-out articles the goal was set. The runs share the device, one process each. OUT.json holds the verdict of
-each: perplexity before and after, its interval, and that of general text; it is written anew after each run. The
-layer function is not compiled unless asked for: a minute of compiling would be most of a run this short, and changes
-its numbers by rounding alone.
+plan chooses, functions and manual pages in NF4; and the climate articles once more as an earlier rule divided them: a
+second set of held-out articles. The runs share the device, one process each. OUT.json holds the verdict of each:
+perplexity before and after, its interval, and that of general text; it is written anew after each run. The layer
+function is not compiled unless asked for: a minute of compiling would be most of a run this short, and changes its
+numbers by rounding alone.
 """
 
 from __future__ import annotations

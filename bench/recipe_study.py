@@ -34,6 +34,7 @@ import importlib
 import json
 import math
 import multiprocessing
+import os
 import random
 import re
 import statistics
@@ -659,12 +660,25 @@ def study(corpus: str, given: argparse.Namespace, model_folder: Any, began: floa
             tell(f"group {number} was cut off: the time is up")
             return
         with given.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+            file.write(json.dumps(result | {"about": about(given)}) + "\n")
         best = min(result["epoch_nats"][-1][corpus]) / result["tokens"][corpus]
         tell(
             f"group {number}: {len(group.variants)} recipes, {result['steps']} steps, {result['seconds']} s, "
             f"best perplexity {math.exp(best):.2f}"
         )
+
+
+def about(given: argparse.Namespace) -> dict[str, Any]:
+    """Command, commit, machine and versions."""
+    import torch
+    import transformers
+
+    return {
+        "command": " ".join(["python", "bench/recipe_study.py", *sys.argv[1:]]),
+        "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
+        "machine": torch.cuda.get_device_name() if given.device == "cuda" else given.device,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
 
 
 def fitting(base: Base, group: Group, texts: dict[str, Any], deadline: float) -> dict[str, Any] | None:
@@ -712,17 +726,24 @@ def _row(recipe: dict[str, Any], runs: list[tuple[dict[str, Any], int]]) -> dict
             "percent": percent(statistics.fmean(change)),
             "interval_percent": _interval(first, v),
             "between_seeds": round(100 * statistics.stdev(change), 2) if len(change) > 1 else None,
-            "seeds": len(change),
+            "seeds": len({line["seed"] for line, _ in own}),
             "perplexity": round(math.exp(statistics.fmean(change) + _before(first, corpus)), 3),
             "averaged_percent": percent(
                 statistics.fmean(_log_ratio(line, line["averaged_nats"][v], corpus) for line, v in own)
             ),
+            "on_unquantized_perplexity": _on_unquantized(own, corpus),
             "by_epoch_percent": [percent(_log_ratio(first, p[corpus][v], corpus)) for p in first["epoch_nats"]],
         }
     general = [_log_ratio(x, x["epoch_nats"][-1][GENERAL][v], GENERAL) for x, v in runs if GENERAL in x["tokens"]]
     row["general_percent"] = percent(statistics.fmean(general)) if general else None
     row["mean_percent"] = round(statistics.fmean(c["percent"] for c in row["corpora"].values()), 2)
     return row
+
+
+def _on_unquantized(own: list[tuple[dict[str, Any], int]], corpus: str) -> float | None:
+    """Mean over seeds of the perplexity on unquantized weights; None where it was not measured."""
+    losses = [x["on_unquantized_nats"][v] / x["tokens"][corpus] for x, v in own if x.get("on_unquantized_nats")]
+    return round(math.exp(statistics.fmean(losses)), 3) if losses else None
 
 
 def _before(line: dict[str, Any], name: str) -> float:
@@ -764,7 +785,9 @@ def main() -> None:
         return
     if given.what == "table":
         lines = [json.loads(line) for path in (given.out, *given.lines) for line in path.read_text().splitlines()]
-        given.folder.write_text(json.dumps({"table": table(lines), "groups": lines}, indent=1) + "\n")
+        about = [line.pop("about") for line in lines if "about" in line]
+        record = {"about": [each for i, each in enumerate(about) if each not in about[:i]], "table": table(lines)}
+        given.folder.write_text(json.dumps({**record, "groups": lines}, indent=1) + "\n")
         return
     began = time.monotonic()
     context = multiprocessing.get_context("spawn")
