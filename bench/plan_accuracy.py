@@ -2,7 +2,7 @@
 
     python bench/plan_accuracy.py MEASURED.json [CASE ...] [context=BYTES] [needs=FILE] [device=GIB] [host=GIB] [most=N]
     python bench/plan_accuracy.py --again MEASURED.json OUT.json     predict them (no GPU), write both, print errors
-    python bench/plan_accuracy.py --needs FILE                       predictions alone, to pack processes by
+    python bench/plan_accuracy.py --needs FILE [CASE ...]            predictions alone, to pack processes by
     python bench/plan_accuracy.py --trace OUT.json.gz CASE ...  all in this process, with every allocation
 
 A case is SHAPE:PRECISION:TIERS:POLICY:SIZES:RANK:TARGETS:DROPOUT:PACKING[:option=value ...], like
@@ -523,7 +523,8 @@ def main() -> None:
     elif sys.argv[1] == "--again":
         predict_all(Path(sys.argv[2]), Path(sys.argv[3]))
     elif sys.argv[1] == "--needs":
-        Path(sys.argv[2]).write_text(json.dumps({case: predict(case, {}) for case in CASES.read_text().split()}))
+        cases = sys.argv[3:] or CASES.read_text().split()
+        Path(sys.argv[2]).write_text(json.dumps({case: predict(case, {}) for case in cases}))
     else:
         options = dict(x.partition("=")[::2] for x in sys.argv[2:] if ":" not in x)
         cases = [x for x in sys.argv[2:] if ":" in x] or CASES.read_text().split()

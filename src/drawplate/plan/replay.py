@@ -260,6 +260,7 @@ class Replay:
         """One micro-batch without gradients. Captured micro-steps have given their memory back before it."""
         self.device.now = "before the first layer"
         self.device.forget_capture()
+        self._drop_keys()
         self.device.begin()
         rows = self.eval_rows
         self._product_workspace("forward")
@@ -333,6 +334,7 @@ class Replay:
         self._product_workspace("forward")
         if self.choice.dropout:
             self.device.take("batch and what layers share", ("keys",), 4 * rows.tokens)
+            self._dropout_keys(rows)
         self._open(rows)
         hidden: Name = ("embedded",)
         for i in range(self.model.layers):
@@ -355,6 +357,24 @@ class Replay:
         if self.device.has(("keys",)):
             self.device.give(("keys",))
 
+    def _dropout_keys(self, rows: Rows) -> None:
+        """All layers' at once, which stay until the next micro-batch has its own; made with two blocks more."""
+        device, line = self.device, "dropout keys of the layers"
+        kinds, modes = self._kinds, (self._kept if self.choice.kept_layers else self._inner)
+        count = sum(kind.footprints[mode].keys for kind, mode in zip(kinds, modes, strict=True))
+        names: list[Name] = [("key work", 0), ("key work", 1), ("new keys",)]
+        for name in names if count else ():
+            device.take(line, name, 4 * count * rows.tokens)
+        device.give_all(names[:2] if count else ())
+        if device.has(("layer keys",)):
+            device.give(("layer keys",))
+        if count:
+            device.rename(("new keys",), ("layer keys",))
+
+    def _drop_keys(self) -> None:
+        if self.device.has(("layer keys",)):
+            self.device.give(("layer keys",))
+
     def _keeps(self, layer: int) -> bool:
         return layer >= self._first_kept
 
@@ -373,8 +393,6 @@ class Replay:
         device, kind = self.device, self._kinds[layer]
         keeps = self._keeps(layer)
         part = kind.footprints[(self._kept if keeps else self._inner)[layer]]
-        if part.keys:
-            device.take("dropout keys of the layers", ("layer keys", layer), 4 * part.keys * rows.tokens)
         if self._offloads(layer) and layer and device.has(("leaving",)):
             device.give(("leaving",))
         line = "activations kept" if keeps else "layer being computed"
@@ -428,8 +446,6 @@ class Replay:
         for j in range(len(self._trained[layer])):
             self._accumulate((*prefix, f"grad:{j}"), ("new", layer, j))
         self._pass_gradient(prefix)
-        if device.has(("layer keys", layer)):
-            device.give(("layer keys", layer))
         if layer and not self._offloads(layer):
             device.give(self._input(layer))
 
