@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -250,3 +253,18 @@ def test_a_mixed_placement_does_not_exhaust_the_compilers_versions(
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     build(llama, compiled=True)
     assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT > 8
+
+
+@pytest.mark.parametrize("activations", ["recompute", "keep"])
+def test_nothing_holds_a_model_that_was_trained(
+    llama, sequences, monkeypatch: pytest.MonkeyPatch, activations: str
+) -> None:
+    """torch 2.11's compiler keeps nodes of backward; a run that loads a second model has to have the first's memory."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model = build(llama, activations=activations, compiled=True)
+    train_steps(model, sequences, steps=2)
+    parts = [weakref.ref(part) for part in (model, model.runner, model.residency, model.head, model.embedding)]
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert [part() for part in parts] == [None] * len(parts)

@@ -53,6 +53,7 @@ def down(x_NI: Tensor, keys_N: Sequence[Tensor], lora_As: Sequence[Tensor], drop
         tokens,
         features,
         rank,
+        tokens * rank,
         x_NI.stride(0),
         1 / (1 - dropout),
         TOKENS=block,
@@ -135,7 +136,7 @@ def _add_down(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes
 
 @triton.jit
 def _down(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what it takes
-    x, key0, key1, key2, A0, A1, A2, out, tokens, features, rank, x_stride, scale,
+    x, key0, key1, key2, A0, A1, A2, out, tokens, features, rank, each, x_stride, scale,
     TOKENS: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, THRESHOLD: tl.constexpr,
     GOLDEN_RATIO: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +165,6 @@ def _down(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes wha
             )
     place = out + n.to(tl.int64)[:, None] * rank + r[None, :]
     inside = (n[:, None] < tokens) & (r[None, :] < rank)
-    each = tokens.to(tl.int64) * rank
     tl.store(place, (total0 * scale).to(out.dtype.element_ty), mask=inside)
     if MODULES > 1:
         tl.store(place + each, (total1 * scale).to(out.dtype.element_ty), mask=inside)

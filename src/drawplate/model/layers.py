@@ -213,7 +213,8 @@ class _RecomputedLayer(torch.autograd.Function):
             out = runner.compute(call, weights, dict(zip(call.adapter_names, trained, strict=True)), hidden)
             grad_hidden, *gradients = torch.autograd.grad(out, [hidden, *trained], grad_out, allow_unused=True)
         runner.residency.release(call.layer)
-        ctx.saved_input = None
+        # torch 2.11's compiler keeps what it traced in here, and with it this node: the model must not hang on it.
+        ctx.runner = ctx.call = ctx.saved_input = None
         return None, None, grad_hidden if ctx.needs_input_grad[2] else None, *gradients
 
 
