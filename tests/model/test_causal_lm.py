@@ -244,15 +244,13 @@ def test_nothing_of_the_base_model_is_trained_or_moves(llama, sequences) -> None
     assert all(not p.requires_grad for p in model.anatomy.skeleton.parameters() if not p.is_meta)
 
 
-def test_a_mixed_placement_does_not_exhaust_the_compilers_versions(
-    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mixed_placement_does_not_exhaust_the_compilers_versions(llama: Checkpoint) -> None:
     """torch's own limit of 8 once made layers run uncompiled: gradients or not, whole or not, and a few shapes."""
     import torch._dynamo
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    build(llama, compiled=True)
-    assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT > 8
+    with torch._dynamo.config.patch(recompile_limit=8):
+        build(llama, compiled=True)
+        assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT > 8
 
 
 @pytest.mark.parametrize("activations", ["recompute", "keep"])
