@@ -216,7 +216,7 @@ def test_an_unknown_card_is_refused_with_the_nearest() -> None:
 
 def test_every_card_has_a_source_and_figures_in_their_order() -> None:
     for gpu in GPUS:
-        assert gpu.source
+        assert "https://" in gpu.source
         assert gpu.fp8 == 0 or gpu.fp8 >= gpu.fp16 >= gpu.bf16 > 0
         speed = gpu.speed("float16")
         assert speed.to_device_rate < speed.memory_rate

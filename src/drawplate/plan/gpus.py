@@ -34,10 +34,32 @@ REPORTED_SHARE, ECC_SHARE = 0.98, 15 / 16
 _PCIE_BYTES = {3: 15.75e9, 4: 31.5e9, 5: 63.0e9}
 """Bytes per second of sixteen lanes in one direction (PCI-SIG)."""
 
-AMPERE = "NVIDIA Ampere GA102 GPU Architecture whitepaper v2.1, appendix A"
-ADA = "NVIDIA Ada GPU Architecture whitepaper v2.1, appendix A"
-BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper v1.1, appendix A"
-TURING = "NVIDIA Turing GPU Architecture whitepaper WP-09183-001, tables 1 and 4"
+_GEFORCE = "https://images.nvidia.com/aem-dam/Solutions/geforce"
+_DATA_CENTER = "https://www.nvidia.com/en-us/data-center"
+AMPERE = (
+    "NVIDIA Ampere GA102 GPU Architecture whitepaper v2.1, appendices A and C, "
+    "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.1.pdf"
+)
+ADA = f"NVIDIA Ada GPU Architecture whitepaper, appendix A, {_GEFORCE}/ada/nvidia-ada-gpu-architecture.pdf"
+BLACKWELL = (
+    "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A, "
+    f"{_GEFORCE}/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"
+)
+TURING = (
+    "NVIDIA Turing GPU Architecture whitepaper WP-09183-001, tables 1 and 4, https://images.nvidia.com/aem-dam/en-zz/"
+    "Solutions/design-visualization/technologies/turing-architecture/NVIDIA-Turing-Architecture-Whitepaper.pdf"
+)
+T4 = f"NVIDIA T4 product page, {_DATA_CENTER}/tesla-t4/"
+V100 = f"NVIDIA V100 product page (SXM2), {_DATA_CENTER}/v100/"
+A10 = f"NVIDIA A10 product page, {_DATA_CENTER}/products/a10-gpu/"
+A40 = f"NVIDIA A40 product page, {_DATA_CENTER}/a40/"
+A100 = f"NVIDIA A100 product page (SXM), {_DATA_CENTER}/a100/"
+L4 = f"NVIDIA L4 product page, rates given there with sparsity halved, {_DATA_CENTER}/l4/"
+L40S = f"NVIDIA L40S product page, {_DATA_CENTER}/l40s/"
+RTX_6000 = "NVIDIA RTX 6000 Ada product page, https://www.nvidia.com/en-us/design-visualization/rtx-6000/"
+H100 = f"NVIDIA H100 product page, rates given there with sparsity halved, {_DATA_CENTER}/h100/"
+H200 = f"NVIDIA H200 product page, rates given there with sparsity halved, {_DATA_CENTER}/h200/"
+B200 = f"NVIDIA DGX B200 product page, an eighth of the system, {_DATA_CENTER}/dgx-b200/"
 
 
 @dataclass(frozen=True)
@@ -84,30 +106,30 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("T4", 16, 0, 65, 0, 320, 3, "NVIDIA T4 datasheet, 2019", ecc=True),
-    Gpu("V100 32GB", 32, 0, 125, 0, 900, 3, "NVIDIA V100 datasheet, 2020 (SXM2)"),
+    Gpu("T4", 16, 0, 65, 0, 320, 3, T4, ecc=True),
+    Gpu("V100 32GB", 32, 0, 125, 0, 900, 3, V100),
     Gpu("RTX 2080 Ti", 11, 0, 53.8, 0, 616, 3, TURING),
     Gpu("RTX 3060", 12, 25.5, 25.5, 0, 360, 4, f"{AMPERE}; 3584 cores at 1.78 GHz"),
     Gpu("RTX 3080", 10, 59.5, 59.5, 0, 760, 4, AMPERE),
     Gpu("RTX 3090", 24, 71, 71, 0, 936, 4, AMPERE),
-    Gpu("A10", 24, 125, 125, 0, 600, 4, "NVIDIA A10 datasheet, 2021", ecc=True),
-    Gpu("A40", 48, 149.7, 149.7, 0, 696, 4, "NVIDIA A40 datasheet, 2021", ecc=True),
-    Gpu("RTX A6000", 48, 154.8, 154.8, 0, 768, 4, f"{AMPERE} (RTX A6000)", ecc=True),
-    Gpu("A100 40GB", 40, 312, 312, 0, 1555, 4, "NVIDIA A100 datasheet, 2021"),
-    Gpu("A100 80GB", 80, 312, 312, 0, 2039, 4, "NVIDIA A100 datasheet, 2021 (SXM4)"),
-    Gpu("L4", 24, 121, 121, 242, 300, 4, "NVIDIA L4 datasheet, 2023", ecc=True),
-    Gpu("L40S", 48, 362, 362, 733, 864, 4, "NVIDIA L40S datasheet, 2023", ecc=True),
+    Gpu("A10", 24, 125, 125, 0, 600, 4, A10, ecc=True),
+    Gpu("A40", 48, 149.7, 149.7, 0, 696, 4, A40, ecc=True),
+    Gpu("RTX A6000", 48, 154.8, 154.8, 0, 768, 4, AMPERE, ecc=True),
+    Gpu("A100 40GB", 40, 312, 312, 0, 1555, 4, A100),
+    Gpu("A100 80GB", 80, 312, 312, 0, 2039, 4, A100),
+    Gpu("L4", 24, 121, 121, 242, 300, 4, L4, ecc=True),
+    Gpu("L40S", 48, 362, 362, 733, 864, 4, L40S, ecc=True),
     Gpu("RTX 4060 Ti 16GB", 16, 44.1, 44.1, 88.2, 288, 4, f"{ADA}; 4352 cores at 2.54 GHz", lanes=8),
     Gpu("RTX 4070 Ti Super", 16, 88.2, 88.2, 176, 672, 4, f"{ADA}; 8448 cores at 2.61 GHz"),
     Gpu("RTX 4080", 16, 97.5, 97.5, 195, 717, 4, ADA),
     Gpu("RTX 4090", 24, 165.2, 165.2, 330.3, 1008, 4, ADA),
-    Gpu("RTX 6000 Ada", 48, 364, 364, 728, 960, 4, "NVIDIA RTX 6000 Ada datasheet, 2023", ecc=True),
+    Gpu("RTX 6000 Ada", 48, 364, 364, 728, 960, 4, RTX_6000, ecc=True),
     Gpu("RTX 5080", 16, 112.6, 112.6, 225.1, 960, 5, BLACKWELL),
     Gpu("RTX 5090", 32, 209.5, 209.5, 419, 1792, 5, BLACKWELL),
-    Gpu("H100 PCIe", 80, 756, 756, 1513, 2000, 5, "NVIDIA H100 datasheet, 2023 (PCIe)"),
-    Gpu("H100", 80, 989, 989, 1979, 3350, 5, "NVIDIA H100 datasheet, 2023 (SXM)"),
-    Gpu("H200", 141, 989, 989, 1979, 4800, 5, "NVIDIA H200 datasheet, 2024 (SXM)"),
-    Gpu("B200", 180, 2250, 2250, 4500, 7700, 5, "NVIDIA DGX B200 datasheet, 2024, an eighth of the system"),
+    Gpu("H100 PCIe", 80, 756, 756, 1513, 2000, 5, f"{H100} (PCIe)"),
+    Gpu("H100", 80, 989, 989, 1979, 3350, 5, f"{H100} (SXM)"),
+    Gpu("H200", 141, 989, 989, 1979, 4800, 5, f"{H200} (SXM)"),
+    Gpu("B200", 180, 2250, 2250, 4500, 7700, 5, B200),
 )
 
 
