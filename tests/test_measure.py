@@ -196,7 +196,7 @@ def test_without_unquantized_weights_the_adapter_starts_at_zero_and_the_log_says
     values["evaluation"]["quantization_tax"] = False
     record = story.tune(Recipe.model_validate(values), lambda progress: messages.append(progress.message))
     assert record.training.init_lora_weights == "default"
-    assert any("The adapter starts at zero" in message for message in messages)
+    assert any("The adapter starts from zero: evaluation.quantization_tax is off" in message for message in messages)
 
 
 def test_a_run_that_was_stopped_goes_on_from_its_own_start(

@@ -25,7 +25,7 @@ from drawplate.model.error_start import Start, quantization_error_start
 from drawplate.model.frozen import Storage
 from drawplate.plan.tax import CALIBRATION_TOKENS, HEAD_ROWS, PLAIN_PRECISION, SAMPLE_TOKENS, window_tokens
 from drawplate.prepare import Prepared, choose_context_tokens, evaluation_cutting, pad_id, placement_of
-from drawplate.recipe import FOUR_BITS, LoraSection, Recipe
+from drawplate.recipe import LoraSection, Recipe
 from drawplate.records import DocumentScore, EvaluationFacts, Sequence
 from drawplate.train import Cutting
 
@@ -69,13 +69,13 @@ def score_unquantized(prepared: Prepared, journal: Journal) -> tuple[Scores, Sta
     Nothing where the plan leaves it out, and no start where the recipe wants the default one. What goes wrong here
     costs a warning and not the run: the measurement is a help, not a need.
     """
-    wanted = starts_from_error(prepared)
-    if not prepared.plan.quantization_tax:
-        reason = prepared.plan.reasons.get("quantization_tax")
+    plan = prepared.plan
+    if not plan.starts_from_error and "starts_from_error" in plan.reasons:
+        journal.message(f"The adapter starts {plan.reasons['starts_from_error']}.")
+    if not plan.quantization_tax:
+        reason = plan.reasons.get("quantization_tax")
         if reason:
             journal.message(f"What quantization costs is {reason}.")
-        if wanted:
-            journal.message("The adapter starts at zero: for the quantization error, unquantized weights are needed.")
         return (), {}
     scores: Scores = ()
     start: Start = {}
@@ -85,22 +85,17 @@ def score_unquantized(prepared: Prepared, journal: Journal) -> tuple[Scores, Sta
             model = _unquantized(prepared, journal)
             cutting = Cutting(packing=True, tokens=window_tokens(prepared.plan), pad_id=pad_id(prepared.tokenizer))
             heldout = prepared.heldout.sequences
-            chosen = sample(heldout, prepared.split.heldout, SAMPLE_TOKENS[prepared.plan.device])
+            chosen = sample(heldout, prepared.split.heldout, SAMPLE_TOKENS[plan.device])
             scores = score(model, chosen, cutting, journal)
-            start = _error_start(prepared, model, cutting) if wanted else {}
+            start = _error_start(prepared, model, cutting) if plan.starts_from_error else {}
             del model
         except (DoesNotFit, EnvironmentProblem, torch.OutOfMemoryError) as error:
             problem = str(error).partition("\n")[0]
     give_back_memory()
     if problem:
-        journal.on_warning(f"What quantization costs was not measured: {problem}")
+        lost = "The adapter starts from zero" if scores else "What quantization costs was not measured"
+        journal.on_warning(f"{lost}: {problem}")
     return scores, start
-
-
-def starts_from_error(prepared: Prepared) -> bool:
-    """Whether the adapter is to start from what 4 bits lost."""
-    asked = prepared.recipe.lora.filled().init_lora_weights
-    return asked == "quantization_error" and prepared.plan.precision in FOUR_BITS
 
 
 def _error_start(prepared: Prepared, model: CausalLM, cutting: Cutting) -> Start:

@@ -100,3 +100,19 @@ def test_who_asks_for_it_gets_it() -> None:
 def test_an_unquantized_model_has_no_tax() -> None:
     plan = plan_of(precision="bf16")
     assert decided(plan) == plan
+
+
+def test_where_the_adapters_start_does_not_fit_the_tax_is_measured_alone() -> None:
+    plan = plan_of(tokens=2048)
+    assert decided(plan, starts_adapter=True).starts_from_error
+    lines = {line.name for line in decided(plan, starts_adapter=True).phases[-1].lines}
+    assert {"error of one weight", "adapter's start"} <= lines
+
+    def of_size(size: int) -> Plan:
+        lines = (LedgerLine(name="all", where="device", bytes=size, formula=""),)
+        return replace(plan, ledger=lines, phases=(PhaseLedger(phase="training", lines=lines),))
+
+    chosen = decided(of_size(decided(of_size(100 * GIB)).phases[-1].bytes("device")), starts_adapter=True)
+    assert chosen.quantization_tax
+    assert not chosen.starts_from_error
+    assert chosen.reasons["starts_from_error"].startswith("from zero: it would take")

@@ -22,7 +22,7 @@ SAMPLE_TOKENS = {"cpu": 4096, "cuda": 65_536}
 CALIBRATION_TOKENS = {"cpu": 2048, "cuda": 16_384}
 HEAD_ROWS = 8192
 _SHARED = ("CUDA context", "process before the model", "token windows")
-_KEY = "quantization_tax"
+_KEY, _START_KEY = "quantization_tax", "starts_from_error"
 
 
 def plan_quantization_tax(
@@ -46,23 +46,27 @@ def plan_quantization_tax(
     """
     if plan.precision in PLAIN_PRECISION.values():
         return plan
-    phase = _phase(plan, model, starts_adapter)
+    starts, reasons = starts_adapter, dict(plan.reasons)
+    phase = _phase(plan, model, starts)
     why_not = _why_not(plan, phase, asked, stored_precision, host_room_bytes)
+    if starts:
+        reasons[_START_KEY] = f"from zero: {why_not}" if why_not else f"from what {plan.precision} loses of the weights"
+    if why_not and starts:  # measuring alone may still fit
+        starts, phase = False, _phase(plan, model, False)
+        why_not = _why_not(plan, phase, asked, stored_precision, host_room_bytes)
     if why_not:
-        return replace(plan, reasons={**plan.reasons, _KEY: f"not measured: {why_not}"})
+        return replace(plan, reasons={**reasons, _KEY: f"not measured: {why_not}"})
     name = PLAIN_PRECISION[plan.compute_dtype]
     how = "streamed from the host" if plan.device == "cuda" else "before the quantized one is loaded"
     reason = f"the base model in {name}, {how}, on up to {format_count(SAMPLE_TOKENS[plan.device])} held-out tokens"
     phases = (*plan.phases, phase)
-    reasons = {**plan.reasons, _KEY: reason}
-    if starts_adapter:
-        reasons["init_lora_weights"] = f"quantization_error: the adapter starts from what {plan.precision} loses"
     return replace(
         plan,
         quantization_tax=True,
+        starts_from_error=starts,
         phases=phases,
         ledger=Ledger(phases=phases).lines if plan.phases else plan.ledger,
-        reasons=reasons,
+        reasons={**reasons, _KEY: reason},
     )
 
 
@@ -121,7 +125,7 @@ def _phase(plan: Plan, model: ModelShape, starts_adapter: bool) -> PhaseLedger:
         rows += [(line.name, "device", line.bytes, line.formula) for line in moving]
     if starts_adapter:
         one = model.hidden * max(model.intermediate, model.attention_width)
-        rows.append(("error of one weight", "device", 12 * one, "12 bytes x hidden x widest"))
+        rows.append(("error of one weight", "device", 8 * one, "8 bytes x hidden x widest"))
         rows.append(("adapter's start", "host", 4 * model.trained_parameters, "trained parameters x 4 bytes"))
     own = tuple(
         LedgerLine(name=n, where="host" if on_cpu else where, bytes=count, formula=formula)  # type: ignore[arg-type]

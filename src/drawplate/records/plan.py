@@ -115,6 +115,7 @@ class Plan:
     warmup_ratio: float = 0.05
     dequantize: str = "product"
     quantization_tax: bool = False
+    starts_from_error: bool = False
     graphs: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
