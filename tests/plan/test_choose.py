@@ -263,11 +263,11 @@ def test_arithmetic_is_what_the_machine_is_good_at(
 
 def test_weights_are_quantized_only_where_memory_forces_it() -> None:
     assert plan_of(recipe_of()).precision == "bf16"
-    assert plan_of(recipe_of(memory={"vram": "1040MiB"})).precision == "nf4", "a cap rehearses a smaller card"
-    assert plan_of(recipe_of(memory={"ram": "4GiB", "vram": "3GiB"})).precision == "int8", (
+    assert plan_of(recipe_of(memory={"vram": "1560MiB"})).precision == "nf4", "a cap rehearses a smaller card"
+    assert plan_of(recipe_of(memory={"ram": "5264MiB", "vram": "3584MiB"})).precision == "int8", (
         "host memory may force it too"
     )
-    assert plan_of(recipe_of(memory={"ram": "3GiB", "vram": "3GiB"})).precision == "nf4"
+    assert plan_of(recipe_of(memory={"ram": "3840MiB", "vram": "3584MiB"})).precision == "nf4"
 
 
 def test_layers_that_do_not_fit_are_streamed_and_no_more_than_that() -> None:

@@ -157,7 +157,8 @@ class _Moments:
         apart = sum(n for key, n in self.groups.items() if not key[2])
         inputs = each * (1 if choice.policy == "offload" and apart else apart + 1)
         held = self.stored + self._workspaces() + 3 * self.trained + opening + keys + 24 * rows.tokens
-        grads = self.trained if choice.micro_batches > 1 else 0
+        grads = self.trained
+        own = self.trained if choice.captured(model.layers) else 0  # a captured micro-step's gradients
         norm = _sums_of(closing, rows)
         # Saved sums count a layer's output as the next one's input.
         saved = kept + inputs if apart else kept + each
@@ -166,15 +167,16 @@ class _Moments:
         returned = RETURN_BUFFERS * each if choice.policy == "offload" and apart else 0
         for key, part in sums.items():
             if key[2]:
-                ends.append((part.backward.peak + each, held + self.trained + saved))
+                ends.append((part.backward.peak + each, held + grads + own + saved))
                 continue
             work = max(part.forward.peak, part.forward.left + part.backward.peak) + each
             mine = 0 if choice.policy == "offload" else each * apart
-            ends.append((work, held + self.trained + mine + returned))
+            ends.append((work, held + grads + own + mine + returned))
         return max(ends, key=sum)
 
     def _workspaces(self) -> int:
-        return 2 * self.around.product_workspace_bytes if self.choice.device == "cuda" else 0
+        streams = 2 if self.choice.captured(self.model.layers) else 1
+        return 2 * streams * self.around.product_workspace_bytes if self.choice.device == "cuda" else 0
 
     def _loss(self, rows: Rows, *, training: bool) -> int:
         width = rows.counted * self.model.hidden
