@@ -81,6 +81,11 @@ def counted() -> Iterator[str]:
             f"{kills['checkpoint_bytes'] / 1e6:.0f} MB took {seconds[len(seconds) // 2]:.1f} s (median), {share:.2f} % "
             f"of five minutes {link}"
         )
+    gpu, link = read("gpu-faults-h100.json")
+    if gpu:
+        rows = sorted({int(n) for r in gpu["results"] for n in re.findall(r"row_(\d+)", r["test"])})
+        ended = ", ".join(f"{count} {outcome}" for outcome, count in gpu["counts"].items())
+        yield f"Tests of rows {', '.join(map(str, rows))} that need a GPU, on an H100: {ended} {link}"
 
 
 def document() -> str:
