@@ -7,6 +7,7 @@ import dataclasses
 from drawplate.records import CostLine, FrontierPoint, Plan, PlanTimes, RunRecord, TimeFacts
 from drawplate.report.html import render_report
 from drawplate.report.plan_view import compared_rows, headline, plan_section, plan_table
+from drawplate.report.sections import plan_rows
 from drawplate.units import GIB
 from tests.report.test_summary import printed
 
@@ -73,3 +74,10 @@ def test_the_page_sets_predicted_and_measured_side_by_side(record: RunRecord) ->
 
 def test_a_plan_without_times_has_no_such_section(record: RunRecord) -> None:
     assert plan_section(record) is None
+
+
+def test_a_reason_stands_at_the_row_that_it_is_about(record: RunRecord) -> None:
+    plan = dataclasses.replace(record.plan, reasons={"micro_batch": "the fastest of 3 sizes"})
+    rows = {row.name: row.reason for row in plan_rows(plan)}
+    assert rows["micro_batch_tokens"] == "the fastest of 3 sizes"
+    assert "micro_batch" not in rows

@@ -67,9 +67,10 @@ def headline(plan: Plan) -> list[str]:
 def _where(plan: Plan) -> str:
     if not plan.layers:
         return f"weights: {plan.weights}"
+    here = "in memory" if plan.device == "cpu" and not plan.host_layers else "on the device"
     counted = (
-        (plan.dequantized_layers, f"{'transposed too' if plan.precision == 'fp8' else 'dequantized'} on the device"),
-        (plan.device_layers, "on the device"),
+        (plan.dequantized_layers, f"{'transposed too' if plan.precision == 'fp8' else 'dequantized'} {here}"),
+        (plan.device_layers, here),
         (plan.host_layers, "streamed from the host"),
     )
     parts = [(n, words) for n, words in counted if n]

@@ -155,11 +155,16 @@ _SHOWN_ELSEWHERE = {"reasons", "warnings", "ledger", "phases", "times", "frontie
 }
 
 
+_DECIDED = {"micro_batch": "micro_batch_tokens"}
+"""The row at which a reason stands that goes by another name."""
+
+
 def plan_rows(plan: Plan) -> list[PlanRow]:
     """Every decision of the plan with its reason; a reason about anything else gets a row of its own."""
     names = [f.name for f in fields(plan) if f.name not in _SHOWN_ELSEWHERE]
-    rows = [PlanRow(name=n, value=_plain(getattr(plan, n)), reason=plan.reasons.get(n, "")) for n in names]
-    others = [PlanRow(name=n, value="", reason=reason) for n, reason in plan.reasons.items() if n not in names]
+    reasons = {_DECIDED.get(n, n): reason for n, reason in plan.reasons.items()}
+    rows = [PlanRow(name=n, value=_plain(getattr(plan, n)), reason=reasons.get(n, "")) for n in names]
+    others = [PlanRow(name=n, value="", reason=reason) for n, reason in reasons.items() if n not in names]
     return rows + others
 
 
