@@ -46,7 +46,7 @@ def test_the_first_lines_say_how_how_fast_and_in_how_much(record: RunRecord) -> 
     assert "8,000 tokens/s: 5 min 42 s to train (171 steps, 3 epochs)" in fast
     assert "1.29 GiB on the host" in fast
     assert (
-        "all 28 layers on the device; activations kept"
+        "all 28 layers in memory; activations kept"
         in headline(dataclasses.replace(full(record.plan), device_layers=28, host_layers=0, kept_layers=28))[0]
     )
 
