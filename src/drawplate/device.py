@@ -29,7 +29,7 @@ from drawplate.records import Machine, MemorySample
 from drawplate.units import KIB
 
 HOST_SAMPLE_SECONDS = 0.05
-KEPT_PRODUCTS = 128
+KEPT_PRODUCTS = 64
 BF16_CAPABILITY = (8, 0)
 _NATIVE_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -63,7 +63,7 @@ def pick_device(device_map: str = "auto") -> torch.device:
 
 
 def _let_few_products_stay() -> None:
-    """oneDNN compiles a product for each shape and keeps 1,024 of them, most of a megabyte each: with rows of ever new
+    """oneDNN compiles a product for each shape and keeps 1,024 of them, a megabyte or two each: with rows of ever new
     widths a CPU run would grow by hundreds of MiB. A step's own shapes stay. Not against what the user has set.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
