@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -44,10 +45,13 @@ def main() -> None:
     """Draw one picture with two panels."""
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.6))
     for file, (name, colour) in NAMES.items():
-        results = [r for path in RESULTS.glob(file) for r in json.loads(path.read_text())["results"]]
-        measured = (r for r in results if "tokens_per_second" in r)
-        rows = sorted(measured, key=lambda r: micro_batch_tokens(r["case"]))
-        tokens = [micro_batch_tokens(r["case"]) for r in rows]
+        by_tokens: dict[int, dict[str, Any]] = {}
+        for path in sorted(RESULTS.glob(file), reverse=True):  # a later file adds sizes that the first lacks
+            for r in json.loads(path.read_text())["results"]:
+                if "tokens_per_second" in r:
+                    by_tokens.setdefault(micro_batch_tokens(r["case"]), r)
+        tokens = sorted(by_tokens)
+        rows = [by_tokens[count] for count in tokens]
         best = max(r["tokens_per_second"] for r in rows)
         label = f"{name} (best {best:,.0f} tokens/s)"
         speed.plot(tokens, [100 * r["tokens_per_second"] / best for r in rows], "o-", color=colour)
