@@ -11,11 +11,11 @@ Left out: blocks below a kilobyte that live for one operation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from drawplate.footprints import Footprint, Trace
 from drawplate.plan.allocator import CachingAllocator, ProcessMemory
+from drawplate.plan.blocks import Device, Moment, Name
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
 from drawplate.plan.storage import Storage, layer_bytes, loss_tile
 
@@ -25,89 +25,6 @@ TRAINED_BYTES = 4
 IN_FLOAT32 = ("int8", "fp8")
 VISITS = 2
 """Copies of a layer's adapter on the device while the adapter lives on the host: its values and its gradients."""
-
-Name = tuple[object, ...]
-
-
-@dataclass
-class Moment:
-    """The highest moment of a phase: bytes by line, and the most that the allocator reserved in the phase."""
-
-    name: str = ""
-    lines: dict[str, int] = field(default_factory=dict)
-    allocated: int = 0
-    reserved: int = 0
-
-
-@dataclass
-class Device:
-    """Blocks by name, each on a line, and the highest moment since `begin`."""
-
-    memory: CachingAllocator | ProcessMemory
-    now: str = ""
-    totals: dict[str, int] = field(default_factory=dict)
-    highest: Moment = field(default_factory=Moment)
-    capturing: bool = False
-    _line_of: dict[Name, tuple[str, int]] = field(default_factory=dict)
-
-    def begin(self) -> None:
-        """A new phase: what is held now is its first moment."""
-        self.memory.highest_reserved = self.memory.reserved
-        self.highest = Moment(self.now, dict(self.totals), self.memory.allocated)
-
-    def end(self) -> Moment:
-        """The phase's highest moment."""
-        self.highest.reserved = self.memory.highest_reserved
-        return self.highest
-
-    def begin_capture(self) -> None:
-        """From now on blocks are a CUDA graph's."""
-        assert isinstance(self.memory, CachingAllocator)
-        self.memory.begin_capture()
-        self.capturing = True
-
-    def end_capture(self) -> None:
-        """They are the process's again, where they were a graph's."""
-        if self.capturing and isinstance(self.memory, CachingAllocator):
-            self.memory.end_capture()
-        self.capturing = False
-
-    def forget_capture(self) -> None:
-        """Captured micro-steps give their memory back."""
-        if isinstance(self.memory, CachingAllocator):
-            self.memory.forget_capture()
-
-    def take(self, line: str, name: Name, size: int) -> None:
-        """A new block."""
-        taken = self.memory.take(name, size)
-        self._line_of[name] = (line, taken)
-        self.totals[line] = self.totals.get(line, 0) + taken
-        if self.memory.allocated > self.highest.allocated:
-            self.highest = Moment(self.now, dict(self.totals), self.memory.allocated)
-
-    def give(self, name: Name) -> None:
-        """A block is let go of."""
-        line, taken = self._line_of.pop(name)
-        self.totals[line] -= taken
-        self.memory.give(name)
-
-    def give_all(self, names: Iterable[Name]) -> None:
-        """Several."""
-        for name in list(names):
-            self.give(name)
-
-    def rename(self, old: Name, new: Name, line: str = "") -> None:
-        """The same block under another name, and perhaps on another line."""
-        was, taken = self._line_of.pop(old)
-        self._line_of[new] = (line or was, taken)
-        self.memory.rename(old, new)
-        if line and line != was:
-            self.totals[was] -= taken
-            self.totals[line] = self.totals.get(line, 0) + taken
-
-    def has(self, name: Name) -> bool:
-        """Whether there is such a block."""
-        return name in self._line_of
 
 
 @dataclass(frozen=True)
