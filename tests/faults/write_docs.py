@@ -71,8 +71,10 @@ def counted() -> Iterator[str]:
             f"{soak['steps']:,} optimizer steps on {device} with faults at random ({exact}): the adapter is {equal}. "
             f"With others ({rough}) it ends too. Memory grew by {grown:.1f} % at most from step 100 on {link}"
         )
-    kills, link = read("kills-3b-h100.json")
-    if kills:
+    for name in ("kills-3b-h100.json", "kills-3b-2-h100.json"):
+        kills, link = read(name)
+        if not kills:
+            continue
         seconds, share = sorted(kills["checkpoint_seconds"]), 100 * kills["checkpoint_share_at_5_minutes"]
         yield (
             f"{kills['kills']} kills of a 3B in bf16 on an H100: in {len(kills['pairs'])} resumed processes order of "

@@ -638,3 +638,17 @@ def test_memory_that_the_system_denies_does_not_fit(monkeypatch):
     monkeypatch.setattr(arena.HostMemory, "__new__", lambda cls, *arguments, **keywords: deny(0))
     with pytest.raises(DoesNotFit, match="cannot give 21 KiB"):
         private_memory(dict(enumerate(LAYOUTS)), pinned=False)
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_page_locks_are_given_back_before_the_interpreter_is_taken_apart(guard: bool) -> None:
+    code = (
+        "import atexit, sys\n"
+        "import drawplate.model.arena as arena\n"
+        "arena._register = lambda *_: 0\n"
+        "arena._unregister = lambda _: print('unlocked', sys.is_finalizing(), flush=True)\n"
+        "arena.never_freed = memory = arena.HostMemory.private(4096)\n"
+        "memory.page_lock([memory.tensor()], 0)\n"
+    ) + ("" if guard else "atexit.unregister(arena._unlock_all)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == ("unlocked False\n" if guard else "")

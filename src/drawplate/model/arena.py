@@ -17,12 +17,14 @@ neither quantized at loading nor streamed, for which the checkpoint itself is as
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import mmap
 import os
 import shutil
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drawplate.device import available_ram_bytes
+from drawplate.device import available_ram_bytes, is_lost
 from drawplate.errors import DoesNotFit, EnvironmentProblem
 from drawplate.model.arena_file import ArenaFile, ArenaKey, Damaged, Fill, Progress, make_room
 from drawplate.model.frozen import Storage
@@ -83,6 +85,7 @@ class HostMemory(mmap.mmap):
                 self.unlock()
                 return status
             self._locked += (part.data_ptr(),)
+        _page_locked.add(self)
         return 0
 
     def unlock(self) -> None:
@@ -94,6 +97,23 @@ class HostMemory(mmap.mmap):
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not finalizing():  # bound early: by then modules are gone
             self.unlock()
+
+
+_page_locked: weakref.WeakSet[HostMemory] = weakref.WeakSet()
+
+
+def _unlock_all(owner: int) -> None:
+    """At the end of the process, while CUDA still answers.
+
+    What lives until the interpreter is taken apart (models lie in cycles) would be unmapped under its page locks, and
+    CUDA be taken down with memory registered that is no longer there.
+    """
+    if os.getpid() == owner and not is_lost():
+        for memory in tuple(_page_locked):
+            memory.unlock()
+
+
+atexit.register(_unlock_all, os.getpid())
 
 
 class Arena:
