@@ -76,12 +76,13 @@ def counted() -> Iterator[str]:
         if not kills:
             continue
         seconds, share = sorted(kills["checkpoint_seconds"]), 100 * kills["checkpoint_share_at_5_minutes"]
+        same = [all(value for key, value in pair.items() if key.endswith("_equal")) for pair in kills["pairs"]]
         yield (
-            f"{kills['kills']} kills of a 3B in bf16 on an H100: in {len(kills['pairs'])} resumed processes order of "
-            f"data, learning rates, dropout, adapter and optimizer {'equal' if kills['all_equal'] else 'NOT equal'} "
-            f"byte for byte, first loss to {kills['largest_loss_relative_difference']:.1g}. A checkpoint of "
+            f"{kills['kills']} kills of a 3B in bf16 on an H100: order of data, learning rates, dropout, adapter and "
+            f"optimizer equal byte for byte in {sum(same)} of {len(same)} resumed processes, the first loss to "
+            f"{kills['largest_loss_relative_difference']:.1g} in all. A checkpoint of "
             f"{kills['checkpoint_bytes'] / 1e6:.0f} MB took {seconds[len(seconds) // 2]:.1f} s (median), {share:.2f} % "
-            f"of five minutes {link}"
+            f"of five minutes {link}. {kills.get('note', '')}".rstrip()
         )
     gpu, link = read("gpu-faults-h100.json")
     if gpu:
