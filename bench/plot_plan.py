@@ -1,4 +1,4 @@
-"""Predicted against measured peaks of device and host, from bench/results/plan-accuracy-h100.json.
+"""Predicted against measured peaks of device and host, from bench/results/plan-accuracy-h100.json and -new-h100.json.
 
 python bench/plot_plan.py docs/pictures/plan.png        (needs matplotlib)
 
@@ -21,17 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 from bench.plan_accuracy import NEW_CASES, device_peak, errors  # noqa: E402 - the repository is not installed
 
-RESULTS = Path(__file__).resolve().parent / "results" / "plan-accuracy-h100.json"
+RESULTS = Path(__file__).resolve().parent / "results"
+FILES = ("plan-accuracy-h100.json", "plan-accuracy-new-h100.json")
 PLACES = {"device": (-1, 3), "host": (-5, 5)}
-"""How far a prediction may be off, in percent, by issue 4."""
+"""How far a prediction may be off, in percent."""
 COLOURS = {"known while the ledger was made": "#2a6fb0", "new to it": "#b8460e"}
 
 
-def points(stored: dict[str, Any], place: str) -> dict[str, list[tuple[float, float, float]]]:
+def points(files: list[dict[str, Any]], place: str) -> dict[str, list[tuple[float, float, float]]]:
     """(measured GiB, predicted GiB, percent off) of each run, by whether the ledger was made with it at hand."""
     new = set(NEW_CASES.read_text().split())
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in COLOURS}
-    for result in stored["results"]:
+    for stored, result in [(file, result) for file in files for result in file["results"]]:
         if result["error"]:
             continue
         measured = {
@@ -46,10 +47,10 @@ def points(stored: dict[str, Any], place: str) -> dict[str, list[tuple[float, fl
 
 def main() -> None:
     """Draw one picture with two panels for each place."""
-    stored = json.loads(RESULTS.read_text())
+    files = [json.loads((RESULTS / name).read_text()) for name in FILES]
     figure, panels = plt.subplots(2, 2, figsize=(9, 5.2), height_ratios=(3, 2), sharex="col")
     for (upper, lower), (place, (low, high)) in zip(panels.T, PLACES.items(), strict=True):
-        for name, runs in points(stored, place).items():
+        for name, runs in points(files, place).items():
             measured, predicted, off = zip(*runs, strict=True) if runs else ((), (), ())
             upper.plot(measured, predicted, "o", color=COLOURS[name], markersize=4, label=name)
             lower.plot(measured, off, "o", color=COLOURS[name], markersize=4)
