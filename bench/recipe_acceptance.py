@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
+from bench.about import about  # noqa: E402
 from bench.recipe_study import MODEL  # noqa: E402
 
 CASES = (
@@ -136,9 +137,8 @@ def main() -> None:
                     f"{result['seconds']} s",
                     flush=True,
                 )
-                command = " ".join(["python", "bench/recipe_acceptance.py", *sys.argv[1:]])
                 given.out.parent.mkdir(parents=True, exist_ok=True)
-                given.out.write_text(json.dumps({"command": command, "runs": results}, indent=1) + "\n")
+                given.out.write_text(json.dumps({**about(), "runs": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
