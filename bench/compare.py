@@ -96,6 +96,12 @@ def failed(answer: dict[str, Any]) -> str:
     return str(answer.get("memory") or answer.get("error") or ("" if answer else "not run"))
 
 
+def log_of(process: Process) -> str:
+    """The end of what a process said, without the place of this checkout."""
+    text = (process.out / "log.txt").read_text(errors="replace")
+    return text[-LOG_CHARACTERS:].replace(f"{ROOT}/", "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """The command line. Without `overlap` the processes of a group take turns; `until` is in monotonic seconds."""
@@ -371,7 +377,7 @@ def measure(
             machine=machine(),
             versions=versions(),
             results=results_of(task, everyone),
-            logs={p.out.name: (p.out / "log.txt").read_text(errors="replace")[-LOG_CHARACTERS:] for p in everyone},
+            logs={p.out.name: log_of(p) for p in everyone},
         )
         out.write_text(json.dumps(record, indent=1))
         print(f"{line}\n{time.monotonic() - began:.0f} s so far", flush=True)
