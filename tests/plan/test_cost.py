@@ -100,6 +100,8 @@ def test_a_small_micro_batch_waits_for_the_host_unless_it_is_captured() -> None:
         ({"weights": "host"}, False),
         ({"head_rows": 4096}, False),
         ({"device": "cpu"}, False),
+        ({"packing": True, "compute_dtype": "float32"}, False),
+        ({"packing": False, "compute_dtype": "float32"}, True),
     ],
 )
 def test_micro_steps_are_captured_where_nothing_crosses_the_bus(changes: dict[str, Any], captured: bool) -> None:

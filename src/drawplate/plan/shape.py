@@ -122,9 +122,13 @@ class Choice:
         return max(0, layers - self.dequantized_layers - self.device_layers)
 
     def captured(self, layers: int) -> bool:
-        """Whether micro-steps are replayed as CUDA graphs: nothing of them crosses the bus (model/graphed.py)."""
+        """Whether micro-steps are replayed as CUDA graphs: nothing of them crosses the bus (model/graphed.py).
+
+        In float32 packed documents are attended to one by one, by borders that the host must know (model/attention.py).
+        """
         crosses = self.host_layers(layers) or self.head_rows or (self.policy == "offload" and self.kept_layers < layers)
-        return self.device == "cuda" and self.adapter == "device" and not (crosses or self.launched)
+        one_by_one = self.packing and self.compute_dtype == "float32"
+        return self.device == "cuda" and self.adapter == "device" and not (crosses or one_by_one or self.launched)
 
     def tier(self, layer: int) -> str:
         """dequantized, device or host."""
