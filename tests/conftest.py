@@ -7,12 +7,19 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import drawplate.quiet
 
 drawplate.quiet.hush_libraries()
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shared machine that stands still for two seconds is no property of what is tested.
+hypothesis.settings.register_profile(
+    "shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_configure() -> None:
