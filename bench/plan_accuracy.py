@@ -97,23 +97,11 @@ def load(case: str) -> tuple[Any, dict[str, Any]]:
 
 def batch_of(model: Any, size: str, packing: str) -> Any:
     """Random tokens in rows of one length: a row each, or end to end in one row."""
-    import numpy as np
-
+    from bench.random_models import random_sequences
     from drawplate.data.batches import cut_packed, cut_padded
-    from drawplate.records import Sequence
 
     rows, length = (int(n) for n in size.split("x"))
-    rng = np.random.default_rng(0)
-    sequences = [
-        Sequence(
-            index=i,
-            document=str(i),
-            input_ids=rng.integers(0, model.anatomy.config.vocab_size, length).astype(np.int32),
-            counted=np.ones(length, bool),
-            text_bytes=length,
-        )
-        for i in range(rows)
-    ]
+    sequences = random_sequences([length] * rows, model.anatomy.config.vocab_size)
     if packing == "packed":
         return cut_packed(sequences, rows * length, 16, 0)[0]
     return cut_padded(sequences, rows, 16, 0)[0]

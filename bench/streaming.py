@@ -102,24 +102,11 @@ def measure(case: str) -> Iterator[dict[str, object]]:
 
 def train_batch(model: Any, size: str) -> Any:
     """ROWSxLENGTH random tokens without padding."""
-    import numpy as np
-
+    from bench.random_models import random_sequences
     from drawplate.data.batches import cut_padded
-    from drawplate.records import Sequence
 
     rows, length = (int(n) for n in size.split("x"))
-    rng = np.random.default_rng(0)
-    vocab = model.anatomy.config.vocab_size
-    sequences = [
-        Sequence(
-            index=i,
-            document=str(i),
-            input_ids=rng.integers(0, vocab, length).astype(np.int32),
-            counted=np.ones(length, bool),
-            text_bytes=length,
-        )
-        for i in range(rows)
-    ]
+    sequences = random_sequences([length] * rows, model.anatomy.config.vocab_size)
     return cut_padded(sequences, rows, 16, 0)[0]
 
 

@@ -67,7 +67,7 @@ def warning_of(model: CausalLM, difference: float | None) -> str:
         raise NumericError(
             f"Self-check: {by}, where rounding explains {100 * tolerance:.3g} %: {anatomy.architecture} (model type "
             f"{anatomy.config.model_type}) is not carried out as it should be, and would be trained wrongly.",
-            safe="Nothing was trained or written.",
+            safe="Nothing was trained.",
             next_step="Choose another base model, such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",
         )
     return f"Self-check: {by}. Results may not carry over to other programs."
