@@ -165,63 +165,66 @@ class Group:
 
 
 BASE = Variant()
+WEIGHTED = replace(BASE, start="weighted")
+EVEN = replace(BASE, start="even")
 SEEDED = (
     BASE,
     *(replace(BASE, r=r) for r in (32, 64)),
     *(replace(BASE, start="error", r=r) for r in (16, 64)),
-    *(replace(BASE, start="weighted", r=r) for r in (16, 32, 64)),
+    *(replace(WEIGHTED, r=r) for r in (16, 32, 64)),
 )
 STARTS = (
-    *(replace(BASE, start="weighted", rate=rate) for rate in (2.5e-4, 3.5e-4, 5e-4)),
-    replace(BASE, start="weighted", rate=5e-4, dropout=0.1),
-    *(replace(BASE, start="even", rate=rate) for rate in (5e-4, 7e-4)),
-    replace(BASE, start="even", r=32, rate=3.5e-4),
-    replace(BASE, dropout=0.1),
+    *(replace(WEIGHTED, rate=rate) for rate in (3.5e-4, 5e-4)),
+    *(replace(WEIGHTED, dropout=0.1, rate=rate) for rate in (5e-4, 7e-4)),
+    *(replace(WEIGHTED, dropout=0.2, rate=rate) for rate in (7e-4, 1e-3)),
+    *(replace(EVEN, dropout=dropout) for dropout in (0.0, 0.1)),
 )
-ONCE = (
-    replace(BASE, schedule="linear"),
-    replace(BASE, schedule="constant"),
-    replace(BASE, schedule="constant then decay"),
-    replace(BASE, warmup=0.0),
-    replace(BASE, warmup=0.1),
-    replace(BASE, r=8),
-    replace(BASE, r=64, scale=4.0),  # rank-stabilised: the scale of rank 16 times sqrt(64 / 16)
-    replace(BASE, r=64, rate=3.5e-4),
+DROPPED_16_BIT = (
+    *(replace(BASE, dropout=dropout) for dropout in (0.1, 0.2)),
+    replace(BASE, dropout=0.2, rate=1e-3),
+)
+SHAPES = (
+    replace(WEIGHTED, schedule="linear"),
+    replace(WEIGHTED, schedule="constant"),
+    replace(WEIGHTED, schedule="constant then decay"),
+    replace(WEIGHTED, warmup=0.0),
+    replace(WEIGHTED, warmup=0.1),
+    replace(WEIGHTED, r=8),
+    replace(WEIGHTED, r=32, rate=3.5e-4),
+    replace(WEIGHTED, r=64, rate=2.5e-4),
 )
 SHORTER = (
-    *(replace(BASE, rate=rate) for rate in (7e-4, 1e-3)),
-    *(replace(BASE, start="weighted", rate=rate) for rate in (5e-4, 7e-4)),
-    replace(BASE, start="even"),
-    replace(BASE, start="even", r=32),
+    *(replace(WEIGHTED, rate=rate) for rate in (5e-4, 7e-4, 1e-3)),
+    replace(WEIGHTED, dropout=0.1),
+    EVEN,
+    replace(BASE, rate=1e-3),
 )
 
 
-def rates(*chosen: float) -> tuple[Variant, ...]:
-    """The base at several rates."""
-    return tuple(replace(BASE, rate=rate) for rate in chosen)
+def rates(of: Variant, *chosen: float) -> tuple[Variant, ...]:
+    """One recipe at several rates."""
+    return tuple(replace(of, rate=rate) for rate in chosen)
 
 
 def groups_of(corpus: str) -> list[Group]:
-    """In the order of what they decide; the first three were done first. An earlier set (targets, LoRA+, rates from
-    2e-4 to 4e-3) is in the results.
-    """
+    """In the order of what they decide. An earlier set (targets, LoRA+, rates from 2e-4 to 4e-3) is in the results."""
     nf4 = Group(corpus=corpus, variants=SEEDED)
-    bf16 = Group(corpus=corpus, variants=rates(5e-4, 7e-4, 1e-3), precision="bf16")
+    bf16 = Group(corpus=corpus, variants=rates(BASE, 5e-4, 7e-4, 1e-3), precision="bf16")
     return [
         nf4,
         bf16,
         replace(nf4, seed=1),
         replace(nf4, variants=STARTS),
-        replace(nf4, variants=ONCE),
+        replace(nf4, variants=SHAPES),
+        replace(bf16, variants=DROPPED_16_BIT),
         replace(nf4, variants=SHORTER, epochs=2),
-        replace(nf4, variants=rates(7e-4, 1e-3, 1.4e-3), step_tokens=4096),
+        replace(nf4, variants=rates(WEIGHTED, 3.5e-4, 5e-4, 7e-4), step_tokens=1024),
+        replace(nf4, variants=rates(WEIGHTED, 7e-4, 1e-3, 1.4e-3), step_tokens=4096),
+        replace(nf4, variants=STARTS, seed=1),
         replace(nf4, seed=2),
         replace(bf16, seed=1),
         replace(bf16, seed=2),
-        replace(nf4, variants=rates(7e-4, 1.4e-3, 2e-3), step_tokens=8192),
-        replace(nf4, variants=rates(3.5e-4, 5e-4, 7e-4), step_tokens=1024),
-        replace(nf4, variants=STARTS, seed=1),
-        replace(nf4, variants=rates(5e-4, 1e-3), seed=1),
+        replace(nf4, variants=rates(WEIGHTED, 7e-4, 1.4e-3, 2e-3), step_tokens=8192),
     ]
 
 
