@@ -199,6 +199,19 @@ SHORTER = (
     EVEN,
     replace(BASE, rate=1e-3),
 )
+TWO_PASSES = (
+    *(replace(WEIGHTED, rate=rate) for rate in (1e-3, 1.4e-3)),
+    *(replace(WEIGHTED, r=32, rate=rate) for rate in (5e-4, 7e-4, 1e-3)),
+    *(replace(WEIGHTED, r=64, rate=rate) for rate in (2.5e-4, 3.5e-4, 5e-4)),
+)
+LOWER = (
+    *(replace(WEIGHTED, r=64, rate=rate) for rate in (1e-4, 1.5e-4)),
+    replace(WEIGHTED, r=64, rate=2.5e-4, dropout=0.2),
+    *(replace(WEIGHTED, r=32, rate=rate) for rate in (2e-4, 2.5e-4)),
+    replace(WEIGHTED, r=32, rate=3.5e-4, dropout=0.2),
+    replace(EVEN, rate=5e-4),
+    replace(EVEN, r=32, rate=3.5e-4),
+)
 
 
 def rates(of: Variant, *chosen: float) -> tuple[Variant, ...]:
@@ -210,6 +223,7 @@ def groups_of(corpus: str) -> list[Group]:
     """In the order of what they decide. An earlier set (targets, LoRA+, rates from 2e-4 to 4e-3) is in the results."""
     nf4 = Group(corpus=corpus, variants=SEEDED)
     bf16 = Group(corpus=corpus, variants=rates(BASE, 5e-4, 7e-4, 1e-3), precision="bf16")
+    wide = tuple(replace(BASE, r=32, rate=rate) for rate in (5e-4, 7e-4))
     return [
         nf4,
         bf16,
@@ -218,12 +232,17 @@ def groups_of(corpus: str) -> list[Group]:
         replace(nf4, variants=SHAPES),
         replace(bf16, variants=DROPPED_16_BIT),
         replace(nf4, variants=SHORTER, epochs=2),
-        replace(nf4, variants=rates(WEIGHTED, 3.5e-4, 5e-4, 7e-4), step_tokens=1024),
-        replace(nf4, variants=rates(WEIGHTED, 7e-4, 1e-3, 1.4e-3), step_tokens=4096),
+        replace(nf4, variants=TWO_PASSES, epochs=2),
+        replace(bf16, variants=(*rates(BASE, 7e-4, 1e-3, 1.4e-3), *wide), epochs=2),
+        replace(nf4, variants=TWO_PASSES, epochs=2, seed=1),
+        replace(nf4, variants=LOWER),
+        replace(nf4, variants=rates(WEIGHTED, 5e-4, 7e-4, 1e-3), step_tokens=1024, epochs=2),
+        replace(nf4, variants=rates(WEIGHTED, 1e-3, 1.4e-3, 2e-3), step_tokens=4096, epochs=2),
+        replace(nf4, variants=TWO_PASSES, epochs=2, seed=2),
+        replace(bf16, variants=(*rates(BASE, 7e-4, 1e-3, 1.4e-3), *wide), epochs=2, seed=1),
         replace(nf4, variants=STARTS, seed=1),
         replace(nf4, seed=2),
         replace(bf16, seed=1),
-        replace(bf16, seed=2),
         replace(nf4, variants=rates(WEIGHTED, 7e-4, 1.4e-3, 2e-3), step_tokens=8192),
     ]
 
