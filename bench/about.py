@@ -14,14 +14,22 @@ def about() -> dict[str, Any]:
     import torch
     import transformers
 
-    machine = {"cpu": platform.processor(), "platform": platform.platform()}
     return {
         "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": os.environ.get("DRAWPLATE_COMMIT", ""),
-        "machine": ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}) | machine,
+        "machine": machine(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
+
+
+def machine() -> dict[str, Any]:
+    """What figures are taken on; cores are those that this process may use."""
+    from drawplate.device import machine
+
+    facts = machine()
+    gpu = {"gpu": facts.device_name, "gpu_bytes": facts.device_bytes} if facts.device == "cuda" else {}
+    return {**gpu, "cpu": facts.cpu, "cores": facts.cores, "platform": facts.platform}

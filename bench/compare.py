@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
+from bench.about import machine  # noqa: E402
 from bench.peers.cases import MAIN, MISSION, OTHERS, REFERENCE, Setting, parse_case, settings  # noqa: E402
 from bench.peers.gate import Curve, Verdict, judge  # noqa: E402
 from bench.peers.table import table  # noqa: E402
@@ -104,7 +105,10 @@ def log_of(process: Process) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """The command line. Without `overlap` the processes of a group take turns; `until` is in monotonic seconds."""
+    """The command line. Without `overlap` the processes of a group take turns; `until` is in monotonic seconds.
+
+    The gate allows what `yardstick`, the mission's own stack, is off by.
+    """
 
     cases: list[str]
     folder: Path
@@ -116,6 +120,7 @@ class Task:
     gate_steps: int
     overlap: bool = True
     until: float | None = None
+    yardstick: Setting = MISSION
 
     def out_of_time(self) -> bool:
         """Whether nothing new should be begun."""
@@ -193,7 +198,7 @@ def _answers(task: Task, group: Sequence[Process], *command: object) -> list[tup
 def results_of(task: Task, everyone: Sequence[Process]) -> list[dict[str, Any]]:
     """One entry for each setting and case, speeds only where the gate passed."""
     reference = everyone[0]
-    mission = next((p for p in everyone if p.setting == MISSION), None)
+    mission = next((p for p in everyone if p.setting == task.yardstick), None)
     found = []
     for process in everyone[1:]:
         for case in task.cases:
@@ -283,19 +288,6 @@ def gradient_error(folder: Path, reference: Path, name: str) -> float | None:
     own, true = map(load_file, paths)
     distance = sum(float(np.sum((own[key] - true[key]).astype(np.float64) ** 2)) for key in true)
     return float((distance / sum(float(np.sum(true[key].astype(np.float64) ** 2)) for key in true)) ** 0.5)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    return {
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "gpu_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
-        "cpu_count": os.cpu_count(),
-        "platform": platform.platform(),
-    }
 
 
 def versions() -> dict[str, str]:
