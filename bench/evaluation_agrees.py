@@ -93,7 +93,7 @@ def _ways(checkpoint: Any, where: str, whole: Any, windows: Any, truth: dict[str
     from drawplate.model.adapter import lora_config
     from drawplate.model.assemble import assemble
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.frozen import Storage
+    from drawplate.model.storage import Storage
     from drawplate.recipe import LoraSection
 
     placement = Placement(

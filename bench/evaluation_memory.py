@@ -52,7 +52,7 @@ def build(shape: str, precision: str, r: int) -> Any:
 
     from bench.random_models import random_model
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.frozen import Storage
+    from drawplate.model.storage import Storage
 
     placement = Placement(
         device=torch.device("cuda", 0),

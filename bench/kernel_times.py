@@ -8,8 +8,8 @@ torch in the same dtype gets no time. Times are medians over runs of a warmed-up
 `loss`: the head's cross-entropy with its gradient, kernels against plain torch between the same two products, and those
 two products alone.
 
-`fp8`: one frozen product, x @ W.T, in bf16, in fp8 with a scale a row (what model/frozen.py does), in fp8 with one
-scale a tensor, and what rounding x to fp8 takes, compiled.
+`fp8`: one frozen product, x @ W.T, in bf16, in fp8 with a scale a row (what model/frozen_product.py does), in fp8 with
+one scale a tensor, and what rounding x to fp8 takes, compiled.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def loss_times(tokens: int, hidden: int) -> list[dict[str, Any]]:
 
 def fp8_cases() -> list[dict[str, Any]]:
     """Milliseconds of the products of 3B and 8B layers."""
-    from drawplate.model.frozen import FP8, fp8_rows
+    from drawplate.model.storage import FP8, fp8_rows
 
     rounding = torch.compile(fp8_rows, dynamic=False)
     one = torch.ones((), device="cuda")

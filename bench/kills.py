@@ -42,7 +42,7 @@ from drawplate.checkpoint import MANIFEST_NAME, Position, good, keep_only, write
 from drawplate.errors import StoppedSafely  # noqa: E402
 from drawplate.model.adapter import WEIGHTS_NAME  # noqa: E402
 from drawplate.model.causal_lm import CausalLM, Placement  # noqa: E402
-from drawplate.model.frozen import Storage  # noqa: E402
+from drawplate.model.storage import Storage  # noqa: E402
 from drawplate.recipe import TrainSection  # noqa: E402
 from drawplate.snapshot import OPTIMIZER_NAME, restore, snapshot_files  # noqa: E402
 from drawplate.train import make_optimizer, train  # noqa: E402

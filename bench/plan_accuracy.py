@@ -53,7 +53,7 @@ def load(case: str) -> tuple[Any, dict[str, Any]]:
     from drawplate.model.adapter import lora_config
     from drawplate.model.assemble import assemble
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.frozen import Storage
+    from drawplate.model.storage import Storage
     from drawplate.recipe import LoraSection
 
     facts = parse(case)

@@ -103,7 +103,7 @@ def time_case(case: str) -> dict[str, Any]:
 
     from drawplate.data.batches import cut_packed, cut_padded
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.frozen import Storage
+    from drawplate.model.storage import Storage
 
     shape, precision, weights, activations, size, *options = case.split(":")
     flags = dict(o.partition("=")[::2] for o in options)
@@ -177,7 +177,7 @@ def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
 
     from drawplate.data.batches import cut_packed
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.frozen import Storage
+    from drawplate.model.storage import Storage
     from drawplate.plan.cost import step_cost
     from drawplate.prepare import policies_of, tiers_of
 

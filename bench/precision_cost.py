@@ -34,7 +34,7 @@ def main() -> None:
     from drawplate.model.adapter import lora_config
     from drawplate.model.assemble import assemble
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.frozen import Storage
+    from drawplate.model.storage import Storage
     from drawplate.model.weights import open_checkpoint
     from drawplate.recipe import load_recipe
 

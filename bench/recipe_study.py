@@ -546,7 +546,7 @@ class Base:
         """The model with its linear layers as that precision stores them, and no adapters."""
         import torch
 
-        from drawplate.model.frozen import Storage
+        from drawplate.model.storage import Storage
 
         for linear in self.linears.values():
             linear.__dict__.pop("forward", None)

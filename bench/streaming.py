@@ -37,7 +37,7 @@ def load_case(case: str) -> tuple[Any, list[str]]:
     from drawplate.model.adapter import lora_config
     from drawplate.model.assemble import assemble
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.frozen import Storage
+    from drawplate.model.storage import Storage
     from drawplate.recipe import LoraSection
 
     shape, precision, weights, activations, sizes, *options = case.split(":")

@@ -15,7 +15,7 @@ from drawplate.data.tokens import Tokenizer, load_tokenizer, tokenize
 from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import Placement
-from drawplate.model.frozen import Storage
+from drawplate.model.storage import Storage
 from drawplate.recipe import LoraSection
 from drawplate.records import Document
 from tests.model.conftest import write_model

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drawplate.journal import Journal
 from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.frozen import Storage
+from drawplate.model.storage import Storage
 from drawplate.model.weights import Checkpoint, open_checkpoint
 from drawplate.recipe import LoraSection, ModelSection, Recipe, load_recipe
 
@@ -27,6 +28,11 @@ WORDS = (  # noqa: SIM905
     "report shows that and of in on over since by many coasts people land crops grow less more each year"
 ).split()
 LAYERS = 2
+
+
+def a_weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random, as a weight matrix is."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).mul_(0.05).to(dtype)
 
 
 def texts(count: int, seed: int = 0) -> list[str]:

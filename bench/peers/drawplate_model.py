@@ -26,7 +26,7 @@ from drawplate.data.batches import Batch, cut_packed, cut_padded
 from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.frozen import Storage
+from drawplate.model.storage import Storage
 from drawplate.model.weights import open_checkpoint
 from drawplate.plan.choose import CorpusShape
 from drawplate.prepare import placement_of, plan_for_lengths

@@ -22,7 +22,7 @@ from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.error_start import Start, quantization_error_start
-from drawplate.model.frozen import Storage
+from drawplate.model.storage import Storage
 from drawplate.plan.tax import CALIBRATION_TOKENS, HEAD_ROWS, PLAIN_PRECISION, SAMPLE_TOKENS, window_tokens
 from drawplate.prepare import Prepared, choose_context_tokens, evaluation_cutting, pad_id, placement_of
 from drawplate.recipe import LoraSection, Recipe

@@ -22,7 +22,7 @@ from drawplate.model.adapter import lora_config, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.causal_lm import Placement
 from drawplate.model.footprint import layer_shapes, outer_footprints
-from drawplate.model.frozen import Storage
+from drawplate.model.storage import Storage
 from drawplate.model.support import walk
 from drawplate.model.weights import Checkpoint, open_checkpoint
 from drawplate.plan.advise import Learner, advise

@@ -22,7 +22,7 @@ from drawplate.integrations.trainer_model import STATE_NAME, DrawplateForCausalL
 from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import Placement
-from drawplate.model.frozen import Storage
+from drawplate.model.storage import Storage
 from drawplate.model.weights import Checkpoint
 from drawplate.recipe import LoraSection, MemorySection
 from tests.model.conftest import VOCAB, random_sequences, write_model

@@ -28,8 +28,8 @@ from drawplate.model.arena import Arena, HostMemory, is_worth_keeping, kept_aren
 from drawplate.model.arena_file import ArenaFile, ArenaKey, make_room
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.frozen import Storage
 from drawplate.model.residency import LayerLayout
+from drawplate.model.storage import Storage
 from drawplate.model.weights import Checkpoint
 from drawplate.recipe import LoraSection, cache_folder
 from drawplate.units import MIB

@@ -19,9 +19,9 @@ from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.frozen import Storage
 from drawplate.model.layers import RECOMPILE_LIMIT
 from drawplate.model.residency import Residency
+from drawplate.model.storage import Storage
 from drawplate.model.weights import Checkpoint
 from drawplate.recipe import LoraSection
 from drawplate.records import Sequence

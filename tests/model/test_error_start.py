@@ -14,7 +14,7 @@ from drawplate.model.adapter import lora_config, save_adapter
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.error_start import Start, leading_factors, quantization_error_start, without_start
-from drawplate.model.frozen import Storage
+from drawplate.model.storage import Storage
 from drawplate.recipe import LoraSection
 from drawplate.records import Sequence
 from tests.model.conftest import random_sequences

@@ -1,146 +1,29 @@
-"""Stored weights: their bytes, bitsandbytes' own numbers, and gradients to everything but the weight."""
+"""A frozen layer: gradients to everything but the weight, which is read through the hooks and never kept."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
-from bitsandbytes.nn import Int8Params
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from drawplate.errors import EnvironmentProblem, UsageError
-from drawplate.model.assemble import require_fp8_units
-from drawplate.model.causal_lm import Placement
-from drawplate.model.frozen import (
-    FP8_KINDS,
-    FrozenLinear,
-    Group,
-    Storage,
-    _FrozenLinear,
-    _LoraLinears,
-    fp8_rows,
-    frozen_product,
-)
-from drawplate.plan.ledger import stored_bits
+from drawplate.model.frozen import FrozenLinear, Group, _FrozenLinear, _LoraLinears
+from drawplate.model.storage import FP8_KINDS, Storage, fp8_rows
+from tests.tiny import a_weight
 
-FOUR_BITS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
-SHAPES = [(64, 64), (96, 160), (7, 33), (512, 1024)]
-PRECISIONS = [
-    *FOUR_BITS,
+UNROUNDED = [
+    ("nf4", True),
+    ("nf4", False),
+    ("fp4", True),
+    ("fp4", False),
     ("int8", True),
-    ("fp8", True),
-    ("fp8_both", True),
     ("bf16", True),
     ("fp16", True),
     ("fp32", True),
 ]
-UNROUNDED = [p for p in PRECISIONS if not p[0].startswith("fp8")]
 """Those whose products take x as it is."""
-
-
-def a_weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).mul_(0.05).to(dtype)
-
-
-def bytes_of(stored: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in stored.values())
-
-
-@pytest.mark.parametrize(("precision", "double_quant"), FOUR_BITS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_four_bit_tensors_are_those_of_bitsandbytes_bit_for_bit(
-    precision: str, double_quant: bool, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
-    weight, storage = a_weight(shape, dtype), Storage(precision, double_quant)
-    packed, state = bnb.quantize_4bit(
-        weight, blocksize=64, quant_type=precision, compress_statistics=double_quant, quant_storage=torch.uint8
-    )
-    stored = storage.encode(weight)
-    assert torch.equal(stored["packed"], packed)
-    assert torch.equal(stored["absmax"], state.absmax)
-    if double_quant:
-        assert torch.equal(stored["absmax_scale"], state.state2.absmax)
-        assert torch.equal(stored["absmax_offset"], state.offset)
-    decoded = storage.decode([stored[name] for name in storage.specs(*shape)], shape, dtype)
-    assert torch.equal(decoded, bnb.dequantize_4bit(packed, state))
-
-
-@pytest.mark.parametrize(("precision", "double_quant"), PRECISIONS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_encoding_gives_what_the_specification_says(precision: str, double_quant: bool, shape: tuple[int, int]) -> None:
-    storage = Storage(precision, double_quant)
-    stored = storage.encode(a_weight(shape))
-    assert {name: (tuple(t.shape), t.dtype) for name, t in stored.items()} == storage.specs(*shape)
-
-
-@pytest.mark.parametrize(("precision", "double_quant"), PRECISIONS)
-def test_stored_bytes_are_those_of_the_formula(precision: str, double_quant: bool) -> None:
-    count = 1024 * 2048
-    stored = bytes_of(Storage(precision, double_quant).encode(a_weight((1024, 2048))))
-    formula = {
-        ("nf4", True): count / 2 + count / 64 + 4 * count / 64 / 256 + 4,
-        ("nf4", False): count / 2 + 4 * count / 64,
-        ("fp4", True): count / 2 + count / 64 + 4 * count / 64 / 256 + 4,
-        ("fp4", False): count / 2 + 4 * count / 64,
-        ("int8", True): count + 4 * 1024,
-        ("fp8", True): count + 4 * 1024,
-        ("fp8_both", True): 2 * count + 4 * 1024,
-        ("bf16", True): 2 * count,
-        ("fp16", True): 2 * count,
-        ("fp32", True): 4 * count,
-    }[precision, double_quant]
-    assert stored == formula
-    if precision != "fp8_both":  # no precision of a recipe
-        assert stored == pytest.approx(count * stored_bits(precision, double_quant) / 8, rel=3e-3), "the ledger agrees"
-
-
-def test_double_quantization_saves_the_bits_it_promises() -> None:
-    plain, double = (bytes_of(Storage("nf4", d).encode(a_weight((1024, 2048)))) for d in (False, True))
-    assert 8 * (plain - double) / (1024 * 2048) == pytest.approx(0.373, abs=1e-3)
-
-
-def test_int8_is_the_storage_of_bitsandbytes() -> None:
-    weight = a_weight((96, 160), torch.float16)
-    theirs = Int8Params(weight, requires_grad=False)
-    values, scales, _ = bnb.int8_vectorwise_quant(theirs.data)
-    stored = Storage("int8").encode(weight)
-    assert torch.allclose(stored["row_scale"] * 127, scales.float(), rtol=1e-3)
-    assert int((stored["int8"].int() - values.int()).abs().max()) <= 1, "one step at most, where fp16 rounds a half"
-
-
-@pytest.mark.parametrize(
-    ("precision", "largest_error"),
-    [
-        ("nf4", 0.16),
-        ("fp4", 0.18),
-        ("int8", 0.005),
-        ("fp8", 0.037),
-        ("fp8_both", 0.037),
-        ("bf16", 0.004),
-        ("fp32", 0.0),
-    ],
-)
-def test_what_comes_back_is_near_what_went_in(precision: str, largest_error: float) -> None:
-    weight, storage = a_weight((128, 256)), Storage(precision)
-    stored = storage.encode(weight)
-    back = storage.decode([stored[name] for name in storage.specs(128, 256)], (128, 256), torch.float32)
-    assert float(((back - weight).abs() / weight.abs().amax(1, keepdim=True)).max()) <= largest_error
-
-
-def test_a_row_of_zeros_stays_zeros() -> None:
-    for precision, double_quant in PRECISIONS:
-        storage, weight = Storage(precision, double_quant), torch.zeros(8, 64)
-        stored = storage.encode(weight)
-        back = storage.decode([stored[name] for name in storage.specs(8, 64)], (8, 64), torch.float32)
-        assert back.abs().max() < 1e-6, precision
-
-
-# --- the layer ---------------------------------------------------------------------------------------------------
 
 
 class Layer:
@@ -213,14 +96,6 @@ def test_fp8_rounds_the_products_other_operand_and_nothing_of_the_adapter(kind: 
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours[1:], theirs[1:], strict=True))
 
 
-def test_fp8_rows_of_any_size_fill_the_range_of_e4m3() -> None:
-    x = torch.tensor([[1e-20, -2e-20], [3e4, 30.0], [0.0, 0.0], [float("nan"), 1.0]])
-    rounded, scale = fp8_rows(x)
-    assert rounded[:2].float().abs().amax(1).tolist() == [448.0, 448.0]
-    assert torch.allclose(rounded[:3].float() * scale[:3], x[:3], rtol=2**-4)
-    assert (rounded[3].float() * scale[3]).isnan().all(), "not hidden"
-
-
 def test_a_stored_transpose_changes_no_number() -> None:
     x = an_input()
     made, stored = (Layer(Storage(kind)) for kind in FP8_KINDS)
@@ -228,20 +103,6 @@ def test_a_stored_transpose_changes_no_number() -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients(made(x), [x]), gradients(stored(x), [x]), strict=True))
     stored.stored["fp8_transposed"] = torch.zeros(64, 96).to(torch.float8_e4m3fn)
     assert not gradients(stored(x), [x])[0].abs().sum() > gradients(made(x), [x])[0].abs().sum(), "it is what is used"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 48, 300])
-@pytest.mark.parametrize("kind", FP8_KINDS)
-def test_fp8_units_multiply_what_the_cpu_multiplies(kind: str, tokens: int) -> None:
-    storage = Storage(kind)
-    encoded = storage.encode(a_weight((512, 1024)))
-    stored = [encoded[name] for name in storage.specs(512, 1024)]
-    for transposed, size in ((False, 1024), (True, 512)):
-        x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(5)).bfloat16()
-        here = frozen_product(x, stored, storage, (512, 1024), transposed)
-        there = frozen_product(x.cuda(), [t.cuda() for t in stored], storage, (512, 1024), transposed).cpu()
-        assert float((here.float() - there.float()).norm() / here.float().norm()) < 4e-3, "bf16's own rounding"
 
 
 def test_dropout_masks_the_adapters_input_alone_forward_and_back() -> None:
@@ -291,45 +152,6 @@ def test_backward_reads_the_stored_weight_through_the_hooks_and_keeps_none_itsel
     for tensor in layer.stored.values():
         tensor.view(torch.uint8).fill_(255) if tensor.dim() else tensor.fill_(float("nan"))
     assert torch.equal(gradients(y, [x])[0], want)
-
-
-@pytest.mark.parametrize(("precision", "double_quant"), FOUR_BITS)
-def test_the_compilers_opaque_product_is_the_same(precision: str, double_quant: bool) -> None:
-    storage, x = Storage(precision, double_quant), an_input().detach()
-    encoded = storage.encode(a_weight((96, 64)))
-    stored = [encoded[name] for name in storage.specs(96, 64)]
-    opaque = torch.ops.drawplate.frozen_product
-    assert torch.equal(
-        opaque(x, stored, precision, double_quant, [96, 64], False), frozen_product(x, stored, storage, (96, 64), False)
-    )
-    y = x @ torch.ones(64, 96)
-    assert torch.equal(
-        opaque(y, stored, precision, double_quant, [96, 64], True), frozen_product(y, stored, storage, (96, 64), True)
-    )
-
-
-@pytest.mark.parametrize(
-    ("capability", "features", "dtype", "refusal"),
-    [
-        ((8, 9), 64, torch.bfloat16, None),
-        ((9, 0), 64, torch.float32, None),
-        ((8, 6), 64, torch.bfloat16, (EnvironmentProblem, "no fp8 units")),
-        ((9, 0), 40, torch.bfloat16, (UsageError, "sizes that 16 divides")),
-        ((9, 0), 64, torch.float16, (UsageError, "float16")),
-    ],
-)
-def test_fp8_is_refused_where_a_gpu_cannot_multiply_it(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], features: int, dtype: torch.dtype, refusal: Any
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    placement = Placement(device=torch.device("cuda", 0), storage=Storage("fp8"), compute_dtype=dtype)
-    anatomy: Any = SimpleNamespace(layers=[nn.Sequential(nn.Linear(features, 32))])
-    if refusal is None:
-        require_fp8_units(placement, anatomy)
-        return
-    with pytest.raises(refusal[0], match=refusal[1]):
-        require_fp8_units(placement, anatomy)
 
 
 @pytest.mark.parametrize(("precision", "double_quant"), [("int8", True), ("nf4", False), ("nf4", True)])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from drawplate.data.tokens import load_tokenizer
 from drawplate.errors import StorageError, UsageError, UserError
 from drawplate.model import gguf as gguf_module
-from drawplate.model.frozen import Storage
+from drawplate.model.storage import Storage
 from drawplate.model.weights import open_checkpoint
 from drawplate.recipe import ModelSection
 from tests.model.test_weights import TENSORS, nats_of

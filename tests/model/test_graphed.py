@@ -14,8 +14,8 @@ from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.device_batch import DeviceBatch
-from drawplate.model.frozen import Storage
 from drawplate.model.graphed import GraphedSteps
+from drawplate.model.storage import Storage
 from drawplate.model.weights import Checkpoint
 from drawplate.recipe import LoraSection
 from tests.model.conftest import random_sequences

@@ -11,8 +11,8 @@ import torch
 from drawplate.data.batches import Batch, cut_padded
 from drawplate.errors import NumericError
 from drawplate.model import self_check as module
-from drawplate.model.frozen import Storage
 from drawplate.model.self_check import REFUSED_TIMES, TOLERANCE, self_check, warning_of
+from drawplate.model.storage import Storage
 from tests.model.conftest import random_sequences, write_model
 from tests.tiny import tiny_model
 

@@ -12,8 +12,8 @@ from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.frozen import Storage
 from drawplate.model.residency import Residency
+from drawplate.model.storage import Storage
 from drawplate.recipe import LoraSection
 from tests.model.conftest import random_sequences
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from drawplate.data.batches import cut_packed
 from drawplate.errors import IntegrityError, NeedsNetwork, UsageError, UserError
 from drawplate.model.fetch import INDEX_NAME
-from drawplate.model.frozen import Storage
+from drawplate.model.storage import Storage
 from drawplate.model.weights import open_checkpoint
 from drawplate.recipe import ModelSection
 from drawplate.run import plan

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drawplate.footprints import LayerShape, LinearShape
-from drawplate.model import frozen
+from drawplate.model import storage
 from drawplate.model.loss_tile import LossShape, Tile
 from drawplate.model.residency import LayerLayout
 from drawplate.plan.ledger import Choice, ModelShape
@@ -21,7 +21,7 @@ PRECISIONS = ["nf4", "fp4", "int8", "fp8", "fp8_both", "bf16", "fp16", "fp32"]
 
 @given(st.sampled_from(PRECISIONS), st.booleans(), st.integers(1, 300), st.integers(1, 300))
 def test_a_layer_is_as_large_as_its_layout(precision: str, double_quant: bool, out: int, inner: int) -> None:
-    specs = {f"w.{n}": s for n, s in frozen.Storage(precision, double_quant).specs(out, inner).items()}
+    specs = {f"w.{n}": s for n, s in storage.Storage(precision, double_quant).specs(out, inner).items()}
     layout = LayerLayout.of({**specs, "norm": ((inner,), torch.bfloat16)})
     kind = LayerShape(linears=(LinearShape(out_features=out, in_features=inner),), plain=(inner,))
     assert layer_bytes(kind, Storage(precision, double_quant), 2) == layout.bytes

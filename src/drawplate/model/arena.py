@@ -36,8 +36,8 @@ from torch import Tensor
 from drawplate.device import available_ram_bytes, is_lost
 from drawplate.errors import DoesNotFit, EnvironmentProblem
 from drawplate.model.arena_file import ArenaFile, ArenaKey, Damaged, Fill, Progress, make_room
-from drawplate.model.frozen import Storage
 from drawplate.model.residency import LayerLayout
+from drawplate.model.storage import Storage
 from drawplate.model.weights import Checkpoint
 from drawplate.recipe import cache_folder
 from drawplate.units import GIB, MIB, format_bytes

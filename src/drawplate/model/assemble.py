@@ -27,7 +27,6 @@ from drawplate.model.arena import (
 )
 from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.checkpoint_names import CheckpointNames, wanted_names
-from drawplate.model.frozen import FP8_CAPABILITY, FP8_MULTIPLE, PLAIN_DTYPES, Storage
 from drawplate.model.frozen_layer import (
     copy_layer,
     fill_layer,
@@ -39,6 +38,7 @@ from drawplate.model.frozen_layer import (
 from drawplate.model.layers import ExecutedLayer
 from drawplate.model.outside import fill_outside
 from drawplate.model.residency import LayerLayout, Residency
+from drawplate.model.storage import FP8_CAPABILITY, FP8_MULTIPLE, PLAIN_DTYPES, Storage
 from drawplate.model.support import require_streamable, walk
 from drawplate.model.weights import Checkpoint
 

@@ -23,12 +23,12 @@ from drawplate.model.adapter import Adapter
 from drawplate.model.anatomy import Anatomy
 from drawplate.model.device_batch import DeviceBatch, ShapeBounds, sent
 from drawplate.model.dropout import token_keys
-from drawplate.model.frozen import Storage
 from drawplate.model.graphed import GraphedSteps
 from drawplate.model.head import Head
 from drawplate.model.layers import LayerRunner
 from drawplate.model.loss import head_cross_entropy
 from drawplate.model.residency import Residency
+from drawplate.model.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)

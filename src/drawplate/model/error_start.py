@@ -25,7 +25,8 @@ from torch import Tensor
 from drawplate.data.batches import Batch
 from drawplate.model.adapter import scaling_of
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.frozen import FrozenLinear, Storage
+from drawplate.model.frozen import FrozenLinear
+from drawplate.model.storage import Storage
 
 OVERSAMPLED = 8
 ITERATIONS = 3

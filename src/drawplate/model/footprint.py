@@ -36,10 +36,11 @@ from drawplate.model import attention
 from drawplate.model.adapter import target_names
 from drawplate.model.anatomy import Anatomy
 from drawplate.model.compiled_footprint import compiled_footprint
-from drawplate.model.frozen import PLAIN_DTYPES, WHOLE, FrozenLinear, Storage
+from drawplate.model.frozen import WHOLE, FrozenLinear
 from drawplate.model.frozen_layer import freeze_linears, stored_specs, trained_shapes
 from drawplate.model.layers import kind_of
 from drawplate.model.recorder import TRACED_BORDERS, TRACED_TOKENS, Recorder, Watch
+from drawplate.model.storage import PLAIN_DTYPES, Storage
 
 PLAIN_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in PLAIN_DTYPES.items()}
 

@@ -4,224 +4,28 @@ The weight lives in whatever bytes the layer is handed at the call (`torch.func.
 nothing of devices, slots or streams. Forward needs x and the stored bytes; backward gives gradients to x and to the
 adapter, never to the weight. The stored tensors go through `save_for_backward` like any other, so that whoever
 recycles their memory can intercept them (bitsandbytes#2034 is what happens otherwise), and a dequantized weight lives
-only inside one matrix product, unless the caller hands over the whole layer dequantized (`whole`): then the compiler
-sees plain products, launched faster, at the price of one dequantized layer.
+only inside one matrix product (model/frozen_product.py), unless the caller hands over the whole layer dequantized
+(`whole`): then the compiler sees plain products, launched faster, at the price of one dequantized layer.
 
-4-bit weights are in bitsandbytes' layout (blocks of 64; with double quantization, 8-bit scales in blocks of 256), so
-that its kernels serve on CPU and CUDA and its pre-quantized checkpoints load as they are. int8 is LLM.int8()'s storage
-(row-wise absmax) without its outlier path: the product runs on the dequantized weight.
-
-fp8 alone is multiplied as it is stored (`native`): e4m3 with a scale a row, and the products' other operand rounded to
-e4m3 with a scale a row as it comes, in forward and in backward. The hardware wants both operands with the summed
-dimension last, so backward needs the transpose: made as it is needed (`fp8`, 1 byte a weight), or stored beside the
-weight (`fp8_both`, 2 bytes, as bf16), which only saves time. Both hold the same numbers: the rows' scales, which
-backward cannot take out of its sum, go into the incoming gradient before it is rounded. Where there are no fp8 units
-(a CPU) the same rounded numbers are multiplied in float32: slow, and what tests compare with.
-
-Shapes: B batch, T tokens, I in_features, O out_features, R rank.
+Shapes: B batch, T tokens, N = B x T, I in_features, O out_features, R rank, G modules of a group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drawplate.kernels import dropped_product, four_bits
-from drawplate.kernels.transposed import transposed as transpose_of
+from drawplate.kernels import dropped_product
+from drawplate.model.frozen_product import frozen_product
+from drawplate.model.storage import Storage
 
-BLOCK = four_bits.BLOCK
 WHOLE = "whole"
-SCALE_BLOCK = four_bits.SCALE_BLOCK
-PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FP8_KINDS = ("fp8", "fp8_both")
-FP8 = torch.float8_e4m3fn
-FP8_LARGEST = 448.0
-FP8_MULTIPLE = 16
-FP8_CAPABILITY = (8, 9)
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How a frozen weight matrix is stored.
-
-    Attributes:
-        precision: nf4, fp4, int8, fp8, fp8_both, bf16, fp16 or fp32.
-        double_quant: for the 4-bit precisions, quantize the block scales as well.
-    """
-
-    precision: str
-    double_quant: bool = True
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the stored numbers are not the weight's own."""
-        return self.precision not in PLAIN_DTYPES
-
-    @property
-    def native(self) -> bool:
-        """Whether products take the weight as it is stored; else it is dequantized for them."""
-        return self.precision in FP8_KINDS or not self.quantized
-
-    @property
-    def fastest(self) -> Storage | None:
-        """The same numbers stored so that no step has to turn them into anything; None where that is the plain dtype.
-
-        In tier "dequantized" a layer is stored so."""
-        return replace(self, precision="fp8_both") if self.precision in FP8_KINDS else None
-
-    def specs(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Stored tensors of an O x I weight: name -> (shape, dtype)."""
-        if not self.quantized:
-            return {"weight": ((out_features, in_features), PLAIN_DTYPES[self.precision])}
-        if self.precision == "int8":
-            return {
-                "int8": ((out_features, in_features), torch.int8),
-                "row_scale": ((out_features,), torch.float32),
-            }
-        if self.precision in FP8_KINDS:
-            turned = {"fp8_transposed": ((in_features, out_features), FP8)} if self.precision == "fp8_both" else {}
-            return {
-                "fp8": ((out_features, in_features), FP8),
-                "row_scale": ((out_features,), torch.float32),
-                **turned,
-            }
-        count = out_features * in_features
-        blocks = -(-count // BLOCK)
-        packed = {"packed": ((-(-count // 2), 1), torch.uint8)}
-        if not self.double_quant:
-            return {**packed, "absmax": ((blocks,), torch.float32)}
-        return {
-            **packed,
-            "absmax": ((blocks,), torch.uint8),
-            "absmax_scale": ((-(-blocks // SCALE_BLOCK),), torch.float32),
-            "absmax_offset": ((), torch.float32),
-        }
-
-    def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        """The stored tensors of a weight, on the weight's device."""
-        if not self.quantized:
-            return {"weight": weight_OI.to(PLAIN_DTYPES[self.precision])}
-        if self.precision == "int8":
-            row_scale = weight_OI.float().abs().amax(dim=1).clamp(min=1e-30) / 127
-            return {
-                "int8": (weight_OI.float() / row_scale[:, None]).round().to(torch.int8),
-                "row_scale": row_scale,
-            }
-        if self.precision in FP8_KINDS:
-            rounded, scale = fp8_rows(weight_OI.float())
-            return self.completed({"fp8": rounded, "row_scale": scale[:, 0]})
-        from bitsandbytes import functional as bnb
-
-        packed, state = bnb.quantize_4bit(
-            weight_OI.contiguous(),
-            blocksize=BLOCK,
-            quant_type=self.precision,
-            compress_statistics=self.double_quant,
-        )
-        stored = {"packed": packed, "absmax": state.absmax}
-        if self.double_quant:
-            stored |= {"absmax_scale": state.state2.absmax, "absmax_offset": state.offset}
-        return stored
-
-    def completed(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What fp8 stores -> what this kind of fp8 stores."""
-        turned = {"fp8_transposed": transpose_of(encoded["fp8"])} if self.precision == "fp8_both" else {}
-        return {**encoded, **turned}
-
-    def decode(self, stored: list[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The O x I weight in `dtype`, from stored tensors in the order of `specs`."""
-        if not self.quantized:
-            return stored[0].to(dtype)
-        if self.precision == "int8":
-            return (stored[0].to(dtype)) * stored[1].to(dtype)[:, None]
-        if self.precision in FP8_KINDS:
-            return (stored[0].float() * stored[1][:, None]).to(dtype)
-        if self.double_quant:
-            return four_bits.dequantize(stored, self.precision, shape, dtype)
-        packed, absmax = stored
-        return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, self.precision, shape, dtype)
-
-
 DENSE = Storage("bf16")
 """A weight that is given in x's dtype already."""
-
-
-def fp8_rows(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """-> (x / scale in e4m3, scale_N1 in float32): each row's largest becomes the largest that e4m3 has."""
-    scale_N1 = x_NK.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-30) / FP8_LARGEST
-    return (x_NK.float() / scale_N1).to(FP8), scale_N1
-
-
-def _fp8_product(x: Tensor, stored: list[Tensor], transposed: bool) -> Tensor:
-    weight_OI, scale_O, *weight_IO = stored
-    rows_NK = x.reshape(-1, x.shape[-1])
-    rounded_NK, scale_N1 = fp8_rows(rows_NK.float() * scale_O if transposed else rows_NK)
-    if not transposed:
-        y_NM = _rounded_product(rounded_NK, scale_N1, weight_OI, scale_O)
-    elif weight_IO:
-        y_NM = _rounded_product(rounded_NK, scale_N1, weight_IO[0], None)
-    elif torch.compiler.is_compiling():
-        y_NM = _frozen_product_fp8(rounded_NK, scale_N1, weight_OI)
-    else:
-        y_NM = _rounded_product(rounded_NK, scale_N1, transpose_of(weight_OI), None)
-    return y_NM.to(x.dtype).view(*x.shape[:-1], -1)
-
-
-def _rounded_product(rounded_NK: Tensor, scale_N1: Tensor, other_MK: Tensor, scale_M: Tensor | None) -> Tensor:
-    """The product of two operands in e4m3, each row times its scale; bf16, on a CPU float32."""
-    scale_1M = scale_N1.new_ones(1, len(other_MK)) if scale_M is None else scale_M[None]
-    if rounded_NK.device.type == "cpu":
-        return (rounded_NK.float() @ other_MK.t().float()) * scale_N1 * scale_1M
-    return torch._scaled_mm(
-        rounded_NK, other_MK.t(), scale_a=scale_N1, scale_b=scale_1M, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
-
-
-@torch.library.custom_op("drawplate::frozen_product_fp8", mutates_args=())
-def _frozen_product_fp8(rounded_NO: Tensor, scale_N1: Tensor, weight_OI: Tensor) -> Tensor:
-    """Backward's product; opaque to the compiler, which would otherwise make the transpose in forward and keep it."""
-    return _rounded_product(rounded_NO, scale_N1, transpose_of(weight_OI), None)
-
-
-@_frozen_product_fp8.register_fake
-def _(rounded_NO: Tensor, scale_N1: Tensor, weight_OI: Tensor) -> Tensor:
-    dtype = torch.float32 if rounded_NO.device.type == "cpu" else torch.bfloat16
-    return scale_N1.new_empty(rounded_NO.shape[0], weight_OI.shape[1], dtype=dtype)
-
-
-def _product(x: Tensor, stored: list[Tensor], storage: Storage, shape: tuple[int, int], transposed: bool) -> Tensor:
-    if storage.precision in FP8_KINDS:
-        return _fp8_product(x, stored, transposed)
-    weight_OI = storage.decode(stored, shape, x.dtype)
-    return x @ weight_OI if transposed else F.linear(x, weight_OI)
-
-
-@torch.library.custom_op("drawplate::frozen_product", mutates_args=())
-def _frozen_product(
-    x: Tensor, stored: list[Tensor], precision: str, double_quant: bool, out_in: list[int], transposed: bool
-) -> Tensor:
-    """Opaque to the compiler, which would otherwise keep the dequantized weight from forward to backward."""
-    return _product(x, stored, Storage(precision, double_quant), (out_in[0], out_in[1]), transposed)
-
-
-@_frozen_product.register_fake
-def _(x, stored, precision, double_quant, out_in, transposed):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], out_in[1] if transposed else out_in[0]))
-
-
-def frozen_product(
-    x: Tensor, stored: list[Tensor], storage: Storage, shape: tuple[int, int], transposed: bool
-) -> Tensor:
-    """x_..I @ W^T -> ..O, or with `transposed` dy_..O @ W -> ..I."""
-    if not storage.native and torch.compiler.is_compiling():
-        return _frozen_product(x, stored, storage.precision, storage.double_quant, list(shape), transposed)
-    return _product(x, stored, storage, shape, transposed)
-
 
 # The two functions below take what they take as `*given`: without gradients, torch's compiler leaves the context out
 # where forward has as many parameters as it is given arguments, as it would with two stored tensors at the end (int8).

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from drawplate.model.adapter import scaling_of
 from drawplate.model.causal_lm import Placement
 from drawplate.model.checkpoint_names import CheckpointNames
-from drawplate.model.frozen import WHOLE, FrozenLinear, Group, Storage
+from drawplate.model.frozen import WHOLE, FrozenLinear, Group
+from drawplate.model.storage import Storage
 from drawplate.model.tables import computed_tables
 
 DROPOUT_KEY = "dropout_key"

@@ -22,8 +22,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from drawplate.errors import IntegrityError, UsageError
 from drawplate.model.fetch import CONFIGURATION_PATTERNS, INDEX_NAME, complete, find_folder, indexed_files
-from drawplate.model.frozen import BLOCK, SCALE_BLOCK, Storage
 from drawplate.model.gguf import converted_gguf, only_gguf
+from drawplate.model.storage import BLOCK, SCALE_BLOCK, Storage
 from drawplate.recipe import ModelSection, cache_folder
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -1,6 +1,6 @@
 """Bytes of what is stored, and of the loss's tile, by the rules of the code that allocates them.
 
-The rules are those of model/frozen.py (`Storage.specs`), model/residency.py (`LayerLayout`), model/loss.py (`_Tile`);
+The rules are those of model/storage.py (`Storage.specs`), model/residency.py (`LayerLayout`), model/loss.py (`_Tile`);
 tests hold the two sides together.
 """
 

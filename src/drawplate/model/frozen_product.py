@@ -1,0 +1,88 @@
+"""One matrix product with a stored weight, forward and transposed: what `FrozenLinear` is made of.
+
+A weight that is not stored in x's dtype is dequantized inside the product and lives no longer than it; a compiler sees
+one opaque operation, because it would keep the dequantized weight from forward to backward.
+
+fp8 alone is multiplied as it is stored (`native`): the products' other operand is rounded to e4m3 with a scale a row as
+it comes, in forward and in backward. The hardware wants both operands with the summed dimension last, so backward needs
+the transpose: made as it is needed (`fp8`), or stored beside the weight (`fp8_both`). The rows' scales, which backward
+cannot take out of its sum, go into the incoming gradient before it is rounded. Where there are no fp8 units (a CPU) the
+same rounded numbers are multiplied in float32: slow, and what tests compare with.
+
+Shapes: N rows, K summed, M columns; O out_features, I in_features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drawplate.kernels.transposed import transposed as transpose_of
+from drawplate.model.storage import FP8_KINDS, Storage, fp8_rows
+
+
+def _fp8_product(x: Tensor, stored: list[Tensor], transposed: bool) -> Tensor:
+    weight_OI, scale_O, *weight_IO = stored
+    rows_NK = x.reshape(-1, x.shape[-1])
+    rounded_NK, scale_N1 = fp8_rows(rows_NK.float() * scale_O if transposed else rows_NK)
+    if not transposed:
+        y_NM = _rounded_product(rounded_NK, scale_N1, weight_OI, scale_O)
+    elif weight_IO:
+        y_NM = _rounded_product(rounded_NK, scale_N1, weight_IO[0], None)
+    elif torch.compiler.is_compiling():
+        y_NM = _frozen_product_fp8(rounded_NK, scale_N1, weight_OI)
+    else:
+        y_NM = _rounded_product(rounded_NK, scale_N1, transpose_of(weight_OI), None)
+    return y_NM.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _rounded_product(rounded_NK: Tensor, scale_N1: Tensor, other_MK: Tensor, scale_M: Tensor | None) -> Tensor:
+    """The product of two operands in e4m3, each row times its scale; bf16, on a CPU float32."""
+    scale_1M = scale_N1.new_ones(1, len(other_MK)) if scale_M is None else scale_M[None]
+    if rounded_NK.device.type == "cpu":
+        return (rounded_NK.float() @ other_MK.t().float()) * scale_N1 * scale_1M
+    return torch._scaled_mm(
+        rounded_NK, other_MK.t(), scale_a=scale_N1, scale_b=scale_1M, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+@torch.library.custom_op("drawplate::frozen_product_fp8", mutates_args=())
+def _frozen_product_fp8(rounded_NO: Tensor, scale_N1: Tensor, weight_OI: Tensor) -> Tensor:
+    """Backward's product; opaque to the compiler, which would otherwise make the transpose in forward and keep it."""
+    return _rounded_product(rounded_NO, scale_N1, transpose_of(weight_OI), None)
+
+
+@_frozen_product_fp8.register_fake
+def _(rounded_NO: Tensor, scale_N1: Tensor, weight_OI: Tensor) -> Tensor:
+    dtype = torch.float32 if rounded_NO.device.type == "cpu" else torch.bfloat16
+    return scale_N1.new_empty(rounded_NO.shape[0], weight_OI.shape[1], dtype=dtype)
+
+
+def _product(x: Tensor, stored: list[Tensor], storage: Storage, shape: tuple[int, int], transposed: bool) -> Tensor:
+    if storage.precision in FP8_KINDS:
+        return _fp8_product(x, stored, transposed)
+    weight_OI = storage.decode(stored, shape, x.dtype)
+    return x @ weight_OI if transposed else F.linear(x, weight_OI)
+
+
+@torch.library.custom_op("drawplate::frozen_product", mutates_args=())
+def _frozen_product(
+    x: Tensor, stored: list[Tensor], precision: str, double_quant: bool, out_in: list[int], transposed: bool
+) -> Tensor:
+    """Opaque to the compiler, which would otherwise keep the dequantized weight from forward to backward."""
+    return _product(x, stored, Storage(precision, double_quant), (out_in[0], out_in[1]), transposed)
+
+
+@_frozen_product.register_fake
+def _(x, stored, precision, double_quant, out_in, transposed):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], out_in[1] if transposed else out_in[0]))
+
+
+def frozen_product(
+    x: Tensor, stored: list[Tensor], storage: Storage, shape: tuple[int, int], transposed: bool
+) -> Tensor:
+    """x_..I @ W^T -> ..O, or with `transposed` dy_..O @ W -> ..I."""
+    if not storage.native and torch.compiler.is_compiling():
+        return _frozen_product(x, stored, storage.precision, storage.double_quant, list(shape), transposed)
+    return _product(x, stored, storage, shape, transposed)
