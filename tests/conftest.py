@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +16,8 @@ import drawplate.quiet
 
 drawplate.quiet.hush_libraries()
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+SECONDS_TO_END = 60
 
 # A shared machine that stands still for two seconds is no property of what is tested.
 hypothesis.settings.register_profile(
@@ -28,6 +32,11 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)  # tiny tensors, and two test processes to two cores
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported; kernels then run on a CPU
+
+
+def pytest_sessionfinish() -> None:
+    """A process that does not end after its last test says what it waits for."""
+    faulthandler.dump_traceback_later(SECONDS_TO_END, file=sys.__stderr__)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -153,7 +153,7 @@ def test_packed_rows_of_many_widths_replay_within_the_spread_of_launches() -> No
 
 
 @pytest.mark.gpu
-def test_graphs_take_the_memory_of_a_step_and_give_it_back() -> None:
+def test_graphs_take_the_memory_of_a_step_and_give_it_back(record_property: Callable[[str, object], None]) -> None:
     checkpoint = random_checkpoint("1b", layers=6)
     large, small = (cut_padded(random_sequences([n] * 2), 2, 16, 0)[0] for n in (1024, 512))
 
@@ -170,5 +170,8 @@ def test_graphs_take_the_memory_of_a_step_and_give_it_back() -> None:
         return [*out, torch.cuda.memory_reserved()]
 
     launched, captured = peaks(False), peaks(True)
-    for graphs, none in zip(captured[1:], launched[1:], strict=True):
-        assert graphs <= 1.05 * none + CUBLAS_WORKSPACE_BYTES
+    beyond = [graphs - none for graphs, none in zip(captured, launched, strict=True)]
+    record_property("reserved_launched_bytes", launched)
+    record_property("reserved_beyond_that_when_captured_bytes", beyond)
+    for more, none in zip(beyond[1:], launched[1:], strict=True):
+        assert more <= 0.05 * none + CUBLAS_WORKSPACE_BYTES, f"{beyond} beyond {launched}"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from drawplate.model.adapter import Adapter
+from drawplate.model.compile_workers import end_with_this_process
 from drawplate.model.dropout import module_keys
 from drawplate.model.frozen import WHOLE, FrozenLinear
 from drawplate.model.residency import Residency
@@ -252,6 +253,7 @@ def _call_of(template: nn.Module) -> Callable[..., Any]:
 
 def _shared_functions(templates: Sequence[nn.Module]) -> list[Callable[..., Any]]:
     """One compiled function for each kind of layer; layers alike but for their index are one kind."""
+    end_with_this_process()
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     by_kind: dict[str, Callable[..., Any]] = {}
     return [
