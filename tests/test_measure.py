@@ -208,7 +208,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_own_start(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(story, "_keep_the_best", stopped)
+        patch.setattr(story, "keep_the_best", stopped)
         with pytest.raises(KeyboardInterrupt):
             run_within(recipe, tmp_path / "cut", lora=STARTED)
     resumed = story.resume(tmp_path / "cut")

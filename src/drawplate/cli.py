@@ -1,34 +1,25 @@
 """The command line: parse, call, print, exit code. Nothing is computed here.
 
 What a command needs is imported inside it, so that `--help` answers at once; that is the only reason for an import
-inside a function. Every way a command can end is in `_ending`: three lines for what a person can mend, one line and a
-traceback file for what only a programmer can.
+inside a function. Every way a command can end is in ending.py.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from drawplate import __version__
-from drawplate.errors import EnvironmentProblem, IntegrityError, StoppedSafely, UserError
+from drawplate.ending import console, ending
+from drawplate.errors import EnvironmentProblem, IntegrityError
 from drawplate.quiet import hush_libraries
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from drawplate.doctor import Check
     from drawplate.recipe import Recipe
-
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,7 +58,7 @@ def _options(
 @app.command()
 def tune(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006 - typer copies the default
     """Measure the base model, fine-tune it, measure again; leaves a run folder with adapter and report."""
-    with _ending() as run:
+    with ending() as run:
         loaded = _load(recipe, set_)
         import drawplate
         from drawplate.recipe import expand
@@ -91,7 +82,7 @@ def resume(
     ] = False,
 ) -> None:
     """Go on with a run that was stopped, killed or failed, from its newest good checkpoint."""
-    with _ending() as ended:
+    with ending() as ended:
         import drawplate
         from drawplate.report.live import LiveDisplay
         from drawplate.report.summary import summary_table
@@ -132,7 +123,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what `tune` would do, need and take, and why; needs no weights and no GPU."""
-    with _ending():
+    with ending():
         loaded = _load(recipe, [*set_, *([f"memory.vram={vram}"] if vram else [])])
         import drawplate
         from drawplate.report.plan_view import plan_table
@@ -150,7 +141,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure models and adapters on the same documents, and compare each with the first."""
-    with _ending():
+    with ending():
         import drawplate
         from drawplate.report.live import LiveDisplay
         from drawplate.report.summary import evaluation_table
@@ -166,7 +157,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Say what this machine has, what is missing, and the line that mends it."""
-    with _ending():
+    with ending():
         from drawplate.doctor import examine
 
         checks = examine(network)
@@ -181,7 +172,7 @@ def doctor(
 @app.command()
 def recipe() -> None:
     """Print every key of a recipe with its default and its meaning, as a recipe to start from."""
-    with _ending():
+    with ending():
         print(_described_recipe(), end="")
 
 
@@ -226,7 +217,7 @@ def _show(result: Any, as_json: bool, table: Any) -> None:
 def _print_table(table: Any) -> None:
     from drawplate.report.summary import show
 
-    show(table, _console())
+    show(table, console())
 
 
 def _print_json(result: Any) -> None:
@@ -251,110 +242,6 @@ def _print_checks(checks: list[Check]) -> None:
             found.append(f"\n{visible(check.mend)}", style="bold")
         table.add_row(Text(check.status, style=colours[check.status]), Text(check.name), found)
     _print_table(table)
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False, soft_wrap=False)
-
-
-class _Run:
-    """What the end needs to know of the run: its folder, and whether this very run has written there."""
-
-    def __init__(self) -> None:
-        self.folder: Path | None = None
-        self._there_before: frozenset[str] = frozenset()
-
-    def begins_in(self, folder: Path) -> None:
-        self.folder = folder
-        self._there_before = frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
-
-    def goes_on_in(self, folder: Path) -> None:
-        """A run that was begun before: what is there is its own."""
-        self.folder, self._there_before = folder, frozenset()
-
-    def wrote(self, name: str) -> bool:
-        return self.folder is not None and name not in self._there_before and (self.folder / name).is_file()
-
-
-@contextmanager
-def _ending() -> Iterator[_Run]:
-    """Turn whatever a command ends with into what is printed and the exit code."""
-    run = _Run()
-    try:
-        yield run
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except UserError as error:
-        _print_parts(error)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        stopped = _stopped(run)
-        _print_parts(stopped)
-        raise typer.Exit(stopped.exit_code) from None
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        where = _write_traceback(error, run)
-        said = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
-        _print_line(f"Drawplate failed unexpectedly ({said}); the traceback is in {where}, please report it.", "red")
-        raise typer.Exit(UserError.exit_code) from None
-
-
-def _print_parts(error: UserError) -> None:
-    for label, colour, text in (
-        ("what happened", "red", error.what),
-        ("what is safe", "green", error.safe or "Nothing was at risk."),
-        ("what to do next", "cyan", error.next_step),
-    ):
-        _print_line(text, colour, f"{label:>15}: ")
-
-
-def _print_line(text: str, colour: str, label: str = "") -> None:
-    from rich.text import Text
-
-    from drawplate.report.visible import visible
-
-    line = Text.assemble((label, f"bold {colour}"), visible(text) if label else (visible(text), colour))
-    _console(stderr=True).print(line, soft_wrap=True)
-
-
-def _stopped(run: _Run) -> UserError:
-    if run.wrote("record.json"):
-        return StoppedSafely(
-            "The run was interrupted.",
-            safe=f"The last good checkpoint is {_last_checkpoint(run.folder)}; adapter and report so far lie beside.",
-            next_step=f"drawplate resume {run.folder}",
-        )
-    stopped = UserError(
-        "Interrupted before there was anything to keep.",
-        safe="Documents, models and earlier runs are untouched.",
-        next_step="Give the same command again.",
-    )
-    stopped.exit_code = EXIT_INTERRUPTED
-    return stopped
-
-
-def _last_checkpoint(run: Path | None) -> Path:
-    from drawplate.checkpoint import good
-
-    return next(iter(good((run or Path()) / "checkpoints", 1)), run or Path())
-
-
-def _write_traceback(error: BaseException, run: _Run) -> str:
-    """Into the run's folder where it has begun, else into a temporary file; the path, or why there is none."""
-    text = "".join(traceback.format_exception(error))
-    for place in (run.folder, None) if run.wrote("recipe.yaml") else (None,):
-        with (
-            suppress(OSError),
-            tempfile.NamedTemporaryFile(
-                "w", prefix="drawplate-traceback-", suffix=".txt", dir=place, delete=False, encoding="utf-8"
-            ) as file,
-        ):
-            file.write(f"drawplate {__version__}: {' '.join(sys.argv)}\n\n{text}")
-            return file.name
-    sys.stderr.write(text)
-    return "the lines above, because no file could be written"
 
 
 if __name__ == "__main__":

@@ -2,59 +2,52 @@
 
     read documents -> hold some out -> plan -> load -> measure -> fine-tune -> measure again -> write it all down
 
-Each step is a call into a floor below; what is handed over is a record. `tune` is the story, `plan` its beginning,
-`evaluate` its middle alone.
+Each step is a call into a floor below (phases.py for those that need the model); what is handed over is a record.
+`tune` is the story, `plan` its beginning, `evaluate` its middle alone.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from drawplate.checkpoint import Position, finished, good
+from drawplate.checkpoint import Position, finished
 from drawplate.compare_models import compare_models
-from drawplate.data.batches import cut_padded
 from drawplate.device import PeakMeter, is_lost
 from drawplate.errors import StoppedSafely, UserError
-from drawplate.evaluate import total
 from drawplate.forecast import forecast
-from drawplate.guards import Clock, StopRequested, StopSignals, Watchdog, leave_at_once, write_stacks
+from drawplate.guards import Clock, StopSignals
 from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
-from drawplate.measure import Scores, forgetting_warning, score, score_general, score_unquantized
-from drawplate.model.adapter import lora_config, read_adapter, save_adapter, write_base_precision
-from drawplate.model.assemble import assemble
-from drawplate.model.causal_lm import CausalLM
+from drawplate.measure import score_unquantized
+from drawplate.model.adapter import save_adapter, write_base_precision
 from drawplate.model.error_start import without_start
-from drawplate.model.self_check import self_check, warning_of
 from drawplate.outcome import Outcome
-from drawplate.prepare import (
-    Prepared,
-    evaluation_cutting,
-    placement_of,
-    prepare,
-    train_cutting,
+from drawplate.phases import (
+    assembled,
+    keep_the_best,
+    load_model,
+    measure_general,
+    measure_heldout,
+    rehearse_worst,
+    train_adapter,
+    train_task,
 )
+from drawplate.prepare import prepare
 from drawplate.prove import Proof
 from drawplate.prove import prove as replay
 from drawplate.recipe import Recipe, expand
-from drawplate.records import Evaluation, ModelScore, Plan, RunRecord
-from drawplate.rehearse import enforce_cap, rehearsed
+from drawplate.records import ModelScore, Plan, RunRecord
+from drawplate.rehearse import enforce_cap
 from drawplate.reopen import Reopened, recipe_of, refuse_finished, reopen
 from drawplate.report.card import model_card
 from drawplate.report.html import render_report
-from drawplate.run_folder import CHECKPOINTS_NAME, RECIPE_NAME, START_NAME, UNQUANTIZED_NAME, RunFolder
-from drawplate.saving import Saving, where
-from drawplate.train import INITIAL_LOSS_SCALE, TrainTask, make_optimizer, rate_groups, schedule_of, train
-
-SELF_CHECK_TOKENS = 64
+from drawplate.run_folder import RECIPE_NAME, UNQUANTIZED_NAME, RunFolder
 
 
 def tune(recipe: Recipe, observer: Observer | None = None) -> RunRecord:
@@ -105,7 +98,7 @@ def prove(path: str | Path, observer: Observer | None = None) -> Proof:
         return replay(
             folder,
             journal,
-            lambda prepared: _assembled(prepared, journal),
+            lambda prepared: assembled(prepared, journal),
             lambda prepared, model: train_task(prepared, model, None),
         )
 
@@ -178,21 +171,21 @@ def _tell(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> Run
         outcome.scores["unquantized"], outcome.start = score_unquantized(outcome.prepared, journal)
     with journal.in_phase("load"):
         enforce_cap(outcome.prepared)
-        outcome.model = _load(outcome)
+        outcome.model = load_model(outcome)
     if "baseline" not in outcome.scores:
         with journal.in_phase("rehearse"):
-            _rehearse(outcome, folder)
+            rehearse_worst(outcome, folder)
     model = outcome.model
     if "baseline" not in outcome.scores:
         with journal.in_phase("baseline"):
-            _measure(outcome, model, "baseline", step=0)
-            _measure_general(outcome, model, "general baseline")
+            measure_heldout(outcome, model, "baseline", step=0)
+            measure_general(outcome, model, "general baseline")
     with journal.in_phase("train"):
-        _train(outcome, model, folder, reopened)
+        train_adapter(outcome, model, folder, reopened)
     with journal.in_phase("final"):
-        _measure(outcome, model, "final", step=outcome.state.step)
-        _keep_the_best(outcome, model)
-        _measure_general(outcome, model, "general final")
+        measure_heldout(outcome, model, "final", step=outcome.state.step)
+        keep_the_best(outcome, model)
+        measure_general(outcome, model, "general final")
     with journal.in_phase("save"):
         _save_adapter(outcome, folder)
     record = outcome.record("finished")
@@ -258,161 +251,3 @@ def _write_beginnings(outcome: Outcome, folder: RunFolder, reopened: Reopened | 
     journal.message(f"The run goes on after {Position.of(reopened.checkpoint)}.")
     for note in reopened.notes:
         journal.on_warning(note)
-
-
-def _assembled(prepared: Prepared, journal: Journal) -> CausalLM:
-    recipe, checkpoint = prepared.recipe, prepared.checkpoint
-    return assemble(
-        checkpoint,
-        placement_of(prepared.plan, prepared.device),
-        lambda anatomy: lora_config(recipe.lora, anatomy, checkpoint.loadable_name, checkpoint.revision),
-        seed=recipe.train.seed,
-        progress=lambda done, count: journal.show(done, count, "layers"),
-        tell=journal.on_warning,
-    )
-
-
-def _load(outcome: Outcome) -> CausalLM:
-    prepared, journal = outcome.prepared, outcome.journal
-    model = _assembled(prepared, journal)
-    if outcome.self_check_difference is not None:
-        return model
-    sample = max(prepared.heldout.sequences, key=len)
-    start = slice(0, SELF_CHECK_TOKENS)
-    short = replace(sample, input_ids=sample.input_ids[start], counted=sample.counted[start])
-    outcome.self_check_difference = self_check(model, cut_padded([short], 1, 1, 0)[0])
-    if warning := warning_of(model, outcome.self_check_difference):
-        journal.on_warning(warning)
-    return model
-
-
-def _rehearse(outcome: Outcome, folder: RunFolder) -> None:
-    """The worst batches first; where the plan has to be made anew, another model goes on."""
-    assert outcome.model is not None
-    models, outcome.model, journal = [outcome.model], None, outcome.journal
-    outcome.prepared, outcome.rehearsal = rehearsed(
-        outcome.prepared, models, folder.path, journal, lambda smaller: _assembled(smaller, journal)
-    )
-    outcome.model = models[0]
-    folder.write_json("plan.json", outcome.prepared.plan)
-
-
-def _measure(outcome: Outcome, model: CausalLM, name: str, step: int) -> Evaluation:
-    with _stopping_safely(outcome):
-        scores = _heldout_scores(outcome, model, outcome.journal)
-    outcome.scores[name] = scores
-    result = total(scores)
-    outcome.journal.on_evaluation(step, result)
-    return result
-
-
-def _train(outcome: Outcome, model: CausalLM, folder: RunFolder, reopened: Reopened | None) -> None:
-    prepared, recipe, state = outcome.prepared, outcome.prepared.recipe, outcome.state
-    optimizer = make_optimizer(rate_groups(model.adapter, recipe.lora.loraplus_lr_ratio), recipe.train)
-    saving = Saving(folder, outcome, optimizer)
-    if reopened:
-        saving.take_up(reopened.checkpoint, state, same=reopened.same)
-        outcome.start = read_adapter(folder.path / START_NAME)[1] if (folder.path / START_NAME).is_dir() else {}
-    else:
-        _take_start(outcome, model, folder)
-        state.loss_scale = INITIAL_LOSS_SCALE if prepared.plan.compute_dtype == "float16" else 1.0
-    task = replace(
-        train_task(prepared, model, optimizer),
-        evaluate=lambda: total(_heldout_scores(outcome, model, None)),
-        keeper=saving,
-        stop=outcome.stop,
-        clock=outcome.clock,
-    )
-    with Watchdog(outcome.clock, lambda waited, usual: _leave_hung(outcome, folder, saving, waited)) as watchdog:
-        saving.save(state)
-        outcome.stop.graceful = True
-        train(replace(task, watchdog=watchdog), outcome.journal, state)
-        saving.save(state)
-
-
-def _take_start(outcome: Outcome, model: CausalLM, folder: RunFolder) -> None:
-    """The adapter as it is to start, after the base model was measured without it; kept for the end of the run."""
-    if not outcome.start:
-        return
-    start = model.adapter.state() | outcome.start
-    model.adapter.load_state(start, "the start")
-    folder.write_folder(
-        START_NAME, lambda partial: save_adapter(partial, model.adapter.config, outcome.start, outcome.start)
-    )
-    outcome.journal.message(
-        f"The adapter starts from what {outcome.prepared.plan.precision} loses of the weights, not from zero."
-    )
-
-
-def train_task(prepared: Prepared, model: CausalLM, optimizer: torch.optim.Optimizer | None) -> TrainTask:
-    """What a prepared run trains on and how; nobody saves, measures or watches yet."""
-    recipe, chosen = prepared.recipe, prepared.plan
-    return TrainTask(
-        model=model,
-        sequences=prepared.train.sequences,
-        cutting=train_cutting(prepared),
-        effective_batch=chosen.effective_batch_size,
-        schedule=schedule_of(recipe.train, chosen),
-        section=recipe.train,
-        fp16=chosen.compute_dtype == "float16",
-        optimizer=optimizer,
-        loraplus_lr_ratio=recipe.lora.loraplus_lr_ratio,
-        eval_steps=recipe.evaluation.eval_steps,
-        patience=recipe.evaluation.early_stopping_patience,
-        keep_best=recipe.evaluation.load_best_model_at_end,
-        ledger=chosen.ledger,
-    )
-
-
-def _leave_hung(outcome: Outcome, folder: RunFolder, saving: Saving, waited_seconds: float) -> None:
-    """The thread that trains does not answer: say where it hangs and leave without it."""
-    stacks = folder.path / "stacks.txt"
-    with suppress(OSError):
-        write_stacks(stacks)
-    error = saving.stopped(
-        f"Step {outcome.state.step + 1} hangs: nothing came of it for {waited_seconds:.0f} s. What every thread was "
-        f"doing is in {stacks}."
-    )
-    sys.stderr.write(f"\n{error}\n")
-    sys.stderr.flush()
-    leave_at_once(error.exit_code)
-
-
-def _keep_the_best(outcome: Outcome, model: CausalLM) -> None:
-    """Put back the adapter with the lowest held-out loss, if a measurement in between found a better one."""
-    state, final = outcome.state, total(outcome.scores["final"])
-    if state.best_adapter is None or state.best_loss is None or state.best_loss >= final.loss:
-        state.best_step = state.step
-        return
-    step = state.best_step or 0
-    model.adapter.load_state(state.best_adapter, f"the adapter of step {step}")
-    outcome.journal.message(f"The adapter of step {step} was better on the held-out documents and is kept.")
-    _measure(outcome, model, "final", step=step)
-
-
-def _heldout_scores(outcome: Outcome, model: CausalLM, journal: Journal | None) -> Scores:
-    prepared, look = outcome.prepared, outcome.stop.raise_if_requested
-    return score(model, prepared.heldout.sequences, evaluation_cutting(prepared), journal, look=look)
-
-
-def _measure_general(outcome: Outcome, model: CausalLM, name: str) -> None:
-    """Text that is not of the domain; a rise beyond the recipe's limit is warned of."""
-    with _stopping_safely(outcome):
-        outcome.scores[name] = score_general(
-            outcome.prepared, model, outcome.journal, look=outcome.stop.raise_if_requested
-        )
-    if warning := forgetting_warning(outcome.prepared.recipe, outcome.scores):
-        outcome.journal.on_warning(warning)
-
-
-@contextmanager
-def _stopping_safely(outcome: Outcome) -> Iterator[None]:
-    try:
-        yield
-    except StopRequested as signal_name:
-        folder = outcome.prepared.recipe.output_dir
-        raise StoppedSafely(
-            f"The run was stopped by {signal_name} while the held-out documents were measured.",
-            safe=where(good(expand(folder) / CHECKPOINTS_NAME, 1)),
-            next_step=f"drawplate resume {folder}",
-        ) from None

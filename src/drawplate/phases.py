@@ -1,0 +1,198 @@
+"""What each phase of a run does to its outcome: load, rehearse, measure, train, keep the best.
+
+run.py says in which order they come; what they have come to so far is the outcome's (outcome.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import torch
+
+from drawplate.checkpoint import good
+from drawplate.data.batches import cut_padded
+from drawplate.errors import StoppedSafely
+from drawplate.evaluate import total
+from drawplate.guards import StopRequested, Watchdog, leave_at_once, write_stacks
+from drawplate.journal import Journal
+from drawplate.measure import Scores, forgetting_warning, score, score_general
+from drawplate.model.adapter import lora_config, read_adapter, save_adapter
+from drawplate.model.assemble import assemble
+from drawplate.model.causal_lm import CausalLM
+from drawplate.model.self_check import self_check, warning_of
+from drawplate.outcome import Outcome
+from drawplate.prepare import Prepared, evaluation_cutting, placement_of, train_cutting
+from drawplate.recipe import expand
+from drawplate.records import Evaluation
+from drawplate.rehearse import rehearsed
+from drawplate.reopen import Reopened
+from drawplate.run_folder import CHECKPOINTS_NAME, START_NAME, RunFolder
+from drawplate.saving import Saving, where
+from drawplate.train import INITIAL_LOSS_SCALE, TrainTask, make_optimizer, rate_groups, schedule_of, train
+
+SELF_CHECK_TOKENS = 64
+
+
+def assembled(prepared: Prepared, journal: Journal) -> CausalLM:
+    """The model as the plan places it."""
+    recipe, checkpoint = prepared.recipe, prepared.checkpoint
+    return assemble(
+        checkpoint,
+        placement_of(prepared.plan, prepared.device),
+        lambda anatomy: lora_config(recipe.lora, anatomy, checkpoint.loadable_name, checkpoint.revision),
+        seed=recipe.train.seed,
+        progress=lambda done, count: journal.show(done, count, "layers"),
+        tell=journal.on_warning,
+    )
+
+
+def load_model(outcome: Outcome) -> CausalLM:
+    """The model, checked against transformers' own loss on a short text where that was not done before."""
+    prepared, journal = outcome.prepared, outcome.journal
+    model = assembled(prepared, journal)
+    if outcome.self_check_difference is not None:
+        return model
+    sample = max(prepared.heldout.sequences, key=len)
+    start = slice(0, SELF_CHECK_TOKENS)
+    short = replace(sample, input_ids=sample.input_ids[start], counted=sample.counted[start])
+    outcome.self_check_difference = self_check(model, cut_padded([short], 1, 1, 0)[0])
+    if warning := warning_of(model, outcome.self_check_difference):
+        journal.on_warning(warning)
+    return model
+
+
+def rehearse_worst(outcome: Outcome, folder: RunFolder) -> None:
+    """The worst batches first; where the plan has to be made anew, another model goes on."""
+    assert outcome.model is not None
+    models, outcome.model, journal = [outcome.model], None, outcome.journal
+    outcome.prepared, outcome.rehearsal = rehearsed(
+        outcome.prepared, models, folder.path, journal, lambda smaller: assembled(smaller, journal)
+    )
+    outcome.model = models[0]
+    folder.write_json("plan.json", outcome.prepared.plan)
+
+
+def measure_heldout(outcome: Outcome, model: CausalLM, name: str, step: int) -> Evaluation:
+    """The held-out documents; their scores are kept under that name."""
+    with _stopping_safely(outcome):
+        scores = _heldout_scores(outcome, model, outcome.journal)
+    outcome.scores[name] = scores
+    result = total(scores)
+    outcome.journal.on_evaluation(step, result)
+    return result
+
+
+def measure_general(outcome: Outcome, model: CausalLM, name: str) -> None:
+    """Text that is not of the domain; a rise beyond the recipe's limit is warned of."""
+    with _stopping_safely(outcome):
+        outcome.scores[name] = score_general(
+            outcome.prepared, model, outcome.journal, look=outcome.stop.raise_if_requested
+        )
+    if warning := forgetting_warning(outcome.prepared.recipe, outcome.scores):
+        outcome.journal.on_warning(warning)
+
+
+def _heldout_scores(outcome: Outcome, model: CausalLM, journal: Journal | None) -> Scores:
+    prepared, look = outcome.prepared, outcome.stop.raise_if_requested
+    return score(model, prepared.heldout.sequences, evaluation_cutting(prepared), journal, look=look)
+
+
+def keep_the_best(outcome: Outcome, model: CausalLM) -> None:
+    """Put back the adapter with the lowest held-out loss, if a measurement in between found a better one."""
+    state, final = outcome.state, total(outcome.scores["final"])
+    if state.best_adapter is None or state.best_loss is None or state.best_loss >= final.loss:
+        state.best_step = state.step
+        return
+    step = state.best_step or 0
+    model.adapter.load_state(state.best_adapter, f"the adapter of step {step}")
+    outcome.journal.message(f"The adapter of step {step} was better on the held-out documents and is kept.")
+    measure_heldout(outcome, model, "final", step=step)
+
+
+def train_adapter(outcome: Outcome, model: CausalLM, folder: RunFolder, reopened: Reopened | None) -> None:
+    """All optimizer steps that are left, with a checkpoint before the first and after the last."""
+    prepared, recipe, state = outcome.prepared, outcome.prepared.recipe, outcome.state
+    optimizer = make_optimizer(rate_groups(model.adapter, recipe.lora.loraplus_lr_ratio), recipe.train)
+    saving = Saving(folder, outcome, optimizer)
+    if reopened:
+        saving.take_up(reopened.checkpoint, state, same=reopened.same)
+        outcome.start = read_adapter(folder.path / START_NAME)[1] if (folder.path / START_NAME).is_dir() else {}
+    else:
+        _take_start(outcome, model, folder)
+        state.loss_scale = INITIAL_LOSS_SCALE if prepared.plan.compute_dtype == "float16" else 1.0
+    task = replace(
+        train_task(prepared, model, optimizer),
+        evaluate=lambda: total(_heldout_scores(outcome, model, None)),
+        keeper=saving,
+        stop=outcome.stop,
+        clock=outcome.clock,
+    )
+    with Watchdog(outcome.clock, lambda waited, usual: _leave_hung(outcome, folder, saving, waited)) as watchdog:
+        saving.save(state)
+        outcome.stop.graceful = True
+        train(replace(task, watchdog=watchdog), outcome.journal, state)
+        saving.save(state)
+
+
+def _take_start(outcome: Outcome, model: CausalLM, folder: RunFolder) -> None:
+    """The adapter as it is to start, after the base model was measured without it; kept for the end of the run."""
+    if not outcome.start:
+        return
+    start = model.adapter.state() | outcome.start
+    model.adapter.load_state(start, "the start")
+    folder.write_folder(
+        START_NAME, lambda partial: save_adapter(partial, model.adapter.config, outcome.start, outcome.start)
+    )
+    outcome.journal.message(
+        f"The adapter starts from what {outcome.prepared.plan.precision} loses of the weights, not from zero."
+    )
+
+
+def train_task(prepared: Prepared, model: CausalLM, optimizer: torch.optim.Optimizer | None) -> TrainTask:
+    """What a prepared run trains on and how; nobody saves, measures or watches yet."""
+    recipe, chosen = prepared.recipe, prepared.plan
+    return TrainTask(
+        model=model,
+        sequences=prepared.train.sequences,
+        cutting=train_cutting(prepared),
+        effective_batch=chosen.effective_batch_size,
+        schedule=schedule_of(recipe.train, chosen),
+        section=recipe.train,
+        fp16=chosen.compute_dtype == "float16",
+        optimizer=optimizer,
+        loraplus_lr_ratio=recipe.lora.loraplus_lr_ratio,
+        eval_steps=recipe.evaluation.eval_steps,
+        patience=recipe.evaluation.early_stopping_patience,
+        keep_best=recipe.evaluation.load_best_model_at_end,
+        ledger=chosen.ledger,
+    )
+
+
+def _leave_hung(outcome: Outcome, folder: RunFolder, saving: Saving, waited_seconds: float) -> None:
+    """The thread that trains does not answer: say where it hangs and leave without it."""
+    stacks = folder.path / "stacks.txt"
+    with suppress(OSError):
+        write_stacks(stacks)
+    error = saving.stopped(
+        f"Step {outcome.state.step + 1} hangs: nothing came of it for {waited_seconds:.0f} s. What every thread was "
+        f"doing is in {stacks}."
+    )
+    sys.stderr.write(f"\n{error}\n")
+    sys.stderr.flush()
+    leave_at_once(error.exit_code)
+
+
+@contextmanager
+def _stopping_safely(outcome: Outcome) -> Iterator[None]:
+    try:
+        yield
+    except StopRequested as signal_name:
+        folder = outcome.prepared.recipe.output_dir
+        raise StoppedSafely(
+            f"The run was stopped by {signal_name} while the held-out documents were measured.",
+            safe=where(good(expand(folder) / CHECKPOINTS_NAME, 1)),
+            next_step=f"drawplate resume {folder}",
+        ) from None
