@@ -82,67 +82,6 @@ def test_the_machine_says_what_this_process_may_use():
     assert machine.cpu
 
 
-def test_control_group_limits_count_at_every_level(monkeypatch, tmp_path):
-    inner = tmp_path / "slice" / "job"
-    inner.mkdir(parents=True)
-    (tmp_path / "slice" / "memory.max").write_text("2000000000\n")
-    (inner / "memory.max").write_text("max\n")
-    (inner / "cpu.max").write_text("50000 100000\n")
-    groups = tmp_path / "proc-cgroup"
-    groups.write_text("0::/slice/job\n")
-    monkeypatch.setattr(device, "_CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(device, "_CGROUP_OF_THIS_PROCESS", groups)
-    machine = device.machine(CPU)
-    assert machine.ram_bytes == 2_000_000_000
-    assert machine.cores == 1
-
-
-def test_the_older_kind_of_control_groups_is_read_too(monkeypatch, tmp_path):
-    (tmp_path / "memory" / "job").mkdir(parents=True)
-    (tmp_path / "memory" / "job" / "memory.limit_in_bytes").write_text("1000000000\n")
-    groups = tmp_path / "proc-cgroup"
-    groups.write_text("4:memory:/job\n1:cpu,cpuacct:/\n")
-    monkeypatch.setattr(device, "_CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(device, "_CGROUP_OF_THIS_PROCESS", groups)
-    assert device.machine(CPU).ram_bytes == 1_000_000_000
-
-
-def test_what_is_available_counts_control_groups_and_not_their_page_cache(monkeypatch, tmp_path):
-    job = tmp_path / "slice" / "job"
-    job.mkdir(parents=True)
-    for name, text in {"max": "max", "current": "900000", "stat": "anon 1"}.items():
-        (job / f"memory.{name}").write_text(text)
-    for name, text in {
-        "max": "1000000",
-        "current": "900000",
-        "stat": "inactive_file 200000\nactive_file 50000",
-    }.items():
-        (job.parent / f"memory.{name}").write_text(text)
-    groups = tmp_path / "proc-cgroup"
-    groups.write_text("0::/slice/job\n")
-    monkeypatch.setattr(device, "_CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(device, "_CGROUP_OF_THIS_PROCESS", groups)
-    assert device.available_ram_bytes() == 350_000
-    groups.unlink()
-    assert device.available_ram_bytes() > 1_000_000
-
-
-def test_what_is_available_in_the_older_kind_of_control_groups(monkeypatch, tmp_path):
-    (tmp_path / "memory" / "job").mkdir(parents=True)
-    usage = {
-        "limit_in_bytes": "1000000",
-        "usage_in_bytes": "950000",
-        "stat": "inactive_file 1\ntotal_inactive_file 20000",
-    }
-    for name, text in usage.items():
-        (tmp_path / "memory" / "job" / f"memory.{name}").write_text(text)
-    groups = tmp_path / "proc-cgroup"
-    groups.write_text("4:memory:/job\n")
-    monkeypatch.setattr(device, "_CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(device, "_CGROUP_OF_THIS_PROCESS", groups)
-    assert device.available_ram_bytes() == 70_000
-
-
 @pytest.mark.parametrize(
     ("features", "native"),
     [

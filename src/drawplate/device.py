@@ -1,4 +1,4 @@
-"""What this machine has, and how much memory is in use. The only reader of memory counters.
+"""What this machine has, and how much memory is in use. With cgroups.py the only reader of memory counters.
 
 Left out: how fast the machine is (the plan measures what it needs), more than one GPU (the current CUDA device is the
 device), and memory that CUDA itself takes beside torch's allocator: a context is 300 to 600 MiB which only
@@ -7,13 +7,11 @@ device), and memory that CUDA itself takes beside torch's allocator: a context i
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ import psutil
 import pynvml
 import torch
 
+from drawplate.cgroups import usable_cores, usable_ram_bytes
 from drawplate.errors import EnvironmentProblem, UsageError
 from drawplate.records import Machine, MemorySample
 from drawplate.units import KIB
@@ -32,8 +31,6 @@ HOST_SAMPLE_SECONDS = 0.05
 KEPT_PRODUCTS = 64
 BF16_CAPABILITY = (8, 0)
 _NATIVE_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
-_CGROUP_OF_THIS_PROCESS = Path("/proc/self/cgroup")
 
 
 def pick_device(device_map: str = "auto") -> torch.device:
@@ -160,8 +157,8 @@ def machine(device: torch.device | None = None) -> Machine:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpu": _cpu_name(),
-        "cores": _usable_cores(),
-        "ram_bytes": _usable_ram_bytes(),
+        "cores": usable_cores(),
+        "ram_bytes": usable_ram_bytes(),
         "bf16_native": bf16_native(device),
     }
     if device.type != "cuda":
@@ -326,65 +323,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for text in _cgroup_files("cpu", "cpu.max"):
-        quota, _, period = text.partition(" ")
-        if quota.isdigit() and period.isdigit():
-            cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores)
-
-
-def _usable_ram_bytes() -> int:
-    limits = [psutil.virtual_memory().total]
-    for name in ("memory.max", "memory.limit_in_bytes"):
-        limits += [int(text) for text in _cgroup_files("memory", name) if text.isdigit()]
-    return min(limits)
-
-
-def available_ram_bytes() -> int:
-    """Bytes that this process may still take: the system's, and what is left in every control group above it.
-
-    Files in the page cache count as free, since the kernel drops them at need; page-locked ones among them cannot be
-    told apart, so the answer may be too large by what other processes have locked.
-    """
-    left = [psutil.virtual_memory().available]
-    for folder in _cgroup_folders("memory"):
-        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            with suppress(OSError, ValueError):
-                taken = int((folder / used).read_text()) - _file_cache_bytes(folder)
-                left.append(int((folder / limit).read_text()) - max(0, taken))
-    return max(0, min(left))
-
-
-def _file_cache_bytes(group: Path) -> int:
-    """Page cache of files in a control group and those below it."""
-    with suppress(OSError, ValueError):
-        counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        prefix = "total_" if "total_inactive_file" in counted else ""  # version 1 counts the groups below apart
-        return sum(int(counted.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
-    return 0
-
-
-def _cgroup_files(controller: str, name: str) -> Iterator[str]:
-    """Contents of `name` in this process's control group and every group above it, in versions 1 and 2."""
-    for folder in _cgroup_folders(controller):
-        with suppress(OSError):
-            yield (folder / name).read_text().strip()
-
-
-def _cgroup_folders(controller: str) -> Iterator[Path]:
-    """This process's control group and every group above it, in versions 1 and 2.
-
-    Inside a container the path that /proc names may not be mounted; the mount's root is read then.
-    """
-    with suppress(OSError):
-        for line in _CGROUP_OF_THIS_PROCESS.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and controller not in controllers.split(","):
-                continue
-            mount = _CGROUP_ROOT / controller if controllers else _CGROUP_ROOT
-            group = mount / path.lstrip("/")
-            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount))

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from drawplate.cgroups import available_ram_bytes
 from drawplate.data.chat import ChatRenderer, chat_renderer
 from drawplate.data.documents import Corpus, read_documents
 from drawplate.data.general import general_documents, sample
 from drawplate.data.split import Split, hold_out_given, split
 from drawplate.data.tokens import Tokenized, Tokenizer, load_tokenizer, tokenize
-from drawplate.device import available_ram_bytes, machine, memory_sample, pick_device
+from drawplate.device import machine, memory_sample, pick_device
 from drawplate.errors import DataError, UsageError
 from drawplate.model.adapter import lora_config, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy

@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drawplate.device import available_ram_bytes, is_lost
+from drawplate.cgroups import available_ram_bytes
+from drawplate.device import is_lost
 from drawplate.errors import DoesNotFit, EnvironmentProblem
 from drawplate.model.arena_file import ArenaFile, ArenaKey, Damaged, Fill, Progress, make_room
 from drawplate.model.residency import LayerLayout
