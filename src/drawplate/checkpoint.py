@@ -32,6 +32,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from drawplate.durable import flush_to_disk
 from drawplate.errors import IntegrityError, StorageError, disk_refusal
 from drawplate.units import MIB
 
@@ -120,7 +121,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     def fill_and_flush(folder: Path) -> None:
         fill(folder)
         for path in folder.rglob("*"):
-            _flush(path)
+            flush_to_disk(path)
 
     _publish(target, fill_and_flush)
 
@@ -270,12 +271,12 @@ def _publish(target: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         os.mkdir(partial)
         fill(partial)
-        _flush(partial)
+        flush_to_disk(partial)
         aside = target.with_name(f"{target.name}.old-{os.getpid()}")
         if target.exists():
             os.rename(target, aside)
         os.rename(partial, target)
-        _flush(target.parent)
+        flush_to_disk(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise disk_refusal(target, error) from None
@@ -310,7 +311,7 @@ def _make_folders(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
-        _flush(path.parent)
+        flush_to_disk(path.parent)
 
 
 def _remove(folder: Path) -> None:
@@ -320,11 +321,3 @@ def _remove(folder: Path) -> None:
         aside = folder.with_name(f"{folder.name}.old-{os.getpid()}")
         os.rename(folder, aside)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

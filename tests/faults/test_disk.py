@@ -148,7 +148,7 @@ def test_row_07_control_an_error_that_nobody_looks_at_is_called_good(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: Any
 ) -> None:
     full_at({6}, errno.EIO)
-    monkeypatch.setattr("drawplate.checkpoint._flush", lambda path: None)
+    monkeypatch.setattr("drawplate.checkpoint.flush_to_disk", lambda path: None)
     write_file = __import__("drawplate.checkpoint", fromlist=["x"])._write_file
 
     def careless(path: Path, pieces: Any) -> Any:

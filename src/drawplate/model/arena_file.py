@@ -33,6 +33,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from drawplate.durable import flush_to_disk
 from drawplate.model.residency import LayerLayout
 from drawplate.units import GIB, MIB
 
@@ -184,7 +185,7 @@ class ArenaFile:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, self.path)
-            _sync_folder(self.folder)
+            flush_to_disk(self.folder)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -268,11 +269,3 @@ def _checksum_of(descriptor: int, start: int, size: int) -> str:
         hasher.update(window[:count])
         done += count
     return hasher.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
