@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import random
 import sys
 import time
@@ -25,8 +24,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src")]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
+from bench.about import about  # noqa: E402
 from drawplate.data.split import hold_out_given, split  # noqa: E402
 from drawplate.data.words import jaccard, shingles, word_hashes  # noqa: E402
 from drawplate.recipe import DataSection  # noqa: E402
@@ -111,13 +111,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     runs = [measure(given.documents, given.pairs, seed) for seed in range(given.seeds)]
-    facts = {
-        "command": " ".join(["python", "bench/near_duplicates.py", *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "note": "other programs ran on the same cores, so the seconds are an upper bound",
-        "runs": runs,
-    }
+    facts = {**about(), "cores": os.cpu_count(), "runs": runs}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))

@@ -722,6 +722,14 @@ def fitting(base: Base, group: Group, texts: dict[str, Any], deadline: float) ->
 # --- the table ---------------------------------------------------------------------------------------------------
 
 
+def lifted(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Takes `about` out of the lines: one value where they agree, else each once, in order."""
+    abouts = [line.pop("about") for line in lines]
+    values = {key: [about[key] for about in abouts] for key in abouts[0]}
+    once = {key: [each for i, each in enumerate(found) if each not in found[:i]] for key, found in values.items()}
+    return {key: found[0] if len(found) == 1 else found for key, found in once.items()}
+
+
 def table(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a recipe: percent change of perplexity on each corpus (mean over seeds) with a 95 % interval over
     documents for the first seed, the spread between seeds, and on general text; best first.
@@ -807,9 +815,8 @@ def main() -> None:
         return
     if given.what == "table":
         lines = [json.loads(line) for path in (given.out, *given.lines) for line in path.read_text().splitlines()]
-        about = [line.pop("about") for line in lines if "about" in line]
-        record = {"about": [each for i, each in enumerate(about) if each not in about[:i]], "table": table(lines)}
-        given.folder.write_text(json.dumps({**record, "groups": lines}, indent=1) + "\n")
+        record = {**lifted(lines), "table": table(lines), "groups": lines}
+        given.folder.write_text(json.dumps(record, indent=1) + "\n")
         return
     began = time.monotonic()
     context = multiprocessing.get_context("spawn")
