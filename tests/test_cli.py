@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 import drawplate
-from drawplate import cli, errors
+from drawplate import cli, ending, errors
 from drawplate.doctor import Check
 from drawplate.recipe import Recipe, known_keys, load_recipe
 from drawplate.records import ModelScore
@@ -150,7 +150,7 @@ def traceback_file(stderr: str) -> Path:
 
 
 def test_a_programmers_error_is_one_line_and_a_file(monkeypatch, recipe_file, tmp_path):
-    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(ending.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(drawplate, "tune", raising(KeyError("loss\nsecond line")))
     done = invoke("tune", str(recipe_file))
     assert done.exit_code == 1

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-ENDS_THEM_ITSELF = (2, 13)
+ENDS_THEM_ITSELF = "2.13"
 """The first torch that does."""
 
 
