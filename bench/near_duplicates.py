@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import sys
 import time
@@ -111,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     runs = [measure(given.documents, given.pairs, seed) for seed in range(given.seeds)]
-    facts = {**about(), "cores": os.cpu_count(), "runs": runs}
+    facts = {**about(), "runs": runs}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))
