@@ -3,7 +3,8 @@
 python bench/plot_streaming.py docs/pictures/streaming.png        (needs matplotlib)
 
 Speed is drawn as a share of each shape's best, because the law says that it depends on the tokens alone. T* is computed
-from the rates that the planner measured (bench/results/plan-choice-3b-h100.json).
+from the rates that the planner measured (bench/results/plan-choice-3b-h100.json). Hollow points dequantize weight by
+weight, the others a layer at once.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = {
-    "sweep-3b*-h100.json": ("Llama-3.2 3B shape", "#2a6fb0"),
-    "sweep-8b*-h100.json": ("Llama-3.1 8B shape", "#b8460e"),
-    "sweep-70b*-h100.json": ("Llama-3 70B shape", "#3b7d3a"),
+    "sweep-3b*-h100.json": ("Llama-3.2 3B", "#2a6fb0"),
+    "sweep-8b*-h100.json": ("Llama-3.1 8B", "#b8460e"),
+    "sweep-70b*-h100.json": ("Llama-3 70B", "#3b7d3a"),
 }
 NF4_BYTES = 0.516
 """A weight with double quantization: 4 bits, a scale of 8 bits to 64 weights, one of 32 bits to 256 of those."""
@@ -53,9 +54,14 @@ def main() -> None:
         tokens = sorted(by_tokens)
         rows = [by_tokens[count] for count in tokens]
         best = max(r["tokens_per_second"] for r in rows)
-        label = f"{name} (best {best:,.0f} tokens/s)"
-        speed.plot(tokens, [100 * r["tokens_per_second"] / best for r in rows], "o-", color=colour)
-        memory.plot(tokens, [r["peak_reserved_bytes"] / 2**30 for r in rows], "o-", color=colour, label=label)
+        label = f"{name}, best {best:,.0f} tokens/s"
+        shares = [100 * r["tokens_per_second"] / best for r in rows]
+        peaks = [r["peak_reserved_bytes"] / 2**30 for r in rows]
+        by_weight = [i for i, r in enumerate(rows) if "dequantize=product" in r["case"]]
+        for axes, values in ((speed, shares), (memory, peaks)):
+            axes.plot(tokens, values, "o-", color=colour, label=label)
+            hollow = [values[i] for i in by_weight]
+            axes.plot([tokens[i] for i in by_weight], hollow, "o", color=colour, markerfacecolor="white")
     free = least_free_tokens()
     speed.axvline(free, color="#777777", linestyle="--", linewidth=1)
     speed.annotate(
@@ -69,7 +75,7 @@ def main() -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=9, loc="lower center", ncols=3)
+    figure.legend(*memory.get_legend_handles_labels(), frameon=False, fontsize=9, loc="lower center", ncols=3)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(sys.argv[1], dpi=130)
 
