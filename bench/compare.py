@@ -5,7 +5,8 @@
 Each setting (bench/peers/cases.py) is a process of its own. Up to `--together` of them load, prove themselves and warm
 up side by side; steps are timed one process at a time while the others wait, in rounds whose order alternates. A speed
 is the case's tokens over the median of all timed steps. Peak memory is the most the allocator ever reserved in a case;
-the process's own device memory, which includes the CUDA context, is beside it. The gate is bench/peers/gate.py. Systems
+the process's own device memory, which includes the CUDA context, is beside it. A budget holds for all of the process
+(bench/peers/memory.py). The gate is bench/peers/gate.py. Systems
 that are not installed, cases that do not fit and runs that the gate refused are listed with the reason.
 
 Left out: several GPUs, evaluation, whole runs. `first_step_seconds` (process start to the end of the first step,
@@ -20,7 +21,6 @@ import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from bench.about import machine  # noqa: E402
-from bench.peers.cases import MAIN, MISSION, OTHERS, REFERENCE, Setting, parse_case, settings  # noqa: E402
-from bench.peers.gate import Curve, Verdict, judge  # noqa: E402
+from bench.peers.cases import CACHE, MAIN, MISSION, OTHERS, REFERENCE, Setting, parse_case, settings  # noqa: E402
+from bench.peers.entries import failed, results_of  # noqa: E402
 from bench.peers.table import table  # noqa: E402
 
 LOG_CHARACTERS = 3000
@@ -57,8 +57,6 @@ class Process:
         """Begin to import; nothing is loaded yet."""
         self.out.mkdir(parents=True, exist_ok=True)
         job = {"setting": dataclasses.asdict(self.setting), "folder": str(folder), "out": str(self.out)}
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.peers.worker", json.dumps(job)],
             stdin=subprocess.PIPE,
@@ -66,7 +64,7 @@ class Process:
             stderr=(self.out / "log.txt").open("w"),
             text=True,
             cwd=self.out,
-            env=environment,
+            env=environment_of(folder),
         )
 
     def ask(self, *command: object) -> dict[str, Any]:
@@ -92,9 +90,11 @@ class Process:
         self.process.wait()
 
 
-def failed(answer: dict[str, Any]) -> str:
-    """Why an answer is none; empty where it is one."""
-    return str(answer.get("memory") or answer.get("error") or ("" if answer else "not run"))
+def environment_of(folder: Path) -> dict[str, str]:
+    """For processes that import from here; all share one cache folder, and with it what is known of the device."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    return {**environment, "DRAWPLATE_CACHE": str(folder / CACHE)}
 
 
 def log_of(process: Process) -> str:
@@ -132,7 +132,8 @@ def run_all(
 ) -> None:
     """Reference first, then the settings, in groups that share the machine while nothing is timed.
 
-    Everybody imports while the material is made; `told` hears after each case, with all there is so far.
+    Everybody imports while the material is made. Then, while all of them wait, the device is measured for Drawplate's
+    planner, as a user's would be. `told` hears after each case, with all there is so far.
     """
     everyone = [Process(s, task.work / f"{i:02d}-{s.system}") for i, s in enumerate([REFERENCE, *chosen])]
     for process in everyone:
@@ -142,6 +143,8 @@ def run_all(
         for process, answer in _answers(task, everyone, "imports"):
             process.loaded = answer
         made.result()
+    if any(process.setting.options.get("plan") for process in everyone):
+        call_material(task.folder, "measure_device()")
     told(everyone, "material made, libraries imported")
     for start in range(0, len(everyone), task.together):
         group = [p for p in everyone[start : start + task.together] if not failed(p.loaded)]
@@ -193,101 +196,6 @@ def _answers(task: Task, group: Sequence[Process], *command: object) -> list[tup
     for i in again:
         answers[i] = group[i].ask(*command)
     return list(zip(group, answers, strict=True))
-
-
-def results_of(task: Task, everyone: Sequence[Process]) -> list[dict[str, Any]]:
-    """One entry for each setting and case, speeds only where the gate passed."""
-    reference = everyone[0]
-    mission = next((p for p in everyone if p.setting == task.yardstick), None)
-    found = []
-    for process in everyone[1:]:
-        for case in task.cases:
-            entry = {
-                "system": process.setting.system,
-                "setting": process.setting.name,
-                "dropout": process.setting.dropout,
-                "budget_gib": process.setting.budget_gib,
-                "case": case,
-                "tokens": parse_case(case).tokens,
-                **process.loaded,
-            }
-            entry.pop("trace", None)
-            entry.update(_case_entry(process, case, reference, mission))
-            found.append(entry)
-    return found
-
-
-def _case_entry(process: Process, case: str, reference: Process, mission: Process | None) -> dict[str, Any]:
-    warm, timed = process.warm.get(case, {}), process.timed.get(case, [])
-    problem = failed(process.loaded) or failed(process.curve) or failed(warm)
-    problem = problem or next(filter(None, map(failed, timed)), "") or ("" if timed else "not timed")
-    if problem:
-        fits = not any("memory" in answer for answer in [process.loaded, process.curve, warm, *timed])
-        return {"refused": problem if fits else "does not fit into memory", "detail": problem}
-    if not reference.curve.get("losses") or not reference.warm.get(case, {}).get("losses"):
-        return {"refused": "the fp32 reference did not run", "detail": failed(reference.curve)}
-    whole = _verdict(process, reference, mission, lambda p: p.curve, "curve")
-    here = _verdict(process, reference, mission, lambda p: _first_step(p, case), case)
-    gate = {"gate": dataclasses.asdict(whole), "gate_of_case": dataclasses.asdict(here)}
-    numbers = {
-        "first_step_seconds": process.curve.get("first_step_seconds"),
-        "first_loss": timed[0]["losses"][0],
-        "last_loss": timed[0]["losses"][-1],
-        "gradient_norm": timed[0]["gradient_norms"][0],
-        "peak_reserved_bytes": max(a.get("peak_reserved_bytes", 0) for a in [warm, *timed]),
-        "peak_allocated_bytes": max(a.get("peak_allocated_bytes", 0) for a in [warm, *timed]),
-        "process_device_bytes": max((a.get("process_device_bytes") or 0 for a in timed), default=0) or None,
-        **({"decided": warm["decided"]} if "decided" in warm else {}),
-    }
-    reason = whole.reason or here.reason
-    if reason:
-        return {"refused": f"gate: {reason}", **numbers, **gate}
-    seconds = [s for answer in timed for s in answer["step_seconds"]]
-    speed = parse_case(case).tokens / statistics.median(seconds)
-    rounds = [[round(s, 5) for s in answer["step_seconds"]] for answer in timed]
-    return {"tokens_per_second": round(speed, 1), "step_seconds": rounds, **numbers, **gate}
-
-
-def _first_step(process: Process, case: str) -> dict[str, Any]:
-    """Of a case; of another one with the same documents where the process cannot run this (packed against padded)."""
-    same = sorted(n for lengths in parse_case(case).micro_batches for n in lengths)
-    for other in sorted(process.warm, key=lambda name: name != case):
-        answer = process.warm[other]
-        if not failed(answer) and sorted(n for ns in parse_case(other).micro_batches for n in ns) == same:
-            return {key: value[:1] for key, value in answer.items() if key in ("losses", "gradient_norms")}
-    return {}
-
-
-def _verdict(
-    process: Process,
-    reference: Process,
-    mission: Process | None,
-    answer_of: Callable[[Process], dict[str, Any]],
-    gradient: str,
-) -> Verdict:
-    def curve_of(one: Process) -> Curve:
-        answer = answer_of(one)
-        return Curve(
-            losses=answer.get("losses", []),
-            gradient_norms=answer.get("gradient_norms", []),
-            gradient_error=gradient_error(one.out, reference.out, gradient),
-        )
-
-    yardstick = curve_of(mission) if mission is not None and answer_of(mission).get("losses") else None
-    return judge(curve_of(process), curve_of(reference), yardstick)
-
-
-def gradient_error(folder: Path, reference: Path, name: str) -> float | None:
-    """|g - reference| / |reference| over all trained tensors; None where either was not written."""
-    import numpy as np
-    from safetensors.numpy import load_file
-
-    paths = [at / f"gradient-{name}.safetensors" for at in (folder, reference)]
-    if not all(path.is_file() for path in paths):
-        return None
-    own, true = map(load_file, paths)
-    distance = sum(float(np.sum((own[key] - true[key]).astype(np.float64) ** 2)) for key in true)
-    return float((distance / sum(float(np.sum(true[key].astype(np.float64) ** 2)) for key in true)) ** 0.5)
 
 
 def versions() -> dict[str, str]:
@@ -348,7 +256,8 @@ def main() -> int:
     for case in [*cases, task.gate_case]:
         parse_case(case)
     model = {"shape": asked.model, "layers": asked.layers}
-    record = measure(task, chosen, model, asked.out, lambda: make_material(task.folder, asked.model, asked.layers))
+    call = f"make_material(Path({str(task.folder)!r}), {asked.model!r}, {asked.layers!r})"
+    record = measure(task, chosen, model, asked.out, lambda: call_material(task.folder, call))
     print(table([record]))
     return 0
 
@@ -367,8 +276,9 @@ def measure(
             gate={"case": task.gate_case, "reference": everyone[0].curve, "reference_loaded": everyone[0].loaded},
             seconds=round(time.monotonic() - began, 1),
             machine=machine(),
+            measured_device=measured_device(task.folder),
             versions=versions(),
-            results=results_of(task, everyone),
+            results=results_of(task.cases, everyone, task.yardstick),
             logs={p.out.name: log_of(p) for p in everyone},
         )
         out.write_text(json.dumps(record, indent=1))
@@ -379,14 +289,16 @@ def measure(
     return record
 
 
-def make_material(folder: Path, shape: str, layers: int | None) -> None:
+def call_material(folder: Path, call: str) -> None:
     """In a process of its own: its memory must be free again before anybody is measured."""
-    code = (
-        "from pathlib import Path; from bench.peers.material import make_material; "
-        f"make_material(Path({str(folder)!r}), {shape!r}, {layers!r})"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    code = f"from pathlib import Path; from bench.peers.material import *; {call}"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment_of(folder))
+
+
+def measured_device(folder: Path) -> dict[str, Any] | None:
+    """What the planned settings were planned with; None where nobody plans."""
+    found = sorted((folder / CACHE / "speed").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(found[-1].read_text()) if found else None
 
 
 if __name__ == "__main__":

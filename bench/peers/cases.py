@@ -15,7 +15,7 @@ import numpy as np
 
 DISTINCT_TOKENS = 512
 CLIMATE_LENGTHS = Path(__file__).resolve().parent.parent / "climate-lengths.json"
-CORPUS = "documents.json"
+CORPUS, CACHE = "documents.json", "cache"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Setting:
         system: drawplate, mission, liger, unsloth or trl; `reference` is the fp32 yardstick.
         name: in the system's own words.
         dropout: of the adapter's input, while timing.
-        budget_gib: the allocator may reserve no more; None for all of the card.
+        budget_gib: the process may hold no more of the card, CUDA context included; None for all of it.
         options: what the system's adapter needs to know.
     """
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from bench.peers.cases import Case, Setting
 from bench.peers.fit import fit_kept_layers
-from bench.peers.material import CACHE, load_lora
+from bench.peers.material import load_lora
+from bench.peers.memory import cap_allocator
 from bench.peers.stepping import Documents, Scale
 from drawplate.data.batches import Batch, cut_packed, cut_padded
 from drawplate.model.adapter import lora_config
@@ -71,7 +71,7 @@ class DrawplatePeer:
     def prepare(self, case: Case, two_steps: Any) -> dict[str, Any]:
         """Plan or fit for a case; what was decided."""
         if self.setting.options.get("keep") == "fit":
-            kept = fit_kept_layers(self, two_steps, (self.setting.budget_gib or 0) * 2**30)
+            kept = fit_kept_layers(self, two_steps, lambda: cap_allocator(int((self.setting.budget_gib or 0) * 2**30)))
             return {"decided": {"kept_layers": kept}}
         if not self.setting.options.get("plan") or self._planned_for == case.name:
             return {}
@@ -158,7 +158,6 @@ def explicit_placement(setting: Setting, device: torch.device) -> Placement:
 
 def recipe_of(folder: Path, setting: Setting, case: Case | None) -> Any:
     """The recipe that a user would write for a case and a budget, everything else left open."""
-    os.environ.setdefault("DRAWPLATE_CACHE", str(folder / CACHE))
     values: dict[str, Any] = {
         "model": {"name_or_path": str(folder)},
         "data": {"files": str(folder)},

@@ -48,10 +48,11 @@ def _rows(results: Iterable[dict[str, Any]]) -> str:
 
 
 def best_within(results: Iterable[dict[str, Any]], case: str, budget_gib: float | None) -> dict[str, dict[str, Any]]:
-    """Each system's fastest result of a case whose peak is within the budget (None: any); slower ones are dropped."""
+    """Each system's fastest result of a case whose process held no more than the budget (None: any)."""
     best: dict[str, dict[str, Any]] = {}
     for r in results:
-        fits = budget_gib is None or r.get("peak_reserved_bytes", 0) <= budget_gib * GIB
+        held = r.get("process_device_bytes") or r.get("peak_reserved_bytes", 0)
+        fits = budget_gib is None or held <= budget_gib * GIB
         if r["case"] != case or "tokens_per_second" not in r or not fits:
             continue
         if r["system"] not in best or r["tokens_per_second"] > best[r["system"]]["tokens_per_second"]:

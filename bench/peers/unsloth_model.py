@@ -24,6 +24,7 @@ from bench.peers.cases import Case, Setting
 from bench.peers.fit import fit_kept_layers
 from bench.peers.huggingface import PeftPeer
 from bench.peers.material import load_lora
+from bench.peers.memory import cap_allocator
 
 LONGEST = 2048
 
@@ -48,7 +49,7 @@ class UnslothPeer(PeftPeer):
         """Fit for a case, where the setting asks for it; what was decided."""
         if self.setting.options.get("keep") != "fit":
             return {}
-        kept = fit_kept_layers(self, two_steps, (self.setting.budget_gib or 0) * 2**30)
+        kept = fit_kept_layers(self, two_steps, lambda: cap_allocator(int((self.setting.budget_gib or 0) * 2**30)))
         return {"decided": {"kept_layers": kept}}
 
 

@@ -53,7 +53,7 @@ class Worker:
         return {"import_seconds": round(self.busy_seconds, 2)}
 
     def load(self) -> dict[str, Any]:
-        """Load; the allocator is capped first, so that loading must fit too."""
+        """Load; the budget holds from here on, so that loading must fit too."""
         import torch
 
         from bench.peers import material
@@ -61,9 +61,7 @@ class Worker:
 
         began = time.monotonic()
         if torch.cuda.is_available():
-            if self.setting.budget_gib:
-                total = torch.cuda.get_device_properties(0).total_memory
-                torch.cuda.set_per_process_memory_fraction(self.setting.budget_gib * 2**30 / total)
+            self._cap()
             torch.cuda.reset_peak_memory_stats()
         self.peer = self.module.load(self.folder, self.setting)
         self.start = material.load_start(self.folder)
@@ -97,12 +95,14 @@ class Worker:
         import torch
 
         from bench.peers.cases import documents, parse_case
+        from bench.peers.memory import process_device_bytes
         from bench.peers.stepping import set_adapter, take_steps
 
         case, cuda, began = parse_case(name), torch.cuda.is_available(), time.monotonic()
         steps = [documents(case, step, self.vocab, self.corpus) for step in range(count)]
         if kept_gradient and hasattr(self.peer, "prepare"):
             self.decided = self._prepare(case)
+        room = self._cap()
         gradient = self.out / f"gradient-{kept_gradient}.safetensors" if kept_gradient else None
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -124,12 +124,22 @@ class Worker:
         if cuda:
             answer["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
             answer["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
-            answer["process_device_bytes"] = _process_device_bytes()
+            answer["process_device_bytes"] = process_device_bytes()
+            answer["allocator_room_bytes"] = room
             if hasattr(self.peer, "rest"):
                 self.peer.rest()
             gc.collect()
             torch.cuda.empty_cache()
         return answer
+
+    def _cap(self) -> int | None:
+        """Hold the setting's budget; what the allocator may reserve."""
+        import torch
+
+        from bench.peers.memory import cap_allocator
+
+        budget = self.setting.budget_gib
+        return cap_allocator(int(budget * 2**30)) if budget and torch.cuda.is_available() else None
 
     def _prepare(self, case: Any) -> dict[str, Any]:
         from bench.peers.cases import documents
@@ -143,20 +153,6 @@ class Worker:
 
         prepared: dict[str, Any] = self.peer.prepare(case, two_steps)
         return prepared or self.decided
-
-
-def _process_device_bytes() -> int | None:
-    """Device memory of this process, context included, as the driver counts it; None where it does not say."""
-    try:
-        import pynvml
-        import torch
-
-        pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(0).uuid  # of the device this process sees, whatever its number
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
-        return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
-    except Exception:  # a figure beside the main one: its absence is recorded as null
-        return None
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from bench.compare import gradient_error
 from bench.peers import drawplate_model, huggingface, material
 from bench.peers.cases import REFERENCE, Setting, documents, parse_case
+from bench.peers.entries import gradient_error
 from bench.peers.gate import Curve, judge
 from bench.peers.stepping import Steps, set_adapter, take_steps
 

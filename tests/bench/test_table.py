@@ -44,6 +44,13 @@ def test_a_budget_leaves_out_what_needs_more() -> None:
     assert "unsloth" not in best_within(RESULTS, "7x512", 2)
 
 
+def test_a_budget_holds_the_whole_process_where_that_is_known() -> None:
+    context = 800 * 2**20
+    held = [result("unsloth", "nf4", 1.0, 5.5, process_device_bytes=int(5.5 * 2**30) + context)]
+    assert not best_within(held, "7x512", 6)
+    assert best_within(held, "7x512", 6.5)
+
+
 def test_a_ratio_compares_each_systems_best_within_the_budget() -> None:
     assert ratios(RESULTS, "unsloth", None) == [("7x512", 40000.0, 30000.0, 40000 / 30000)]
     assert ratios(RESULTS, "unsloth", 6) == [("7x512", 20000.0, 10000.0, 2.0)]
