@@ -29,7 +29,7 @@ def failed(answer: dict[str, Any]) -> str:
 
 
 def results_of(cases: Sequence[str], everyone: Sequence[Answered], yardstick: Setting) -> list[dict[str, Any]]:
-    """One entry for each setting and case, speeds only where the gate passed; the first of `everyone` is the reference."""
+    """An entry for each setting and case, speeds only behind the gate; the first of `everyone` is the reference."""
     reference = everyone[0]
     mission = next((p for p in everyone if p.setting == yardstick), None)
     found = []
