@@ -2,22 +2,17 @@
 
 Key names are the ones people know from `transformers.TrainingArguments`, `peft.LoraConfig` and
 `transformers.BitsAndBytesConfig`, grouped into sections. A key left out is `auto` (or its stated default); what
-`auto` became is written to the run folder's `recipe.yaml` and explained by the plan. Unknown keys are refused with
-the nearest known one. YAML 1.1's surprises (`2e-4` is a string, `no` is False) are undone by pydantic's coercion to
-each field's type.
+`auto` became is written to the run folder's `recipe.yaml` and explained by the plan. YAML 1.1's surprises (`2e-4` is a
+string, `no` is False) are undone by pydantic's coercion to each field's type.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from drawplate.errors import UsageError
 from drawplate.units import parse_bytes
 
 Auto = Literal["auto"]
@@ -305,111 +300,3 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """This recipe as YAML that `load_recipe` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def cache_folder() -> Path:
-    """Where downloads and converted weights are kept: $DRAWPLATE_CACHE, or drawplate/ in the user's cache folder."""
-    given = os.environ.get("DRAWPLATE_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drawplate"
-
-
-def expand(path: str) -> Path:
-    """A path of the recipe with `~` and `${DRAWPLATE_CACHE}` filled in; no other variable is, so none can leak."""
-    return Path(path.replace("${DRAWPLATE_CACHE}", str(cache_folder()))).expanduser()
-
-
-def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A recipe from a YAML file or a mapping, with `section.key=value` overrides applied on top.
-
-    Raises:
-        UsageError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a value
-            cannot be meant.
-    """
-    values = source if isinstance(source, dict) else _read_yaml(Path(source))
-    values = {key: dict(part) if isinstance(part, dict) else part for key, part in values.items()}
-    for override in overrides:
-        _apply_override(values, override)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        where = "the recipe" if isinstance(source, dict) else str(source)
-        raise UsageError(
-            f"{where}: " + "; ".join(_explain(problem) for problem in error.errors()),
-            safe="Nothing was loaded or written.",
-            next_step="Mend the recipe; `drawplate recipe` lists every key with its meaning.",
-        ) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"The recipe {path} cannot be read: {error.strerror}.",
-            next_step="Name a recipe file, for example examples/climate-demo.yaml.",
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}", next_step="Mend the line it names.") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no keys.", next_step="Start from examples/climate-demo.yaml.")
-    return values
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UsageError(f"--set {override} has no value.", next_step="Write --set section.key=value.")
-    section, _, key = path.strip().rpartition(".")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    if not section:
-        values[key] = value
-        return
-    part = values.setdefault(section, {})
-    if not isinstance(part, dict):
-        raise UsageError(f"--set {override}: {section} is not a section.", next_step=_known_keys_hint(section))
-    part[key] = value
-
-
-def known_keys() -> dict[str, str]:
-    """Every key of a recipe in dotted form, with its description."""
-    keys: dict[str, str] = {}
-    for name, field in Recipe.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            for inner, inner_field in section.model_fields.items():
-                keys[f"{name}.{inner}"] = inner_field.description or ""
-        else:
-            keys[name] = field.description or ""
-    return keys
-
-
-def _known_keys_hint(wrong: str) -> str:
-    keys = list(known_keys())
-    sections = sorted({key.split(".")[0] for key in keys})
-    leaf = wrong.rpartition(".")[2]
-    by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    for candidates, name in ((keys, wrong), (sections, wrong), (list(by_leaf), leaf)):
-        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-        if near:
-            return f"did you mean {by_leaf.get(near[0], near[0])}?"
-    return f"known sections are {', '.join(sections)}"
-
-
-def _explain(problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and part in _path_words())
-    if problem["type"] == "extra_forbidden":
-        wrong = ".".join(str(part) for part in problem["loc"])
-        return f"unknown key {wrong}, {_known_keys_hint(wrong)}"
-    if problem["type"] == "missing":
-        return f"{path or '.'.join(map(str, problem['loc']))} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{path}: {message} (got {problem['input']!r})" if path and "exclude" not in message else message
-
-
-def _path_words() -> set[str]:
-    return {word for key in known_keys() for word in key.split(".")}
