@@ -5,9 +5,12 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+import torch
+from torch import fx
 from transformers import AutoConfig
 
-from drawplate.footprints import Mode, Trace
+from drawplate.footprints import TRIAL, Mode, Trace
+from drawplate.model import compiled_footprint
 from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.footprint import layer_shapes, outer_footprints
@@ -54,7 +57,7 @@ def test_every_architecture_has_a_footprint(name: str, mode: Mode) -> None:
         assert left == {"out": output}
         _, saved = held(part.forward, 512)
         assert saved["out"] == output
-        _, left = held(part.backward, 512, saved)
+        _, left = held(part.backward, 512, {**saved, "grad_out": output})
         assert left["grad_in"] == output
     names = {name for name, _ in kinds[0].footprints[mode].backward}
     assert {f"grad:{i}" for i in range(len(kinds[0].trained))} <= names
@@ -71,6 +74,47 @@ def test_packed_weights_add_their_dequantized_copy_while_they_are_needed() -> No
     weights = sum(2 * x.out_features * x.in_features for x in kinds[0].linears)
     assert plain < by_weight < whole
     assert weights <= whole - plain < 1.2 * weights
+
+
+def test_adapters_of_gate_and_up_are_added_when_all_four_products_are_there() -> None:
+    """As torch 2.11 compiles it (seen in a trace of its allocations): one kernel adds both and multiplies."""
+    anatomy = anatomy_of("llama")
+    section = LoraSection(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1)
+    kinds, _ = layer_shapes(anatomy, lora_config(section, anatomy, "x", None))
+    footprint = kinds[0].footprints[Mode("cuda", "bfloat16", True, "", False, True, False)]
+    wide = 2 * anatomy.config.intermediate_size
+    held_now, most, copies = set[str](), 0, []
+    for name, line in footprint.forward:
+        if name.startswith(TRIAL):
+            copies.append(line.per_token if line else 0)
+            continue
+        if line is None:
+            held_now.discard(name)
+        elif line.per_token == wide:
+            held_now.add(name)
+        most = max(most, len(held_now))
+    assert most == 5, "two products each for gate and up, and what goes into the last one"
+    assert copies.count(wide) == 2, "gate and up are written over the products they are made of"
+
+
+def test_rotated_queries_are_not_written_over_what_they_are_made_of() -> None:
+    graph = fx.Graph()
+    places = torch.empty(4, 8, device="meta")
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    straight = graph.call_function(torch.ops.aten.add.Tensor, (x, y))
+    turned = graph.call_function(torch.ops.aten.permute.default, (straight, [1, 0]))
+    again = graph.call_function(torch.ops.aten.neg.default, (turned,))
+    half = graph.call_function(torch.ops.aten.slice.Tensor, (straight, 1, 4, 8))
+    rotated = graph.call_function(torch.ops.aten.cat.default, ([half, half], 1))
+    for node, value in ((x, places), (y, places), (straight, places), (rotated, places)):
+        node.meta["val"] = value
+    turned.meta["val"], half.meta["val"] = places.t(), places[:, 4:]
+    again.meta["val"] = torch.empty(8, 4, device="meta")
+    assert compiled_footprint._same_places(x, straight, {x, y})
+    assert not compiled_footprint._same_places(x, again, {x, y}), "in another order"
+    assert not compiled_footprint._same_places(x, rotated, {x, y}), "an element of another place"
+    again.meta["val"] = torch.empty(4, 8, device="meta").t()
+    assert compiled_footprint._same_places(x, again, {x, y}), "the same order after all"
 
 
 STORED = [("", False), ("nf4", False), ("nf4", True)]

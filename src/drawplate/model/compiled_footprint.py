@@ -33,6 +33,8 @@ _VIEWS = {
     "as_strided", "reshape", "split", "split_with_sizes", "unbind", "_unsafe_view", "unflatten",
 }  # fmt: skip
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "var_mean", "var", "prod", "any", "all", "_softmax"}
+MOST_READS = 4
+"""The compiler's `realize_reads_threshold`."""
 GRADIENT_PARTS = 16
 """`PARTS` of kernels/dropped_product_triton.py, which cannot be imported without Triton."""
 TYPICAL_TOKENS = 4096
@@ -54,9 +56,11 @@ def compiled_footprint(trial: Trial) -> Footprint:
     """The traces of the compiled layer."""
     forward, backward = _graphs(trial)
     weights = _whole_weights(trial)
-    inference = _traced_forward(forward, weights, outputs=_outputs(forward)[:1])
+    alone = _inference_graph(forward)
+    inference = _traced_forward(alone, weights, outputs=_outputs(alone))
     training = _traced_forward(forward, weights, outputs=_outputs(forward))
     out, *saved = _outputs(forward)
+    out_alone = _outputs(alone)[0]
     names = {node.name: training.names[_root(node)] for node in saved if _root(node) in training.names}
     back = _Walk(backward, names, _outputs(backward), training.recorder)
     start = len(training.recorder.events)
@@ -65,7 +69,7 @@ def compiled_footprint(trial: Trial) -> Footprint:
     meanings = {name: f"grad:{i}" for i, name in enumerate(gradients)} | {grad_in: "grad_in"}
     for_training = {training.names[_root(out)]: "out"}
     return Footprint(
-        inference=inference.recorder.cut(0, None, {inference.names[_root(out)]: "out"}),
+        inference=inference.recorder.cut(0, None, {inference.names[_root(out_alone)]: "out"}),
         forward=training.recorder.cut(0, start, for_training),
         backward=training.recorder.cut(start, None, for_training | meanings),
     )
@@ -120,9 +124,17 @@ def _graphs(trial: Trial) -> tuple[fx.GraphModule, fx.GraphModule]:
     with _as_if_compiling():
         out = traced(*flat)
         torch.autograd.grad(out, wanted, torch.empty_like(out))
-    for graph in found.values():
-        compiler.reorder_for_locality(graph.graph)
     return found["forward"], found["backward"]
+
+
+def _inference_graph(forward: fx.GraphModule) -> fx.GraphModule:
+    """The forward that saves nothing, in the order that the compiler gives to such graphs alone."""
+    graph = fx.Graph()
+    out = graph.graph_copy(forward.graph, {})
+    graph.output((out[0],))  # type: ignore[index]
+    graph.eliminate_dead_code()
+    _Compiler.imported().reorder_for_locality(graph)
+    return fx.GraphModule(forward, graph)
 
 
 @contextmanager
@@ -173,6 +185,15 @@ class _Kernel:
         """The buffers that it makes."""
         return list(self.reads_of)
 
+    def before(self, node: fx.Node) -> set[fx.Node]:
+        """Those of its buffers that this one is made of."""
+        found, waiting = set[fx.Node](), [node]
+        while waiting:
+            made_of = self.reads_of[waiting.pop()] & self.reads_of.keys() - found
+            found |= made_of
+            waiting += made_of
+        return found
+
     @property
     def reads(self) -> set[fx.Node]:
         """The buffers that must be there before."""
@@ -202,6 +223,7 @@ class _Walk:
     _kernels: list[_Kernel] = field(default_factory=list)
     _last: dict[fx.Node, int] = field(default_factory=dict)
     _peaks: list[int] = field(default_factory=list)
+    _in_place: list[Line] = field(default_factory=list)
 
     def run(self) -> None:
         """Record it: once to see where the peak is, then with buffers used again where that does not raise it."""
@@ -209,7 +231,7 @@ class _Walk:
         self._kernels = self._ordered(_kernels(list(self.graph.graph.nodes), self._wanted))
         self._last = {source: i for i, kernel in enumerate(self._kernels) for source in kernel.reads}
         into = self.recorder
-        self.recorder, self._peaks = Recorder("trial "), []
+        self.recorder, self._peaks = Recorder("dry "), []
         places = [n for n in self.graph.graph.nodes if n.op == "placeholder" and n.name in self.inputs]
         self.recorder.events += {self.inputs[n.name]: (self.inputs[n.name], _line(n)) for n in places}.values()
         self._pass()
@@ -232,15 +254,18 @@ class _Walk:
         self.names = {node: self.inputs[node.name] for node in places}
         self._views_of = Counter(self.names.values())
         self._marks: list[int] = []
-        self._freed: list[tuple[str, Line, int, int]] = []
+        self._freed: list[tuple[str, torch.dtype, Line, int, int]] = []
         for i, kernel in enumerate(self._kernels):
             dying = {s for s in kernel.reads if self._last[s] == i and s not in self._wanted and s in self.names}
             if not self.release_inputs:
                 dying = {s for s in dying if s.op != "placeholder"}
             scratch = [] if kernel.generated else _workspace(kernel.writes[0])
             early = [self.recorder.take(line) for line in scratch if _begins_with_scratch(kernel.writes[0])]
+            self._in_place = []
             for node in kernel.writes:
                 self._write(node, i, dying)
+            if kernel.generated and self._peaks:
+                self.recorder.try_out(self._in_place)
             for name in early:
                 self.recorder.give(name)
             self.recorder.pass_by(*scratch[len(early) :])
@@ -256,8 +281,8 @@ class _Walk:
         name = self.names[node]
         self._views_of[name] -= 1
         if self._views_of[name] <= 0:
-            if node.op != "placeholder" and _is_planned(node):
-                self._freed.append((name, _line(node), len(self.recorder.events), at))
+            if node.op != "placeholder":
+                self._freed.append((name, _dtype(node), _line(node), len(self.recorder.events), at))
             self.recorder.give(name)
 
     def _write(self, node: fx.Node, at: int, dying: set[fx.Node]) -> None:
@@ -267,31 +292,36 @@ class _Walk:
             return
         if kernel.generated and (source := self._replaced(node, at, dying)) is not None:
             dying.discard(source)
+            self._in_place.append(line)
             self.names[node] = self.names[source]
             if node in self._wanted and self.names[source] in self.inputs.values():  # it leaves under its own name
                 self.recorder.give(self.names[source])
                 self.names[node] = self.recorder.take(line)
             return
-        again = self._used_again(line, at) if _is_planned(node) else None
+        again = self._used_again(node, at) if _is_planned(node) else None
         self.names[node] = self.recorder.take(line) if again is None else again
 
     def _replaced(self, node: fx.Node, at: int, dying: set[fx.Node]) -> fx.Node | None:
         line, kernel = _line(node), self._kernels[at]
         for source in sorted(kernel.reads_of[node] & dying, key=lambda n: n.name):
-            readers = sum(source in reads for later in self._kernels[at:] for reads in later.reads_of.values())
-            if readers == 1 and _line(source) == line and self._views_of[self.names[source]] <= 1:
+            later = [reads for each in self._kernels[at + 1 :] for reads in each.reads_of.values()]
+            beside = [reads for other, reads in kernel.reads_of.items() if other not in kernel.before(node)]
+            readers = sum(source in reads for reads in (*beside, *later))
+            alone = readers == 1 and self._views_of[self.names[source]] <= 1
+            if alone and _line(source) == line and _same_places(source, node, kernel.reads_of[node]):
                 return source
         return None
 
-    def _used_again(self, line: Line, at: int) -> str | None:
-        """The buffer of that size let go of last, if keeping it until now does not raise the graph's peak."""
+    def _used_again(self, node: fx.Node, at: int) -> str | None:
+        """The buffer of that kind let go of last, if keeping it until now does not raise the graph's peak."""
+        line = _line(node)
         for freed in reversed(self._freed if self._peaks else []):
-            name, size, event, since = freed
-            if size != line:
+            name, dtype, size, event, since = freed
+            if size != line or dtype != _dtype(node):
                 continue
             between = self._peaks[since + 1 : at]
             if between and max(between) + line.bytes(TRACED_TOKENS) > max(self._peaks):
-                continue
+                return None
             self._freed.remove(freed)
             self.recorder.events[event] = (name, KEPT)
             return name
@@ -300,13 +330,10 @@ class _Walk:
 
 def _kernels(nodes: list[fx.Node], wanted: set[fx.Node]) -> list[_Kernel]:
     """The launches, in order; operations that read the same and have the same size are launched together."""
-    needed = _needed(wanted)
-    buffers = {node for node in needed if _has_buffer(node, wanted, needed)}
+    buffers = _buffers(nodes, wanted)
     kernels: list[_Kernel] = []
     made_by: dict[fx.Node, int] = {}
-    for node in nodes:
-        if node not in buffers or node.op == "placeholder":
-            continue
+    for node in _realized(nodes, buffers):
         if _name(node) == "getitem":
             made_by[node] = made_by[node.all_input_nodes[0]]
             kernels[made_by[node]].reads_of[node] = set()
@@ -315,12 +342,47 @@ def _kernels(nodes: list[fx.Node], wanted: set[fx.Node]) -> list[_Kernel]:
         ready = max((made_by[source] for source in kernel.reads if source in made_by), default=-1)
         home = _home(kernels, kernel, ready) if kernel.generated else None
         if home is None:
-            made_by[node] = len(kernels)
+            home = len(kernels)
             kernels.append(kernel)
         else:
-            made_by[node] = home
             kernels[home].reads_of |= kernel.reads_of
-    return kernels
+        made_by[node] = home
+        for i in _joining(kernels, home) if kernel.generated else ():
+            made_by |= dict.fromkeys(kernels[i].writes, home)
+            kernels[home].reads_of = kernels[i].reads_of | kernels[home].reads_of
+            kernels[i] = _Kernel({}, 0, generated=False)
+    return [kernel for kernel in kernels if kernel.reads_of]
+
+
+def _realized(nodes: list[fx.Node], buffers: set[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes with buffers in the order in which the compiler decides that they have one: a pointwise operation with
+    one user when a library's kernel comes to read it, or at the end."""
+
+    def waits(node: fx.Node) -> bool:
+        return _is_fused(node) and len(node.users) == 1 and _name(node) not in _REDUCTIONS
+
+    waiting = {node for node in buffers if node.op != "placeholder" and waits(node)}
+    for node in nodes:
+        if node not in buffers or node.op == "placeholder" or node in waiting:
+            continue
+        if not _is_fused(node):
+            for source in dict.fromkeys(_root(given) for given in node.all_input_nodes):
+                if source in waiting:
+                    waiting.remove(source)
+                    yield source
+        yield node
+    yield from (node for node in nodes if node in waiting)
+
+
+def _joining(kernels: list[_Kernel], home: int) -> list[int]:
+    """The earlier launches that can wait for that one and go with it: it reads what they make, and nobody before."""
+    kernel, found = kernels[home], []
+    for i, other in enumerate(kernels[:home]):
+        made = set(other.writes)
+        waits = other.generated and other.size == kernel.size and made & kernel.reads
+        if waits and not any(made & later.reads for later in kernels[i + 1 : home]):
+            found.append(i)
+    return found
 
 
 def _home(kernels: list[_Kernel], kernel: _Kernel, ready: int) -> int | None:
@@ -343,6 +405,17 @@ def _needed(wanted: set[fx.Node]) -> set[fx.Node]:
             seen.add(node)
             waiting += node.all_input_nodes
     return seen
+
+
+def _buffers(nodes: list[fx.Node], wanted: set[fx.Node]) -> set[fx.Node]:
+    """The nodes whose results lie in memory; what is used twice and reads many buffers is not computed twice."""
+    needed, found = _needed(wanted), set[fx.Node]()
+    for node in nodes:
+        shared = _is_fused(node) and not _is_view(node) and len(node.users) > 1
+        often = shared and len(_buffers_read(node, found)) > MOST_READS
+        if node in needed and (often or _has_buffer(node, wanted, needed)):
+            found.add(node)
+    return found
 
 
 def _has_buffer(node: fx.Node, wanted: set[fx.Node], needed: set[fx.Node]) -> bool:
@@ -378,6 +451,25 @@ def _buffers_read(node: fx.Node, buffers: set[fx.Node]) -> set[fx.Node]:
         else:
             waiting += source.all_input_nodes
     return found
+
+
+def _same_places(source: fx.Node, node: fx.Node, buffers: set[fx.Node]) -> bool:
+    """Whether each element of `node` is made of the element of `source`, one of the buffers it reads, in its place."""
+    path: dict[fx.Node, bool] = {}
+
+    def leads(reader: fx.Node) -> bool:
+        """Whether it is made of the source at all; notes in `path` whether element by element."""
+        found, made = False, reader.meta["val"]
+        for given in reader.all_input_nodes:
+            root = _root(given)
+            if root is source or (root not in buffers and root in path) or (root not in buffers and leads(root)):
+                value, whole = given.meta["val"], root.meta["val"]
+                alike = value.shape == made.shape and value.stride() == made.stride()
+                path[reader] = path.get(reader, True) and alike and value.numel() == whole.numel()
+                found = True
+        return found
+
+    return leads(node) and all(path.values())
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -422,6 +514,11 @@ def _root(node: fx.Node) -> fx.Node:
 def _outputs(graph: fx.GraphModule) -> list[fx.Node]:
     values: Any = next(iter(graph.graph.find_nodes(op="output"))).args[0]
     return [value for value in values if isinstance(value, fx.Node)]
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
 
 
 def _line(node: fx.Node) -> Line:

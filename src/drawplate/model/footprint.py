@@ -304,14 +304,25 @@ def _outer_traces(
         names, turn = {watch.name_of(out): "out"}, len(recorder.events)
         keeps_input = kept[0]() is not None
         if training:
-            gradient = torch.autograd.grad(out, edges[0], torch.empty_like(out))[0]
-            names[watch.name_of(gradient)] = "grad_in"
+            gradient, incoming, not_its = _differentiated(watch, out, edges[0])
+            names |= {watch.name_of(gradient): "grad_in", incoming: "grad_out"}
+            marks["input"] |= not_its
         events = recorder.cut(0, None, names)
-    first, start, of_input = marks["first"], marks["last"], marks["input"]
-    shared = {name for name, _ in events[:first]}
-    closing = [e for e in events[start:turn] if e[0] not in of_input and e[0] not in shared]
-    backward = [e for e in events[turn:] if e[0] not in of_input and e[0] not in shared]
+    first, start, beside = marks["first"], marks["last"], marks["input"]
+    beside |= {name for name, _ in events[:first]}
+    closing = [e for e in events[start:turn] if e[0] not in beside]
+    backward = [e for e in events[turn:] if e[0] not in beside and (e[0] != "grad_out" or e[1] is None)]
     return events[:first], tuple(closing), tuple(backward), keeps_input
+
+
+def _differentiated(watch: Watch, out: Tensor, edge: Any) -> tuple[Tensor, str, set[str]]:
+    """Run backward from `out` to an edge -> the gradient that arrives there, the block of the one that came in, and the
+    blocks that are only here: an operation more makes the one that comes in, or its caller would hold it to the end."""
+    come: list[str] = []
+    doubled, gradient = out * 2, torch.empty_like(out)
+    out.grad_fn.register_prehook(lambda grads: come.append(watch.name_of(grads[0])))  # type: ignore[union-attr]
+    arrived = torch.autograd.grad(doubled, edge, gradient)[0]
+    return arrived, come[0], {watch.name_of(doubled), watch.name_of(gradient)}
 
 
 def _packing(hidden: Tensor, mode: Mode) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drawplate.footprints import Line, Trace
+from drawplate.footprints import TRIAL, Line, Trace
 
 TRACED_TOKENS = 1021
 """Prime, and a divisor of no model's sizes: a tensor grows with the tokens if its size is a multiple."""
@@ -48,7 +48,17 @@ class Recorder:
 
     def pass_by(self, *lines: Line) -> None:
         """Blocks that are there for a moment."""
-        for name in [self.take(line) for line in lines]:
+        for name in reversed([self.take(line) for line in lines]):
+            self.give(name)
+
+    def try_out(self, copies: Sequence[Line]) -> None:
+        """A kernel is tried, with copies of what it writes in place; one of nothing where it writes nothing so."""
+        names = []
+        for line in copies or [Line(0, 0)]:
+            self._count += 1
+            names.append(f"{TRIAL}{self._count}")
+            self.events.append((names[-1], line))
+        for name in names:
             self.give(name)
 
     def cut(self, start: int, end: int | None, names: Mapping[str, str]) -> Trace:

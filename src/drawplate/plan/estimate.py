@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from drawplate.footprints import Footprint, Trace
+from drawplate.footprints import TRIAL, Footprint, Trace
 from drawplate.plan.host import HostLines
 from drawplate.plan.replay import RETURN_BUFFERS, TRAINED_BYTES, Rows, eval_rows_of, train_rows_of
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
@@ -67,9 +67,14 @@ def _sums_of(part: Footprint, rows: Rows) -> _PartSums:
     if key not in _REMEMBERED:
         if len(_REMEMBERED) >= _MOST_REMEMBERED:
             _REMEMBERED.clear()
-        inference, *training = _sums((part.inference,), rows), *_sums((part.forward, part.backward), rows)
-        _REMEMBERED[key] = _PartSums(part, inference[0], *training)
+        inference, backward = _untried(part.inference), _untried(part.backward)
+        _REMEMBERED[key] = _PartSums(part, *_sums((inference,), rows), *_sums((part.forward, backward), rows))
     return _REMEMBERED[key]
+
+
+def _untried(trace: Trace) -> Trace:
+    """Without the copies for a kernel's trial, which raise the peak in the forward of a training step alone."""
+    return tuple(event for event in trace if not event[0].startswith(TRIAL))
 
 
 def _sums(traces: Sequence[Trace], rows: Rows) -> list[_Sums]:
@@ -79,7 +84,7 @@ def _sums(traces: Sequence[Trace], rows: Rows) -> list[_Sums]:
         held = peak = 0
         for name, line in trace:
             if line is None:
-                held -= sizes.pop(name)
+                held -= sizes.pop(name, 0)  # `grad_out` came from elsewhere
                 continue
             sizes[name] = line.bytes(rows.tokens, rows.borders)
             held += sizes[name]

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from drawplate.footprints import Footprint, Trace
+from drawplate.footprints import TRIAL, Footprint, Trace
 from drawplate.plan.allocator import CachingAllocator, ProcessMemory
 from drawplate.plan.blocks import Device, Moment, Name
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
 from drawplate.plan.storage import Storage, layer_bytes, loss_tile
 
 RETURN_BUFFERS = 2
+TRIED_VARIANTS = 2
 COUNTED_PARTS = 8
 TRAINED_BYTES = 4
 IN_FLOAT32 = ("int8", "fp8")
@@ -72,7 +73,7 @@ class Replay:
         self.device = Device(CachingAllocator() if choice.device == "cuda" else ProcessMemory())
         self.train_rows, self.eval_rows = train_rows_of(choice, model.layers), eval_rows_of(choice)
         self._left: dict[Name, dict[Name, None]] = {}
-        self._tried: set[int] = set()
+        self._tried: set[tuple[int, Rows]] = set()
         self._resolved: dict[tuple[int, Rows], tuple[Trace, list[tuple[str, int | None]]]] = {}
         self._kinds = [model.kinds[k] for k in model.kind_of_layer]
         self._inner = [choice.mode(choice.tier(i)) for i in range(model.layers)]
@@ -180,7 +181,6 @@ class Replay:
         self._drop_keys()
         self.device.begin()
         rows = self.eval_rows
-        self._product_workspace("forward")
         self._open(rows)
         hidden: Name = ("embedded",)
         for i in range(self.model.layers):
@@ -248,7 +248,6 @@ class Replay:
                     self.device.take("optimizer moments", ("moment", i, j, k), count * each)
 
     def _micro_batch(self, rows: Rows) -> None:
-        self._product_workspace("forward")
         if self.choice.dropout:
             self.device.take("batch and what layers share", ("keys",), 4 * rows.tokens)
             self._dropout_keys(rows)
@@ -313,7 +312,7 @@ class Replay:
         if self._offloads(layer) and layer and device.has(("leaving",)):
             device.give(("leaving",))
         line = "activations kept" if keeps else "layer being computed"
-        self._run(part.forward if keeps else part.inference, line, ("layer", layer), rows)
+        self._run(part.forward if keeps else part.inference, line, ("layer", layer), rows, sparing=not keeps)
         output: Name = ("hidden", layer + 1)
         device.rename(("layer", layer, "out"), output, "layer inputs kept")
         if self._offloads(layer) and layer:
@@ -324,7 +323,6 @@ class Replay:
         device, model = self.device, self.model
         device.now = "the loss, backward"
         gradient = rows.counted * model.hidden * self.size
-        self._product_workspace("backward")
         device.take("loss", ("scaled",), gradient)
         if rows.counted < rows.tokens:
             device.take("gradient between layers", ("grad",), rows.tokens * model.hidden * self.size)
@@ -333,7 +331,10 @@ class Replay:
             device.rename(("scaled",), ("grad",), "gradient between layers")
         device.give(("loss gradient",))
         device.now = "the norm after the last layer, backward"
+        device.rename(("grad",), ("closing", "grad_out"))
         self._run(closing.backward, "the norm after the last layer", ("closing",), rows)
+        if device.has(("closing", "grad_out")):
+            device.rename(("closing", "grad_out"), ("grad",))
         self._pass_gradient(("closing",))
         if device.has(("leaving",)):
             device.give(("leaving",))
@@ -357,8 +358,9 @@ class Replay:
                     device.take(
                         "return buffers of offloaded inputs", ("return", i), rows.tokens * self.model.hidden * self.size
                     )
+        self._product_workspace("backward")
         if not keeps:
-            self._run(part.forward, line, prefix, rows)
+            self._run(part.forward, line, prefix, rows, sparing=False)
         self._run(part.backward, line, prefix, rows)
         for j in range(len(self._trained[layer])):
             self._accumulate((*prefix, f"grad:{j}"), ("new", layer, j))
@@ -370,7 +372,8 @@ class Replay:
         """A part's gradient to its input is the next part's to its output; all else of the part is let go of."""
         self.device.rename((*prefix, "grad_in"), ("next grad",), "gradient between layers")
         self._clear(prefix)
-        self.device.give(("grad",))
+        if self.device.has(("grad",)):
+            self.device.give(("grad",))
         self.device.rename(("next grad",), ("grad",))
 
     def _accumulate(self, new: Name, later: Name) -> None:
@@ -405,6 +408,7 @@ class Replay:
         if self.device.has(("ids",)):
             self.device.give(("ids",))
         self.device.take(line, ("positions",), 8 * rows.tokens)
+        self._product_workspace("forward")
         self._run(self.model.opening[self._inner[0]].inference, line, ("shared",), rows)
 
     def _give_shared(self) -> None:
@@ -449,22 +453,50 @@ class Replay:
             del parts["target rows"]
         device.give_all(("loss", name) for name in reversed(parts))
 
-    def _run(self, trace: Trace, line: str, prefix: Name, rows: Rows) -> None:
+    def _run(self, trace: Trace, line: str, prefix: Name, rows: Rows, *, sparing: bool = True) -> None:
         """Replay a trace, its blocks under a prefix. A compiled layer's kernels are tried when they first run."""
         device, left = self.device, self._left.setdefault(prefix, {})
-        tried = not self.choice.compiled or prefix[0] != "layer" or id(trace) in self._tried
-        self._tried.add(id(trace))
+        tried = self.choice.device != "cuda" or (id(trace), rows) in self._tried
+        self._tried.add((id(trace), rows))
+        copies: list[int] = []
         for name, size in self._bytes(trace, rows):
             full = (*prefix, name)
-            if size is None:
+            if name.startswith(TRIAL):
+                if size is not None:
+                    copies.append(size)
+                elif copies:
+                    if not tried:
+                        self._try([copy for copy in copies if copy], sparing=sparing)
+                    copies = []
+            elif size is None:
                 device.give(full)
                 left.pop(full, None)
             else:
                 device.take(line, full, size)
                 left[full] = None
-                if not tried and self.choice.device == "cuda":
-                    device.take("compiler's trial of a kernel", ("trial",), self.around.trial_bytes)
-                    device.give(("trial",))
+
+    def _try(self, copies: list[int], *, sparing: bool) -> None:
+        """Variants of a kernel are run and timed, each on copies of what it writes in place.
+
+        Between runs the L2 cache is cleared by a block of its size. Where a graph is not the forward of a training
+        step (`sparing`) a copy that would raise the peak so far lies in host memory instead."""
+        device, line = self.device, "compiler's trial of a kernel"
+        for _ in range(TRIED_VARIANTS):
+            room = device.highest.allocated - self.device.memory.allocated
+            names: list[tuple[Name, int]] = []
+            for i, copy in enumerate(copies):
+                if not sparing or copy <= room:
+                    names.append((("copy", i), copy))
+                    room -= copy
+            self._pass_by(line, names)
+            device.take(line, ("trial",), self.around.trial_bytes)
+            self._pass_by(line, names)
+            device.give(("trial",))
+
+    def _pass_by(self, line: str, blocks: list[tuple[Name, int]]) -> None:
+        for name, size in blocks:
+            self.device.take(line, name, size)
+        self.device.give_all(name for name, _ in blocks)
 
     def _bytes(self, trace: Trace, rows: Rows) -> list[tuple[str, int | None]]:
         key = (id(trace), rows)
