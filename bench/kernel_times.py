@@ -151,7 +151,7 @@ def loss_times(tokens: int, hidden: int) -> list[dict[str, Any]]:
 
 def fp8_cases() -> list[dict[str, Any]]:
     """Milliseconds of the products of 3B and 8B layers."""
-    from drawplate.model.storage import FP8, fp8_rows
+    from drawplate.kernels.gated_fp8 import FP8, fp8_rows
 
     rounding = torch.compile(fp8_rows, dynamic=False)
     one = torch.ones((), device="cuda")

@@ -12,9 +12,10 @@ from bitsandbytes.nn import Int8Params
 from torch import Tensor, nn
 
 from drawplate.errors import EnvironmentProblem, UsageError
+from drawplate.kernels.gated_fp8 import fp8_rows
 from drawplate.model.assemble import require_fp8_units
 from drawplate.model.causal_lm import Placement
-from drawplate.model.storage import Storage, fp8_rows
+from drawplate.model.storage import Storage
 from drawplate.plan.ledger import stored_bits
 from tests.tiny import a_weight
 

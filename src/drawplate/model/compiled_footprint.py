@@ -45,6 +45,7 @@ _EXTERN_WORDS = (
     "attn",
     "frozen_product",
     "dropped_",
+    "gated_",
     "bitsandbytes",
     "convolution",
     "sort",

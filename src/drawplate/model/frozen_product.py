@@ -18,23 +18,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drawplate.kernels.gated_fp8 import fp8_rows
 from drawplate.kernels.transposed import transposed as transpose_of
-from drawplate.model.storage import FP8_KINDS, Storage, fp8_rows
+from drawplate.model.storage import FP8_KINDS, Storage
 
 
-def _fp8_product(x: Tensor, stored: list[Tensor], transposed: bool) -> Tensor:
-    weight_OI, scale_O, *weight_IO = stored
+def _rounding_product(x: Tensor, stored: list[Tensor], transposed: bool) -> Tensor:
     rows_NK = x.reshape(-1, x.shape[-1])
-    rounded_NK, scale_N1 = fp8_rows(rows_NK.float() * scale_O if transposed else rows_NK)
+    rounded_NK, scale_N1 = fp8_rows(rows_NK.float() * stored[1] if transposed else rows_NK)
+    return fp8_product(rounded_NK, scale_N1, stored, transposed).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def fp8_product(rounded_NK: Tensor, scale_N1: Tensor, stored: list[Tensor], transposed: bool) -> Tensor:
+    """The product of rounded rows with a weight in fp8, in bf16 (float32 on a CPU).
+
+    With `transposed` the weight's row scales must be in the rows already, before they were rounded.
+    """
+    weight_OI, scale_O, *weight_IO = stored
     if not transposed:
-        y_NM = _rounded_product(rounded_NK, scale_N1, weight_OI, scale_O)
-    elif weight_IO:
-        y_NM = _rounded_product(rounded_NK, scale_N1, weight_IO[0], None)
-    elif torch.compiler.is_compiling():
-        y_NM = _frozen_product_fp8(rounded_NK, scale_N1, weight_OI)
-    else:
-        y_NM = _rounded_product(rounded_NK, scale_N1, transpose_of(weight_OI), None)
-    return y_NM.to(x.dtype).view(*x.shape[:-1], -1)
+        return _rounded_product(rounded_NK, scale_N1, weight_OI, scale_O)
+    if weight_IO:
+        return _rounded_product(rounded_NK, scale_N1, weight_IO[0], None)
+    if torch.compiler.is_compiling():
+        made: Tensor = _frozen_product_fp8(rounded_NK, scale_N1, weight_OI)
+        return made
+    return _rounded_product(rounded_NK, scale_N1, transpose_of(weight_OI), None)
 
 
 def _rounded_product(rounded_NK: Tensor, scale_N1: Tensor, other_MK: Tensor, scale_M: Tensor | None) -> Tensor:
@@ -61,7 +69,7 @@ def _(rounded_NO: Tensor, scale_N1: Tensor, weight_OI: Tensor) -> Tensor:
 
 def _product(x: Tensor, stored: list[Tensor], storage: Storage, shape: tuple[int, int], transposed: bool) -> Tensor:
     if storage.precision in FP8_KINDS:
-        return _fp8_product(x, stored, transposed)
+        return _rounding_product(x, stored, transposed)
     weight_OI = storage.decode(stored, shape, x.dtype)
     return x @ weight_OI if transposed else F.linear(x, weight_OI)
 

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from drawplate.kernels import four_bits
+from drawplate.kernels.gated_fp8 import FP8, fp8_rows
 from drawplate.kernels.transposed import transposed as transpose_of
 
 BLOCK = four_bits.BLOCK
 SCALE_BLOCK = four_bits.SCALE_BLOCK
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8_KINDS = ("fp8", "fp8_both")
-FP8 = torch.float8_e4m3fn
-FP8_LARGEST = 448.0
 FP8_MULTIPLE = 16
 FP8_CAPABILITY = (8, 9)
 
@@ -127,9 +126,3 @@ class Storage:
             return four_bits.dequantize(stored, self.precision, shape, dtype)
         packed, absmax = stored
         return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, self.precision, shape, dtype)
-
-
-def fp8_rows(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """-> (x / scale in e4m3, scale_N1 in float32): each row's largest becomes the largest that e4m3 has."""
-    scale_N1 = x_NK.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-30) / FP8_LARGEST
-    return (x_NK.float() / scale_N1).to(FP8), scale_N1
