@@ -2,14 +2,20 @@
 
     python bench/kernel_times.py OUT.json [NAME ...]
 
-NAME is `loss` or `fp8`; all by default. A case whose error against float32 is more than 1.25 times that of plain
-torch in the same dtype gets no time. Times are medians over runs of a warmed-up call.
+NAME is `loss`, `fp8`, `gated` or `four_bits`; all by default. A case whose error against float32 is more than 1.25
+times that of plain torch in the same dtype gets no time. Times are medians over runs of a warmed-up call.
 
 `loss`: the head's cross-entropy with its gradient, kernels against plain torch between the same two products, and those
 two products alone.
 
 `fp8`: one frozen product, x @ W.T, in bf16, in fp8 with a scale a row (what model/frozen_product.py does), in fp8 with
-one scale a tensor, and what rounding x to fp8 takes, compiled.
+one scale a tensor, and what rounding x to fp8 takes, compiled; and the same with sums promoted to float32 on the way
+(`slow`), with both errors against float32 products of the same rounded numbers.
+
+`gated`: the activation of a gated block in fp8, forward and backward, as kernels in several launch shapes and as the
+compiler makes it of plain torch.
+
+`four_bits`: dequantizing an NF4 matrix.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,19 +172,85 @@ def fp8_cases() -> list[dict[str, Any]]:
             options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
             by_row = {**options, "scale_a": x_scale, "scale_b": weight_scale.t().contiguous()}
             by_tensor = {**options, "scale_a": one, "scale_b": one}
+            slow = {**by_row, "use_fast_accum": False}
+            exact = (x8[:256].float() @ weight8.float().t()) * x_scale[:256] * weight_scale.t()
+            errors = {
+                f"{name}_error": relative(
+                    torch._scaled_mm(x8[:256], weight8.t(), **{**s, "scale_a": x_scale[:256]}), exact
+                )
+                for name, s in (("fast", by_row), ("slow", slow))
+            }
             times = {
                 "bf16_ms": milliseconds(lambda x=x_NI, w=weight_OI: x @ w.t()),
+                "slow_ms": milliseconds(lambda x=x8, w=weight8, s=slow: torch._scaled_mm(x, w.t(), **s)),
                 "fp8_rows_ms": milliseconds(lambda x=x8, w=weight8, s=by_row: torch._scaled_mm(x, w.t(), **s)),
                 "fp8_tensor_ms": milliseconds(lambda x=x8, w=weight8, s=by_tensor: torch._scaled_mm(x, w.t(), **s)),
                 "rounding_ms": milliseconds(lambda x=x_NI: rounding(x)),
                 "transpose_ms": milliseconds(lambda w=weight8: w.view(torch.uint8).t().contiguous().view(FP8)),
             }
-            results.append({"kernel": "fp8", "out_features": out, "in_features": inner, "tokens": tokens, **times})
+            results.append(
+                {"kernel": "fp8", "out_features": out, "in_features": inner, "tokens": tokens, **times, **errors}
+            )
             print(json.dumps(results[-1]), flush=True)
     return results
 
 
-CASES: dict[str, Callable[[], list[dict[str, Any]]]] = {"loss": loss_cases, "fp8": fp8_cases}
+def gated_cases() -> list[dict[str, Any]]:
+    """Milliseconds of the activation of 3B's and 8B's blocks, and the launch shapes that were tried."""
+    from drawplate.kernels import gated_fp8, gated_fp8_triton
+
+    results: list[dict[str, Any]] = []
+    twins = {
+        "forward": torch.compile(lambda g, u: gated_fp8.gated(g, u, "torch"), dynamic=False),
+        "backward": torch.compile(lambda *given: gated_fp8.gated_backward(*given, "torch"), dynamic=False),
+    }
+    before = gated_fp8_triton.COLUMNS_A_WARP, gated_fp8_triton.MOST_REGISTERS
+    for columns, tokens in ((8192, 4096), (8192, 14336), (14336, 3584), (14336, 4096)):
+        grad, gate, up = (torch.randn(tokens, columns, device="cuda").bfloat16() for _ in range(3))
+        scales = [torch.rand(columns, device="cuda") for _ in range(2)]
+        given = {"forward": (gate, up), "backward": (grad, gate, up, *scales)}
+        kernels = {"forward": gated_fp8_triton.gated, "backward": gated_fp8_triton.gated_backward}
+        times: dict[str, Any] = {f"{w}_compiled_ms": milliseconds(partial(twins[w], *given[w])) for w in given}
+        for way, kernel in kernels.items():
+            ours, theirs = kernel(*given[way]), twins[way](*given[way])
+            times[f"{way}_error"] = relative(ours[0].float() * ours[1], theirs[0].float() * theirs[1])
+        for columns_a_warp, registers in ((256, 64), (512, 64), (512, 128), (1024, 64), (1024, 128), (1024, 255)):
+            gated_fp8_triton.COLUMNS_A_WARP, gated_fp8_triton.MOST_REGISTERS = columns_a_warp, registers
+            for way, kernel in kernels.items():
+                name = f"{way}_{columns_a_warp}_{registers}_ms"
+                try:
+                    times[name] = milliseconds(partial(kernel, *given[way]))
+                except RuntimeError as error:  # too many threads or registers
+                    times[name] = str(error)[:80]
+        gated_fp8_triton.COLUMNS_A_WARP, gated_fp8_triton.MOST_REGISTERS = before
+        results.append({"kernel": "gated", "columns": columns, "tokens": tokens, **times})
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+def four_bits_cases() -> list[dict[str, Any]]:
+    """Milliseconds and weights per second of dequantizing a large matrix of a 3B and an 8B."""
+    from drawplate.kernels.four_bits import dequantize
+    from drawplate.model.storage import Storage
+
+    results: list[dict[str, Any]] = []
+    for shape in ((8192, 3072), (14336, 4096)):
+        storage = Storage("nf4")
+        encoded = storage.encode(torch.randn(shape, device="cuda").bfloat16())
+        stored = [encoded[name] for name in storage.specs(*shape)]
+        spent = milliseconds(lambda s=stored, o=shape: dequantize(s, "nf4", o, torch.bfloat16))
+        rate = round(shape[0] * shape[1] / spent / 1e6, 1)
+        results.append({"kernel": "four_bits", "shape": shape, "triton_ms": spent, "weights_per_nanosecond": rate})
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+CASES: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "loss": loss_cases,
+    "fp8": fp8_cases,
+    "gated": gated_cases,
+    "four_bits": four_bits_cases,
+}
 
 
 def main() -> None:
