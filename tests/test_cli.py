@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -57,6 +58,17 @@ def test_help_answers_at_once():
 
     fastest = min(seconds() for _ in range(5))
     assert fastest < 2 * HELP_SECONDS, "twice what a person is promised, because tests share the machine"
+
+
+def test_a_ctrl_c_after_the_end_changes_nothing(monkeypatch):
+    monkeypatch.setattr(cli, "app", raising(SystemExit(75)))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit, match="75"):
+            cli.main()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_version_is_the_packages():

@@ -87,6 +87,14 @@ def test_the_missing_model_is_named():
         load_recipe({"data": {"files": ["a"]}})
 
 
+def test_a_refusal_names_the_keys_and_repeats_neither_sections_nor_values():
+    with pytest.raises(UsageError) as error:
+        load_recipe({"model": {"name_or_path": None}, "data": {}, "memory": {"vram": "6GiBB"}})
+    said = error.value.what.removeprefix("the recipe: ").split("; ")
+    assert said[:2] == ["model.name_or_path has no value", "give either data.files or data.dataset"]
+    assert error.value.what.count("6GiBB") == 1
+
+
 def test_one_file_need_not_be_a_list():
     assert load_recipe(with_values(data={"files": "a.txt"})).data.files == ["a.txt"]
 

@@ -71,6 +71,15 @@ def test_a_folder_with_anything_in_it_is_refused_and_untouched(tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize(("status", "goes_on"), [("stopped", True), ("finished", False)])
+def test_only_a_run_that_is_not_finished_is_offered_to_go_on_with(tmp_path: Path, status: str, goes_on: bool) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "record.json").write_text(json.dumps({"status": status}))
+    with pytest.raises(StorageError) as error:
+        RunFolder(tmp_path).claim()
+    assert ("drawplate resume" in error.value.next_step) is goes_on
+
+
 def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("precious")
     assert "is not a folder" in refused(tmp_path / "f")

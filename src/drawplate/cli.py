@@ -7,6 +7,7 @@ inside a function. Every way a command can end is in ending.py.
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,8 +37,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 def main() -> None:
-    """The `drawplate` command."""
-    app()
+    """The `drawplate` command. Once it has ended, another Ctrl-C changes nothing of what it says."""
+    try:
+        app()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,7 +10,6 @@ or the data were changed and that was accepted, what was measured before trainin
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from drawplate.outcome import fingerprints
 from drawplate.prepare import Prepared, prepare
 from drawplate.recipe import Recipe, known_keys, load_recipe
 from drawplate.records import Plan, from_json
-from drawplate.run_folder import RECIPE_NAME, RECORD_NAME, RunFolder
+from drawplate.run_folder import RECIPE_NAME, RunFolder
 from drawplate.snapshot import read_about
 
 MEASURED_ON = ("model", "data")
@@ -68,11 +67,7 @@ def refuse_finished(folder: RunFolder) -> None:
     Raises:
         UsageError: its record says that it is finished.
     """
-    try:
-        status = json.loads((folder.path / RECORD_NAME).read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if status == "finished":
+    if folder.finished:
         raise UsageError(
             f"The run in {folder.path} is finished.",
             safe="Nothing in it was touched.",

@@ -80,6 +80,7 @@ def resume(path: str | Path, observer: Observer | None = None, *, accept: Collec
         UserError: as `tune`.
     """
     folder = RunFolder(expand(str(path)))
+    folder.require_run()
     refuse_finished(folder)
     return _run(recipe_of(folder), folder, observer, accept)
 

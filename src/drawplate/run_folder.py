@@ -85,15 +85,31 @@ class RunFolder:
             UsageError: no run was begun there.
             StorageError: a living process has it, or it cannot be written.
         """
+        self.require_run()
+        self._refuse_if_owned()
+        self._refuse_if_read_only()
+        self._lock()
+        self._may_abandon = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the record in it says that nothing is left to do."""
+        try:
+            return bool(json.loads((self.path / RECORD_NAME).read_text(encoding="utf-8"))["status"] == "finished")
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def require_run(self) -> None:
+        """Refuse a folder in which no run was begun.
+
+        Raises:
+            UsageError: it holds no recipe.
+        """
         if not (self.path / RECIPE_NAME).is_file():
             raise UsageError(
                 f"{self.path} is not the folder of a run: it holds no {RECIPE_NAME}.",
                 next_step="Name the folder that a run reported as its output_dir.",
             )
-        self._refuse_if_owned()
-        self._refuse_if_read_only()
-        self._lock()
-        self._may_abandon = False
 
     def _lock(self) -> None:
         try:
@@ -209,7 +225,7 @@ class RunFolder:
         return f"process {pid} on {host}"
 
     def _refusal(self, why: str) -> StorageError:
-        unfinished = self.checkpoints.is_dir() and "in use" not in why
+        unfinished = self.checkpoints.is_dir() and not self.finished and "in use" not in why
         go_on = f"Go on with the run in it: drawplate resume {self.path}. Or choose" if unfinished else "Choose"
         return StorageError(
             f"The output folder {self.path} {why}.",

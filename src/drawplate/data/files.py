@@ -49,7 +49,7 @@ def find_files(paths: Sequence[str]) -> Iterator[Found]:
             raise DataError(
                 f"{printable(given)} cannot be read: {getattr(error, 'strerror', None) or error}.",
                 safe="Nothing was loaded or written.",
-                next_step="Name files or folders that exist in data.files.",
+                next_step="Name files or folders that exist (data.files, or --data of eval).",
             ) from None
         for found in _walk(root) if directory else [_examine(root, printable(root.name), follow=True)]:
             real = os.path.realpath(found.path)

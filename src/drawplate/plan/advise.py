@@ -28,9 +28,9 @@ USUAL: dict[str, tuple[float | str, str]] = {
     "warmup_ratio": (0.05, "Adam's averages settle in the first steps, at a small rate"),
 }
 ADAPTER_REASONS = {
-    "r": f"at this rate, ranks above {USUAL_RANK} learn a small corpus by heart in three passes",
+    "r": f"{USUAL_RANK}: at this rate, higher ranks learn a small corpus by heart in three passes",
     "lora_alpha": "twice the rank: the learning rate was found with it",
-    "target_modules": "all linear layers learn a sixth more than query and value alone",
+    "target_modules": "all-linear: it learns a sixth more than query and value alone",
 }
 
 

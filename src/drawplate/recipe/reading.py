@@ -103,8 +103,12 @@ def _explain(problem: Any) -> str:
         return f"unknown key {wrong}, {_known_keys_hint(wrong)}"
     if problem["type"] == "missing":
         return f"{path or '.'.join(map(str, problem['loc']))} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{path}: {message} (got {problem['input']!r})" if path and "exclude" not in message else message
+    if problem["input"] is None:
+        return f"{path} has no value"
+    message, given = str(problem["msg"]).removeprefix("Value error, "), problem["input"]
+    if isinstance(given, dict):  # keys of a section disagree, and the message names them
+        return message
+    return f"{path}: {message}" + (f" (got {given!r})" if repr(given) not in message else "")
 
 
 def _path_words() -> set[str]:

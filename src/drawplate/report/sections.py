@@ -155,7 +155,7 @@ _SHOWN_ELSEWHERE = {"reasons", "warnings", "ledger", "phases", "times", "frontie
 }
 
 
-_DECIDED = {"micro_batch": "micro_batch_tokens"}
+_DECIDED = {"micro_batch": "micro_batch_tokens", "num_train_epochs": "epochs"}
 """The row at which a reason stands that goes by another name."""
 
 
