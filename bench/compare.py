@@ -107,7 +107,7 @@ def log_of(process: Process) -> str:
 class Task:
     """The command line. Without `overlap` the processes of a group take turns; `until` is in monotonic seconds.
 
-    The gate allows what `yardstick`, the mission's own stack, is off by.
+    The gate allows what `yardstick`, the mission's own stack, is off by. Those `untimed` only go through the gate.
     """
 
     cases: list[str]
@@ -121,6 +121,7 @@ class Task:
     overlap: bool = True
     until: float | None = None
     yardstick: Setting = MISSION
+    untimed: tuple[Setting, ...] = ()
 
     def out_of_time(self) -> bool:
         """Whether nothing new should be begun."""
@@ -182,7 +183,7 @@ def run_group(task: Task, group: Sequence[Process], told: Callable[[str], None])
             return
         for process, answer in _answers(task, alive, "warm", case):
             process.warm[case] = answer
-        ready = [p for p in alive if not failed(p.warm[case])]
+        ready = [p for p in alive if not failed(p.warm[case]) and p.setting not in task.untimed]
         for number in range(task.rounds):
             for process in ready if number % 2 == 0 else reversed(ready):
                 process.timed.setdefault(case, []).append(process.ask("time", case, task.steps))
@@ -221,7 +222,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cases", default="7x512,2x2048,7x2048")
     parser.add_argument("--systems", default=",".join(systems))
     parser.add_argument("--budgets", default="full", help="full, or GiB, or both: full,6")
-    parser.add_argument("--only", default="", help="a regular expression that a setting's label must match")
+    parser.add_argument(
+        "--only", default="", help="a regular expression for labels; the mission's stack is timed if it matches"
+    )
     parser.add_argument("--together", type=int, default=1, help="processes that load and warm up side by side")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="timed, in each round")
@@ -251,6 +254,7 @@ def main() -> int:
         steps=asked.steps,
         gate_case=asked.gate_case or cases[0],
         gate_steps=asked.gate_steps,
+        untimed=() if re.search(asked.only, MISSION.label) else (MISSION,),
         until=time.monotonic() + asked.seconds if asked.seconds else None,
     )
     for case in [*cases, task.gate_case]:

@@ -14,7 +14,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         layers = record["model"]["layers"]
         name = record["model"]["shape"] + (f", {layers} layers" if layers else "")
-        parts.append(f"### {name}, {record['machine']['gpu'] or 'CPU'}\n\n{_rows(record['results'])}")
+        parts.append(f"### {name}, {record['machine'].get('gpu') or 'CPU'}\n\n{_rows(record['results'])}")
         refused = [r for r in record["results"] if "refused" in r]
         if refused:
             parts.append("\n".join(f"- {_label(r)}, {r['case']}: {_one_line(r['refused'])}" for r in refused))

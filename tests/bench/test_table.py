@@ -38,6 +38,10 @@ def test_a_table_shows_speeds_and_says_why_there_is_none() -> None:
     assert "| liger |" not in text
 
 
+def test_a_machine_without_a_gpu_is_named_so() -> None:
+    assert table([RECORD | {"machine": {"cpu": "a processor"}}]).startswith("### 3b, CPU")
+
+
 def test_a_budget_leaves_out_what_needs_more() -> None:
     assert best_within(RESULTS, "7x512", None)["drawplate"]["setting"] == "bf16"
     assert best_within(RESULTS, "7x512", 6)["drawplate"]["setting"] == "nf4"
