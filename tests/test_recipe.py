@@ -34,6 +34,7 @@ def test_a_recipe_survives_its_own_yaml(tmp_path):
         ({"lora": {"alpha": 1}}, "lora.lora_alpha"),
         ({"data": {"lerning_rate": 1}}, "train.learning_rate"),
         ({"quantisation": {}}, "quantization"),
+        ({"memroy": {}}, "did you mean memory?"),
         ({"zzzz": {}}, "known sections"),
     ],
 )
@@ -89,9 +90,12 @@ def test_the_missing_model_is_named():
 
 def test_a_refusal_names_the_keys_and_repeats_neither_sections_nor_values():
     with pytest.raises(UsageError) as error:
-        load_recipe({"model": {"name_or_path": None}, "data": {}, "memory": {"vram": "6GiBB"}})
+        load_recipe(
+            {"model": {"name_or_path": None}, "data": {}, "memory": {"vram": "6GiBB"}, "train": {"save_steps": 0}}
+        )
     said = error.value.what.removeprefix("the recipe: ").split("; ")
     assert said[:2] == ["model.name_or_path has no value", "give either data.files or data.dataset"]
+    assert "train.save_steps: Input should be greater than or equal to 1 or 'auto' (got 0)" in said
     assert error.value.what.count("6GiBB") == 1
 
 
@@ -138,6 +142,12 @@ def test_overrides_leave_the_callers_dict_alone():
 def test_an_override_that_cannot_be_meant_is_refused(override):
     with pytest.raises(UsageError):
         load_recipe({**SMALLEST, "output_dir": "runs/x"}, [override])
+
+
+def test_a_line_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: {}\ndata: [\n")
+    with pytest.raises(UsageError, match=r"r\.yaml is not YAML: line 3: expected the node content[^\n]*\.\n"):
+        load_recipe(tmp_path / "r.yaml")
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "a: [\n", "\tx: 1\n"])

@@ -6,6 +6,7 @@ Unknown keys are refused with the nearest known one; a value that cannot be is n
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | tupl
     except ValidationError as error:
         where = "the recipe" if isinstance(source, dict) else str(source)
         raise UsageError(
-            f"{where}: " + "; ".join(_explain(problem) for problem in error.errors()),
+            f"{where}: " + _explain(error.errors()),
             safe="Nothing was loaded or written.",
             next_step="Mend the recipe; `drawplate recipe` lists every key with its meaning.",
         ) from None
@@ -46,8 +47,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"The recipe {path} cannot be read: {error.strerror}.",
             next_step="Name a recipe file, for example examples/climate-demo.yaml.",
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}", next_step="Mend the line it names.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not a text.", next_step="Name a recipe file.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place, why = (f"line {mark.line + 1}: " if mark else ""), getattr(error, "problem", None) or error
+        raise UsageError(f"{path} is not YAML: {place}{why}.", next_step="Mend that line.") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no keys.", next_step="Start from examples/climate-demo.yaml.")
     return values
@@ -89,27 +94,35 @@ def _known_keys_hint(wrong: str) -> str:
     sections = sorted({key.split(".")[0] for key in keys})
     leaf = wrong.rpartition(".")[2]
     by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    for candidates, name in ((keys, wrong), (sections, wrong), (list(by_leaf), leaf)):
+    likely = [(sections, wrong), (keys, wrong)] if "." not in wrong else [(keys, wrong), (sections, wrong)]
+    for candidates, name in (*likely, (list(by_leaf), leaf)):
         near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
         if near:
             return f"did you mean {by_leaf.get(near[0], near[0])}?"
     return f"known sections are {', '.join(sections)}"
 
 
-def _explain(problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and part in _path_words())
-    if problem["type"] == "extra_forbidden":
-        wrong = ".".join(str(part) for part in problem["loc"])
-        return f"unknown key {wrong}, {_known_keys_hint(wrong)}"
-    if problem["type"] == "missing":
-        return f"{path or '.'.join(map(str, problem['loc']))} is missing"
-    if problem["input"] is None:
-        return f"{path} has no value"
-    message, given = str(problem["msg"]).removeprefix("Value error, "), problem["input"]
+def _explain(problems: Iterable[Any]) -> str:
+    """A clause for each key, in however many ways it is wrong."""
+    words = {word for key in known_keys() for word in key.split(".")}
+    by_key: dict[str, list[Any]] = {}
+    for problem in problems:
+        unknown = problem["type"] in ("extra_forbidden", "missing")
+        parts = [str(part) for part in problem["loc"] if unknown or part in words]
+        by_key.setdefault(".".join(parts), []).append(problem)
+    return "; ".join(_explain_key(key, found) for key, found in by_key.items())
+
+
+def _explain_key(key: str, problems: list[Any]) -> str:
+    kind, given = problems[0]["type"], problems[0]["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key {key}, {_known_keys_hint(key)}"
+    if kind == "missing":
+        return f"{key} is missing"
+    if given is None:
+        return f"{key} has no value"
+    first, *others = [str(problem["msg"]).removeprefix("Value error, ") for problem in problems]
+    message = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
     if isinstance(given, dict):  # keys of a section disagree, and the message names them
         return message
-    return f"{path}: {message}" + (f" (got {given!r})" if repr(given) not in message else "")
-
-
-def _path_words() -> set[str]:
-    return {word for key in known_keys() for word in key.split(".")}
+    return f"{key}: {message}" + (f" (got {given!r})" if repr(given) not in message else "")
