@@ -85,5 +85,5 @@ def test_every_token_has_its_line(record: RunRecord, side: int) -> None:
 def test_a_rows_name_stays_inside_the_chart(record: RunRecord) -> None:
     heldout, _, tax = change_rows(record)
     alone, beside = str(intervals_svg([heldout])), str(intervals_svg([heldout, tax]))
-    assert 'text-anchor="end">Held-out documents' in alone, "zero is the chart's right edge"
-    assert 'text-anchor="start">Held-out documents' in beside
+    assert 'text-anchor="start">Held-out documents' in alone, "the interval lies at the chart's left edge"
+    assert 'text-anchor="end">Quantization' in beside

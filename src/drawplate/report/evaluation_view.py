@@ -26,9 +26,8 @@ from drawplate.report.wording import (
 )
 from drawplate.units import format_count
 
-_ROW_PIXELS = 30
-_NAME_SHARE = 0.25
-"""Of the chart's width, what the longest row's name needs."""
+_ROW_PIXELS, _NAME_PIXELS, _BAR_PIXELS = 44, 14, 32
+"""A row's height, and how far below its top the name and the bar lie."""
 _STYLES = {"better": "good", "worse": "bad"}
 
 
@@ -89,43 +88,34 @@ def intervals_svg(rows: Sequence[ChangeRow]) -> Markup:
     parts = [_fill('<svg class="intervals" role="img" height="{}" aria-label="{}">', height + 24, title)]
     for tick in axis.ticks:
         style = "zero" if abs(tick) < axis.step / 1e6 else "grid-line"
-        x = f"{100 * axis.share(tick):.2f}%"
+        x = _percent(axis.share(tick))
         parts.append(_fill('<line class="{}" x1="{}" x2="{}" y1="0" y2="{}"/>', style, x, x, height))
         text = '<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>'
         parts.append(_fill(text, x, height + 17, _signed(axis.label(tick))))
     for i, row in enumerate(rows):
-        parts.append(_bar(row, axis.share, _ROW_PIXELS * i + _ROW_PIXELS / 2))
+        parts.append(_bar(row, axis.share, _ROW_PIXELS * i))
     return Markup("").join(parts) + Markup("</svg>")
 
 
-def _bar(row: ChangeRow, share: Callable[[float], float], y: float) -> Markup:
-    """The interval, the dot, and the row's name."""
+def _bar(row: ChangeRow, share: Callable[[float], float], top: float) -> Markup:
+    """The row's name, and below it the interval with its dot."""
     style = _STYLES.get(row.change.word, "neutral")
-    low, high = row.change.ci95_percent or (row.change.percent, row.change.percent)
-    beside, anchor, dx = _place_of_name(share(low), share(high), share(0.0))
-    at = [f"{100 * place:.2f}%" for place in (share(low), share(high), share(row.change.percent), beside)]
-    reach = Markup("")
+    low, high = (share(end) for end in row.change.ci95_percent or (row.change.percent, row.change.percent))
+    from_left = low + high < 1.0  # a name begins or ends with its interval, on the side that has room
+    place, anchor = (low, "start") if from_left else (high, "end")
+    text = '<text class="row-name" x="{}" y="{}" dy="0.32em" text-anchor="{}">{}</text>'
+    parts = [_fill(text, _percent(place), top + _NAME_PIXELS, anchor, row.name)]
+    y = top + _BAR_PIXELS
     if row.change.ci95_percent:
-        reach = _fill('<line class="reach {}" x1="{}" x2="{}" y1="{}" y2="{}"/>', style, at[0], at[1], y, y)
-    dot = _fill('<circle class="{}" cx="{}" cy="{}" r="5"><title>{}</title></circle>', style, at[2], y, row.name)
-    text = '<text class="row-name" x="{}" y="{}" dx="{}" dy="0.32em" text-anchor="{}">{}</text>'
-    name = _fill(text, at[3], y, dx, anchor, row.name)
-    return Markup("").join((reach, dot, name))
+        reach = '<line class="reach {}" x1="{}" x2="{}" y1="{}" y2="{}"/>'
+        parts.append(_fill(reach, style, _percent(low), _percent(high), y, y))
+    dot = '<circle class="{}" cx="{}" cy="{}" r="5"><title>{}</title></circle>'
+    parts.append(_fill(dot, style, _percent(share(row.change.percent)), y, row.name))
+    return Markup("").join(parts)
 
 
-def _place_of_name(low: float, high: float, zero: float) -> tuple[float, str, int]:
-    """Where a name starts or ends, as shares of the width: beyond zero as seen from the interval, else where there is
-    room: between the two, or on the interval's other side.
-    """
-    left, right = (min(low, zero), "end", -12), (max(high, zero), "start", 12)
-    if high < zero:
-        tried = [right, (zero, "end", -12) if zero - high >= _NAME_SHARE else left, left]
-    else:
-        tried = [left, (zero, "start", 12) if low - zero >= _NAME_SHARE else right, right]
-    for place, anchor, dx in tried:
-        if (place if anchor == "end" else 1 - place) >= _NAME_SHARE:
-            return place, anchor, dx
-    return tried[0]
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
 
 
 def _signed(label: str) -> str:

@@ -55,13 +55,22 @@ def headline(plan: Plan) -> list[str]:
     first = f"{plan.precision} weights, {_where(plan)}; {_activations(plan)}; {tokens}."
     parts = []
     if plan.times is not None:
-        steps = f"{plural(plan.optimizer_steps, 'step')}, {plan.epochs:g} epoch{'' if plan.epochs == 1 else 's'}"
+        steps = f"{plural(plan.optimizer_steps, 'step')}, {_epochs(plan)}"
         parts.append(
             f"{format_count(plan.times.tokens_per_second)} tokens/s: {format_seconds(plan.times.training_seconds)} to "
             f"train ({steps}), {format_seconds(plan.times.evaluation_seconds)} for each measurement"
         )
     peaks = [f"{format_bytes(n)} on the {where}" for where in ("device", "host") if (n := plan.predicted_bytes(where))]
     return [first, "; ".join([*parts, " and ".join(peaks)]) + "."]
+
+
+def _epochs(plan: Plan) -> str:
+    """Those that were asked for, or how much of them train.max_steps and train.max_minutes leave."""
+    words = f"{plan.epochs:g} epoch{'' if plan.epochs == 1 else 's'}"
+    if plan.times is None or not plan.times.epoch_seconds:
+        return words
+    reached = plan.times.training_seconds / plan.times.epoch_seconds
+    return words if reached > 0.99 * plan.epochs else f"{reached:.2g} of {words}"
 
 
 def _where(plan: Plan) -> str:
