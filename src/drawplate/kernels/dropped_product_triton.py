@@ -114,10 +114,38 @@ def _bits(key, n, tokens, pair_P, GOLDEN_RATIO: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
-def _columns_of_A(lora_A, r, i, features, rank, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A_RI of some features."""
-    place = lora_A + r[:, None] * features + i[None, :]
-    return tl.load(place, mask=(r[:, None] < rank) & (i[None, :] < features), other=0.0).to(dtype)
+def _features(start, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """From `start` on: the features of the first half, of the second, and the pairs that they make."""
+    p = start + tl.arange(0, HALF)
+    return p, p + HALF, start // 2 + tl.arange(0, HALF)
+
+
+@triton.jit
+def _halves(rows, row_inside, p, q, features):  # type: ignore[no-untyped-def]
+    """What stands in some rows (pointers, a column of them) at the features of both halves."""
+    first = tl.load(rows + p[None, :], mask=row_inside & (p[None, :] < features), other=0.0)
+    second = tl.load(rows + q[None, :], mask=row_inside & (q[None, :] < features), other=0.0)
+    return first, second
+
+
+@triton.jit
+def _store_halves(rows, row_inside, p, q, features, first, second):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    dtype = rows.dtype.element_ty
+    tl.store(rows + p[None, :], first.to(dtype), mask=row_inside & (p[None, :] < features))
+    tl.store(rows + q[None, :], second.to(dtype), mask=row_inside & (q[None, :] < features))
+
+
+@triton.jit
+def _kept(h, first, second, THRESHOLD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both halves, 0 where the hash drops them."""
+    first = tl.where((h & 0xFFFF) >= THRESHOLD, first, 0.0)
+    return first, tl.where((h >> 16) >= THRESHOLD, second, 0.0)
+
+
+@triton.jit
+def _halves_of_A(lora_A, r, p, q, features, rank, dtype: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    A_RP, A_RQ = _halves(lora_A + r[:, None] * features, r[:, None] < rank, p, q, features)
+    return A_RP.to(dtype), A_RQ.to(dtype)
 
 
 @triton.jit
@@ -125,11 +153,8 @@ def _add_down(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes
     total, x_NP, x_NQ, key, lora_A, n, r, p, q, pair_P, tokens, features, rank,
     THRESHOLD: tl.constexpr, GOLDEN_RATIO: tl.constexpr,
 ):  # fmt: skip
-    h = _bits(key, n, tokens, pair_P, GOLDEN_RATIO)
-    x_NP = tl.where((h & 0xFFFF) >= THRESHOLD, x_NP, 0.0)
-    x_NQ = tl.where((h >> 16) >= THRESHOLD, x_NQ, 0.0)
-    A_RP = _columns_of_A(lora_A, r, p, features, rank, x_NP.dtype)
-    A_RQ = _columns_of_A(lora_A, r, q, features, rank, x_NP.dtype)
+    x_NP, x_NQ = _kept(_bits(key, n, tokens, pair_P, GOLDEN_RATIO), x_NP, x_NQ, THRESHOLD)
+    A_RP, A_RQ = _halves_of_A(lora_A, r, p, q, features, rank, x_NP.dtype)
     total = tl.dot(x_NP, tl.trans(A_RP), total, input_precision="ieee")
     return tl.dot(x_NQ, tl.trans(A_RQ), total, input_precision="ieee")
 
@@ -147,11 +172,8 @@ def _down(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes wha
     total1 = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     total2 = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     for start in range(0, features, 2 * HALF):
-        p = start + tl.arange(0, HALF)
-        q = p + HALF
-        pair_P = start // 2 + tl.arange(0, HALF)
-        x_NP = tl.load(rows + p[None, :], mask=(n[:, None] < tokens) & (p[None, :] < features), other=0.0)
-        x_NQ = tl.load(rows + q[None, :], mask=(n[:, None] < tokens) & (q[None, :] < features), other=0.0)
+        p, q, pair_P = _features(start, HALF)
+        x_NP, x_NQ = _halves(rows, n[:, None] < tokens, p, q, features)
         total0 = _add_down(
             total0, x_NP, x_NQ, key0, A0, n, r, p, q, pair_P, tokens, features, rank, THRESHOLD, GOLDEN_RATIO
         )
@@ -183,22 +205,11 @@ def _add_grad(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes
     total_P, total_Q, x_NP, x_NQ, grad_t, key, n, r, pair_P, tokens, rank,
     THRESHOLD: tl.constexpr, GOLDEN_RATIO: tl.constexpr,
 ):  # fmt: skip
-    h = _bits(key, n, tokens, pair_P, GOLDEN_RATIO)
+    x_NP, x_NQ = _kept(_bits(key, n, tokens, pair_P, GOLDEN_RATIO), x_NP, x_NQ, THRESHOLD)
     t_RN = tl.trans(_rows_of_t(grad_t, n, r, tokens, rank))
-    x_NP = tl.where((h & 0xFFFF) >= THRESHOLD, x_NP, 0.0).to(t_RN.dtype)
-    x_NQ = tl.where((h >> 16) >= THRESHOLD, x_NQ, 0.0).to(t_RN.dtype)
-    total_P = tl.dot(t_RN, x_NP, total_P, input_precision="ieee")
-    total_Q = tl.dot(t_RN, x_NQ, total_Q, input_precision="ieee")
+    total_P = tl.dot(t_RN, x_NP.to(t_RN.dtype), total_P, input_precision="ieee")
+    total_Q = tl.dot(t_RN, x_NQ.to(t_RN.dtype), total_Q, input_precision="ieee")
     return total_P, total_Q
-
-
-@triton.jit
-def _store_grad(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what it takes
-    out, part, total_P, total_Q, r, p, features, rank, scale, HALF: tl.constexpr
-):
-    place = out + (part * rank + r)[:, None] * features + p[None, :]
-    tl.store(place, total_P * scale, mask=(r[:, None] < rank) & (p[None, :] < features))
-    tl.store(place + HALF, total_Q * scale, mask=(r[:, None] < rank) & (p[None, :] + HALF < features))
 
 
 @triton.jit
@@ -207,9 +218,7 @@ def _grad_A(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes w
     TOKENS: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, THRESHOLD: tl.constexpr,
     GOLDEN_RATIO: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    p = tl.program_id(0) * 2 * HALF + tl.arange(0, HALF)
-    q = p + HALF
-    pair_P = tl.program_id(0) * HALF + tl.arange(0, HALF)
+    p, q, pair_P = _features(tl.program_id(0) * 2 * HALF, HALF)
     r = tl.arange(0, RANK)
     part = tl.program_id(1)
     total0_P = tl.zeros((RANK, HALF), dtype=tl.float32)
@@ -220,9 +229,7 @@ def _grad_A(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes w
     total2_Q = tl.zeros((RANK, HALF), dtype=tl.float32)
     for block in range(part * blocks, part * blocks + blocks):
         n = block * TOKENS + tl.arange(0, TOKENS)
-        rows = x + n.to(tl.int64)[:, None] * x_stride
-        x_NP = tl.load(rows + p[None, :], mask=(n[:, None] < tokens) & (p[None, :] < features), other=0.0)
-        x_NQ = tl.load(rows + q[None, :], mask=(n[:, None] < tokens) & (q[None, :] < features), other=0.0)
+        x_NP, x_NQ = _halves(x + n.to(tl.int64)[:, None] * x_stride, n[:, None] < tokens, p, q, features)
         total0_P, total0_Q = _add_grad(
             total0_P, total0_Q, x_NP, x_NQ, t0, key0, n, r, pair_P, tokens, rank, THRESHOLD, GOLDEN_RATIO
         )
@@ -234,12 +241,14 @@ def _grad_A(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes w
             total2_P, total2_Q = _add_grad(
                 total2_P, total2_Q, x_NP, x_NQ, t2, key2, n, r, pair_P, tokens, rank, THRESHOLD, GOLDEN_RATIO
             )
-    parts = tl.num_programs(1)
-    _store_grad(out, part, total0_P, total0_Q, r, p, features, rank, scale, HALF)
+    rows = out + (part * rank + r)[:, None] * features
+    each = tl.num_programs(1) * rank * features
+    inside = r[:, None] < rank
+    _store_halves(rows, inside, p, q, features, total0_P * scale, total0_Q * scale)
     if MODULES > 1:
-        _store_grad(out, parts + part, total1_P, total1_Q, r, p, features, rank, scale, HALF)
+        _store_halves(rows + each, inside, p, q, features, total1_P * scale, total1_Q * scale)
     if MODULES > 2:
-        _store_grad(out, 2 * parts + part, total2_P, total2_Q, r, p, features, rank, scale, HALF)
+        _store_halves(rows + 2 * each, inside, p, q, features, total2_P * scale, total2_Q * scale)
 
 
 @triton.jit
@@ -247,13 +256,11 @@ def _add_up(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes w
     sum_NP, sum_NQ, grad_t, lora_A, key, n, r, p, q, pair_P, tokens, features, rank,
     THRESHOLD: tl.constexpr, GOLDEN_RATIO: tl.constexpr,
 ):  # fmt: skip
-    h = _bits(key, n, tokens, pair_P, GOLDEN_RATIO)
     t_NR = _rows_of_t(grad_t, n, r, tokens, rank)
-    A_RP = _columns_of_A(lora_A, r, p, features, rank, t_NR.dtype)
-    A_RQ = _columns_of_A(lora_A, r, q, features, rank, t_NR.dtype)
-    sum_NP += tl.where((h & 0xFFFF) >= THRESHOLD, tl.dot(t_NR, A_RP, input_precision="ieee"), 0.0)
-    sum_NQ += tl.where((h >> 16) >= THRESHOLD, tl.dot(t_NR, A_RQ, input_precision="ieee"), 0.0)
-    return sum_NP, sum_NQ
+    A_RP, A_RQ = _halves_of_A(lora_A, r, p, q, features, rank, t_NR.dtype)
+    add_NP, add_NQ = tl.dot(t_NR, A_RP, input_precision="ieee"), tl.dot(t_NR, A_RQ, input_precision="ieee")
+    add_NP, add_NQ = _kept(_bits(key, n, tokens, pair_P, GOLDEN_RATIO), add_NP, add_NQ, THRESHOLD)
+    return sum_NP + add_NP, sum_NQ + add_NQ
 
 
 @triton.jit
@@ -263,9 +270,7 @@ def _up(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what 
     GOLDEN_RATIO: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    p = tl.program_id(1) * 2 * HALF + tl.arange(0, HALF)
-    q = p + HALF
-    pair_P = tl.program_id(1) * HALF + tl.arange(0, HALF)
+    p, q, pair_P = _features(tl.program_id(1) * 2 * HALF, HALF)
     r = tl.arange(0, RANK)
     sum_NP = tl.zeros((TOKENS, HALF), dtype=tl.float32)
     sum_NQ = tl.zeros((TOKENS, HALF), dtype=tl.float32)
@@ -281,6 +286,4 @@ def _up(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what 
             sum_NP, sum_NQ, t2, A2, key2, n, r, p, q, pair_P, tokens, features, rank, THRESHOLD, GOLDEN_RATIO
         )
     rows = out + n.to(tl.int64)[:, None] * features
-    inside_N1 = n[:, None] < tokens
-    tl.store(rows + p[None, :], (sum_NP * scale).to(out.dtype.element_ty), mask=inside_N1 & (p[None, :] < features))
-    tl.store(rows + q[None, :], (sum_NQ * scale).to(out.dtype.element_ty), mask=inside_N1 & (q[None, :] < features))
+    _store_halves(rows, n[:, None] < tokens, p, q, features, sum_NP * scale, sum_NQ * scale)
