@@ -10,8 +10,9 @@ A case is SHAPE:PRECISION:TIERS:POLICY:SIZES:RANK:TARGETS:DROPOUT:PACKING[:optio
 (the first half on the device); POLICY keep, recompute, offload or mixed (the last quarter keeps, the others recompute).
 With --trace a size ROWSxLENGTH is measured after those before it on the same loaded model, the cache emptied between.
 Each size runs one evaluation micro-batch, three optimizer steps, a save of the adapter and another evaluation, as a run
-does: gradients in one run of memory, micro-steps captured where the placement allows it (not with :launched). Without
-cases those of bench/plan_cases.txt are run, each in a process of its own, some at a time.
+does: gradients in one run of memory, micro-steps captured where the placement allows it (not with :launched), layers
+compiled (not with :eager). Without cases those of bench/plan_cases.txt are run, each in a process of its own, some at a
+time.
 
 What every prediction is given of the CUDA context and of the host memory of CUDA and the compiler is measured in one
 small run before all others. Against it stands each process's own context where the driver counts by process, else the
@@ -75,7 +76,7 @@ def load(case: str) -> tuple[Any, dict[str, Any]]:
         weights=tiers,
         activations=policies if facts["policy"] == "mixed" else facts["policy"],
         head_rows=int(options.get("head", 0)),
-        compiled=True,
+        compiled="eager" not in options,
         dequantize=options.get("dequantize", "product" if facts["shape"] == "70b" else "layer"),
         graphs="launched" not in options,
         adapter=options.get("adapter", "device"),
@@ -313,7 +314,7 @@ def predict(case: str, around: dict[str, int]) -> dict[str, Any]:
         documents=rows if packed else 1,
         micro_batches=1,
         head_rows=int(options.get("head", 0)),
-        compiled=True,
+        compiled="eager" not in options,
         dequantize=options.get("dequantize", "product" if facts["shape"] == "70b" else "layer"),  # type: ignore[arg-type]
         dropout=float(facts["dropout"]),
         adapter=options.get("adapter", "device"),  # type: ignore[arg-type]

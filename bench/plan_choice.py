@@ -200,7 +200,7 @@ def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
         head_rows=choice.head_rows,
         compiled=choice.compiled,
         dequantize=choice.dequantize,
-        graphs=choice.captured(layers),
+        graphs=choice.captured(search.model),
     )
     lora = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
     model = random_model(shape, placement, lora)

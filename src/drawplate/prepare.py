@@ -259,6 +259,7 @@ def model_shape(anatomy: Anatomy, recipe: Recipe) -> ModelShape:
         closing=closing,
         tied=anatomy.tied,
         softcap=anatomy.softcap is not None,
+        one_by_one=anatomy.one_by_one,
         parameters=anatomy.parameters,
         layers=len(anatomy.layers),
         linear_parameters=linear_parameters,

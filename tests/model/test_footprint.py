@@ -117,4 +117,8 @@ def test_rotated_queries_are_not_written_over_what_they_are_made_of() -> None:
     assert compiled_footprint._same_places(x, again, {x, y}), "the same order after all"
 
 
+def test_which_models_have_packed_documents_attended_to_one_by_one() -> None:
+    assert [anatomy_of(name).one_by_one for name in ("llama", "qwen3", "gemma2", "phi")] == [False, False, True, False]
+
+
 STORED = [("", False), ("nf4", False), ("nf4", True)]

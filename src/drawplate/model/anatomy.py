@@ -47,6 +47,14 @@ class Anatomy:
         return type(self.skeleton).__name__
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether a GPU attends to packed documents one by one: torch's kernel for all of them takes no soft cap of the
+        scores (Gemma 2), and heads of at most 256 features, a multiple of 8 (model/attention.py)."""
+        heads = getattr(self.config, "num_attention_heads", None) or 1
+        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        return bool(getattr(self.config, "attn_logit_softcapping", None)) or size > 256 or size % 8 > 0
+
+    @property
     def softcap(self) -> float | None:
         """logits -> softcap * tanh(logits / softcap), where the architecture has it (Gemma 2, RecurrentGemma)."""
         return getattr(self.config, "final_logit_softcapping", None) or getattr(self.config, "logits_soft_cap", None)

@@ -166,7 +166,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         activations=activation_words(choice, model.layers),
         compiled=choice.compiled,
         dequantize=choice.dequantize,
-        graphs=choice.captured(model.layers),
+        graphs=choice.captured(model),
         packing=batch.packing,
         max_length=max_length,
         micro_batch_sequences=micro,

@@ -151,7 +151,7 @@ def micro_batch_seconds(
     again = walk.rest * units.forward.total
     forward, backward = KERNELS[choice.compiled]
     kernels = (walk.layers + walk.rest) * forward + walk.layers * backward
-    captured = choice.captured(walk.layers)
+    captured = choice.captured(model)
     gaps = kernels * GAP_SECONDS[captured] if choice.device == "cuda" else 0.0
     parts = MicroBatchSeconds(
         products=products,

@@ -99,7 +99,7 @@ class _Moments:
     def __init__(self, model: ModelShape, choice: Choice, around: Surroundings) -> None:
         self.model, self.choice, self.around = model, choice, around
         self.size = DTYPE_BYTES[choice.compute_dtype]
-        self.rows = train_rows_of(choice, model.layers)
+        self.rows = train_rows_of(choice, model)
         # Layers alike: (kind, tier, keeps) -> how many, and the place of the last of them.
         self.groups: Counter[tuple[int, str, bool]] = Counter()
         first_kept = model.layers - choice.kept_layers
@@ -163,7 +163,7 @@ class _Moments:
         inputs = each * (1 if choice.policy == "offload" and apart else apart + 1)
         held = self.stored + self._workspaces() + 3 * self.trained + opening + keys + 24 * rows.tokens
         grads = self.trained
-        own = self.trained if choice.captured(model.layers) else 0  # a captured micro-step's gradients
+        own = self.trained if choice.captured(model) else 0  # a captured micro-step's gradients
         norm = _sums_of(closing, rows)
         # Saved sums count a layer's output as the next one's input.
         saved = kept + inputs if apart else kept + each
@@ -180,7 +180,7 @@ class _Moments:
         return max(ends, key=sum)
 
     def _workspaces(self) -> int:
-        streams = 2 if self.choice.captured(self.model.layers) else 1
+        streams = 2 if self.choice.captured(self.model) else 1
         return 2 * streams * self.around.product_workspace_bytes if self.choice.device == "cuda" else 0
 
     def _loss(self, rows: Rows, *, training: bool) -> int:

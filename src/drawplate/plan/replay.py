@@ -52,10 +52,10 @@ class Rows:
         return min(self.tokens, -(-counted // part) * part)
 
 
-def train_rows_of(choice: Choice, layers: int) -> Rows:
-    """Training micro-batches of a model with so many layers."""
+def train_rows_of(choice: Choice, model: ModelShape) -> Rows:
+    """Training micro-batches."""
     rows = Rows(choice.micro_batch_tokens, choice.rows, choice.documents, choice.packing)
-    return replace(rows, roomy=choice.captured(layers))
+    return replace(rows, roomy=choice.captured(model))
 
 
 def eval_rows_of(choice: Choice) -> Rows:
@@ -71,7 +71,7 @@ class Replay:
         self.model, self.choice, self.around = model, choice, around
         self.size = DTYPE_BYTES[choice.compute_dtype]
         self.device = Device(CachingAllocator() if choice.device == "cuda" else ProcessMemory())
-        self.train_rows, self.eval_rows = train_rows_of(choice, model.layers), eval_rows_of(choice)
+        self.train_rows, self.eval_rows = train_rows_of(choice, model), eval_rows_of(choice)
         self._left: dict[Name, dict[Name, None]] = {}
         self._tried: set[tuple[int, Rows]] = set()
         self._resolved: dict[tuple[int, Rows], tuple[Trace, list[tuple[str, int | None]]]] = {}
@@ -80,7 +80,7 @@ class Replay:
         self._kept = [choice.mode(choice.tier(i), kept=True) for i in range(model.layers)]
         self._trained = [kind.trained for kind in self._kinds]
         self._first_kept = model.layers - choice.kept_layers
-        self.captured = choice.captured(model.layers)
+        self.captured = choice.captured(model)
 
     # --- phases ---------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ class ModelShape:
         closing: the norm after the last layer, by mode.
         tied: the head's weight is the embedding's.
         softcap: the head's logits are capped.
+        one_by_one: a GPU attends to packed documents one by one, by borders that the host must know.
     """
 
     parameters: int
@@ -52,6 +53,7 @@ class ModelShape:
     closing: Mapping[Mode, Footprint] = field(default_factory=dict)
     tied: bool = True
     softcap: bool = False
+    one_by_one: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +123,13 @@ class Choice:
         """Layers that are streamed."""
         return max(0, layers - self.dequantized_layers - self.device_layers)
 
-    def captured(self, layers: int) -> bool:
+    def captured(self, model: ModelShape) -> bool:
         """Whether micro-steps are replayed as CUDA graphs: nothing of them crosses the bus (model/graphed.py).
 
-        In float32 packed documents are attended to one by one, by borders that the host must know (model/attention.py).
-        """
-        crosses = self.host_layers(layers) or self.head_rows or (self.policy == "offload" and self.kept_layers < layers)
-        one_by_one = self.packing and self.compute_dtype == "float32"
+        In float32 too, packed documents are attended to one by one (model/attention.py)."""
+        offloads = self.policy == "offload" and self.kept_layers < model.layers
+        crosses = self.host_layers(model.layers) or self.head_rows or offloads
+        one_by_one = self.packing and (model.one_by_one or self.compute_dtype == "float32")
         return self.device == "cuda" and self.adapter == "device" and not (crosses or one_by_one or self.launched)
 
     def tier(self, layer: int) -> str:
