@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from drawplate.footprints import Footprint, Line, Trace
 from drawplate.model.kernel_order import Job, Jobs
-from drawplate.model.recorder import KEPT, TRACED_TOKENS, Recorder, Watch, kernel_lines, line_of
+from drawplate.model.recorder import KEPT, TRACED_TOKENS, Recorder, kernel_lines, line_of
 
 if TYPE_CHECKING:
     from drawplate.model.footprint import Trial
@@ -149,14 +149,19 @@ def _as_if_compiling() -> Iterator[None]:
 
 
 def _whole_weights(trial: Trial) -> tuple[Trace, dict[str, str]]:
-    """How a layer is dequantized before it is called, and the block of each weight by the name of its graph input."""
-    recorder = Recorder()
-    with torch.no_grad(), Watch(recorder, list(trial.stored.values())) as watch:
-        weights = trial.whole()
-        blocks = {name: watch.name_of(tensor) for name, tensor in weights.items()}
-        made = recorder.cut(0, None, {})
+    """How a layer is dequantized before it is called, and the block of each weight by the name of its graph input.
+
+    A kernel writes 4-bit weights at once (kernels/four_bits.py), which has another way without a GPU; int8 is converted
+    and then scaled."""
+    recorder, blocks = Recorder(), dict[str, str]()
+    for name, weight in trial.whole().items():
+        line = line_of(weight.numel() * weight.element_size())
+        converted = recorder.take(line) if trial.mode.stored == "int8" else ""
+        blocks[name] = recorder.take(line)
+        if converted:
+            recorder.give(converted)
     places = {name: f"primals_{i + 1}" for i, name in enumerate(trial.tensors)}
-    return made, {places[name]: block for name, block in blocks.items()}
+    return recorder.cut(0, None, {}), {places[name]: block for name, block in blocks.items()}
 
 
 def _traced_forward(graph: fx.GraphModule, weights: tuple[Trace, dict[str, str]], outputs: list[fx.Node]) -> _Walk:
