@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drawplate.errors import UsageError
-from drawplate.model import attention
+from drawplate.model import causal_attention
 from drawplate.model.attention import drawplate_attention, refuse_left_padding, register
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -29,7 +29,7 @@ RULES = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK_QUERIES", 8)
+    monkeypatch.setattr(causal_attention, "BLOCK_QUERIES", 8)
 
 
 def tensors(
