@@ -30,8 +30,8 @@ MOST_COLUMNS = 32768
 
 def fp8_rows(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     """-> (x / scale in e4m3, scale_N1 in float32): each row's largest becomes the largest that e4m3 has."""
-    scale_N1 = x_NK.abs().amax(dim=1, keepdim=True).float().clamp(min=SMALLEST) / FP8_LARGEST
-    return (x_NK.float() / scale_N1).to(FP8), scale_N1
+    largest_N1 = x_NK.abs().amax(dim=1, keepdim=True).float().clamp(min=SMALLEST)
+    return (x_NK.float() * (FP8_LARGEST / largest_N1)).to(FP8), largest_N1 / FP8_LARGEST
 
 
 def gated(gate_NI: Tensor, up_NI: Tensor, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
