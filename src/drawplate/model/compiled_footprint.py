@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from drawplate.footprints import Footprint, Line, Trace
+from drawplate.model.frozen import WHOLE
 from drawplate.model.kernel_order import Job, Jobs
 from drawplate.model.recorder import KEPT, TRACED_TOKENS, Recorder, kernel_lines, line_of
 
@@ -53,17 +54,32 @@ _EXTERN_WORDS = (
 )
 
 
-def compiled_footprint(trial: Trial) -> Footprint:
+@dataclass(frozen=True)
+class Graphs:
+    """The compiled layer's, and the names of the tensors that are its first inputs."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    tensors: tuple[str, ...]
+
+    @classmethod
+    def of(cls, trial: Trial) -> Graphs:
+        """As the compiler makes them; takes half a second."""
+        return cls(*_graphs(trial), tuple(trial.tensors))
+
+
+def compiled_footprint(trial: Trial, graphs: Graphs) -> Footprint:
     """The traces of the compiled layer."""
-    forward, backward = _graphs(trial)
-    weights = _whole_weights(trial)
+    forward, backward = graphs.forward, graphs.backward
+    weights = _whole_weights(trial, graphs.tensors)
     alone = _inference_graph(forward)
-    inference = _traced_forward(alone, weights, outputs=_outputs(alone))
-    training = _traced_forward(forward, weights, outputs=_outputs(forward))
+    stored = trial.mode.stored
+    inference = _traced_forward(alone, weights, stored)
+    training = _traced_forward(forward, weights, stored)
     out, *saved = _outputs(forward)
     out_alone = _outputs(alone)[0]
     names = {node.name: training.names[_root(node)] for node in saved if _root(node) in training.names}
-    back = _Walk(backward, names, _outputs(backward), training.recorder)
+    back = _Walk(backward, names, _outputs(backward), training.recorder, stored)
     start = len(training.recorder.events)
     back.run()
     *gradients, grad_in = [back.names.get(_root(node), "") for node in _outputs(backward)]
@@ -148,7 +164,7 @@ def _as_if_compiling() -> Iterator[None]:
         torch.compiler._is_compiling_flag = False
 
 
-def _whole_weights(trial: Trial) -> tuple[Trace, dict[str, str]]:
+def _whole_weights(trial: Trial, inputs: tuple[str, ...]) -> tuple[Trace, dict[str, str]]:
     """How a layer is dequantized before it is called, and the block of each weight by the name of its graph input.
 
     A kernel writes 4-bit weights at once (kernels/four_bits.py), which has another way without a GPU; int8 is converted
@@ -157,19 +173,21 @@ def _whole_weights(trial: Trial) -> tuple[Trace, dict[str, str]]:
     for name, weight in trial.whole().items():
         line = line_of(weight.numel() * weight.element_size())
         converted = recorder.take(line) if trial.mode.stored == "int8" else ""
-        blocks[name] = recorder.take(line)
+        blocks[name.removesuffix(WHOLE)] = recorder.take(line)
         if converted:
             recorder.give(converted)
-    places = {name: f"primals_{i + 1}" for i, name in enumerate(trial.tensors)}
-    return recorder.cut(0, None, {}), {places[name]: block for name, block in blocks.items()}
+    places = {name: f"primals_{i + 1}" for i, name in enumerate(inputs)}
+    return recorder.cut(0, None, {}), {places[f"{path}weight"]: block for path, block in blocks.items()}
 
 
-def _traced_forward(graph: fx.GraphModule, weights: tuple[Trace, dict[str, str]], outputs: list[fx.Node]) -> _Walk:
+def _traced_forward(graph: fx.GraphModule, weights: tuple[Trace, dict[str, str]], stored: str) -> _Walk:
     """The layer is dequantized, called, and the weights are let go of unless they are among what is kept."""
     made, blocks = weights
-    recorder = Recorder()
+    recorder, outputs = Recorder(), _outputs(graph)
     recorder.events += [(f"w{name}", line) for name, line in made]
-    walk = _Walk(graph, {name: f"w{block}" for name, block in blocks.items()}, outputs, recorder, release_inputs=False)
+    walk = _Walk(
+        graph, {name: f"w{block}" for name, block in blocks.items()}, outputs, recorder, stored, release_inputs=False
+    )
     walk.run()
     kept = {walk.names.get(_root(node)) for node in outputs}
     for block in blocks.values():
@@ -215,6 +233,7 @@ class _Walk:
         inputs: blocks of those inputs that are let go of after their last use, by the name of their node.
         outputs: what the graph must make.
         recorder: takes the events.
+        stored: precision of weights that products dequantize.
         release_inputs: whether inputs are let go of at all.
         names: the block of each buffer, once `run` is done.
     """
@@ -223,6 +242,7 @@ class _Walk:
     inputs: Mapping[str, str]
     outputs: list[fx.Node]
     recorder: Recorder
+    stored: str
     release_inputs: bool = True
     names: dict[fx.Node, str] = field(default_factory=dict)
     _wanted: set[fx.Node] = field(default_factory=set)
@@ -265,7 +285,7 @@ class _Walk:
             dying = {s for s in kernel.reads if self._last[s] == i and s not in self._wanted and s in self.names}
             if not self.release_inputs:
                 dying = {s for s in dying if s.op != "placeholder"}
-            scratch = [] if kernel.generated else _workspace(kernel.writes[0])
+            scratch = [] if kernel.generated else _workspace(kernel.writes[0], self.stored)
             early = [self.recorder.take(line) for line in scratch if _begins_with_scratch(kernel.writes[0])]
             self._in_place = []
             for node in kernel.writes:
@@ -542,7 +562,7 @@ def _begins_with_scratch(node: fx.Node) -> bool:
     return any(word in str(node.target) for word in ("frozen_product", "dropped_grad_A"))
 
 
-def _workspace(node: fx.Node) -> list[Line]:
+def _workspace(node: fx.Node, stored: str) -> list[Line]:
     """What a library's kernel takes beside what it returns."""
     values: list[Any] = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
     if "dropped_grad_A" in str(node.target):  # sums over parts of the tokens, added up at the end
@@ -553,5 +573,5 @@ def _workspace(node: fx.Node) -> list[Line]:
         return kernel_lines(node.target, values)
     if "frozen_product_fp8" in str(node.target):
         return [Line(values[2].numel(), 0)]
-    element_bytes, precision, (out, inner) = values[0].element_size(), values[2], values[4]
-    return [Line(out * inner * element_bytes, 0)] * (2 if precision == "int8" else 1)
+    element_bytes, (out, inner) = values[0].element_size(), values[4]
+    return [Line(out * inner * element_bytes, 0)] * (2 if stored == "int8" else 1)

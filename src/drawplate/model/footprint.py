@@ -20,7 +20,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from drawplate.footprints import Footprint, LayerShape, LinearShape, Mode, Trace
 from drawplate.model import attention
 from drawplate.model.adapter import target_names
 from drawplate.model.anatomy import Anatomy
-from drawplate.model.compiled_footprint import compiled_footprint
+from drawplate.model.compiled_footprint import Graphs, compiled_footprint
 from drawplate.model.frozen import WHOLE, FrozenLinear
 from drawplate.model.frozen_layer import freeze_linears, stored_specs, trained_shapes
 from drawplate.model.layers import kind_of
@@ -86,7 +86,7 @@ def _layer_shape(anatomy: Anatomy, index: int, lora: LoraConfig, targets: set[st
         ),
         plain=tuple(tensor.numel() for tensor in others if id(tensor) not in weights),
         trained=tuple(torch.Size(shape).numel() for shape in trained.values()),
-        footprints=_Footprints(functools.partial(measure, anatomy, index, lora)),
+        footprints=_Footprints(Measured(anatomy, index, lora)),
     )
 
 
@@ -117,16 +117,38 @@ class _Footprints(Mapping[Mode, Footprint]):
         return 0
 
 
-def measure(anatomy: Anatomy, index: int, lora: LoraConfig, mode: Mode) -> Footprint:
-    """The footprint of one decoder layer, run as `mode` says."""
-    attention.register()
-    storage = Storage(mode.stored or PLAIN_NAMES[mode.compute_dtype])
-    layer = _frozen_layer(anatomy, index, lora, storage)
-    storage.decode(list(storage.encode(torch.zeros(64, 64)).values()), (64, 64), torch.float32)  # fills its caches
-    with FakeTensorMode(allow_non_fake_inputs=True) if mode.device == "cpu" else nullcontext():
-        trial = Trial.of(layer, anatomy, index, lora, mode)
-        found = compiled_footprint(trial) if mode.compiled else _eager_footprint(trial)
-    return replace(found, keys=len(trial.keys) if mode.dropout else 0)
+@dataclass
+class Measured:
+    """The footprints of one decoder layer."""
+
+    anatomy: Anatomy
+    index: int
+    lora: LoraConfig
+    _graphs: dict[Mode, Graphs] = field(default_factory=dict)
+
+    def __call__(self, mode: Mode) -> Footprint:
+        """The layer's footprint, run as `mode` says."""
+        attention.register()
+        with FakeTensorMode(allow_non_fake_inputs=True) if mode.device == "cpu" else nullcontext():
+            trial = self._trial(mode)
+            found = compiled_footprint(trial, self._graphs_of(mode)) if mode.compiled else _eager_footprint(trial)
+        return replace(found, keys=len(trial.keys) if mode.dropout else 0)
+
+    def _graphs_of(self, mode: Mode) -> Graphs:
+        """Once dequantized, a layer is computed as one that was never quantized; and where its products dequantize,
+        int8's are those of nf4 with other scratch."""
+        like = mode._replace(stored="", whole=False) if mode.whole else mode
+        if like.stored in ("int8", "fp4"):
+            like = like._replace(stored="nf4")
+        if like not in self._graphs:
+            self._graphs[like] = Graphs.of(self._trial(like))
+        return self._graphs[like]
+
+    def _trial(self, mode: Mode) -> Trial:
+        storage = Storage(mode.stored or PLAIN_NAMES[mode.compute_dtype])
+        layer = _frozen_layer(self.anatomy, self.index, self.lora, storage)
+        storage.decode(list(storage.encode(torch.zeros(64, 64)).values()), (64, 64), torch.float32)  # fills its caches
+        return Trial.of(layer, self.anatomy, self.index, self.lora, mode)
 
 
 @dataclass
