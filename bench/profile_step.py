@@ -2,8 +2,8 @@
 
     python bench/profile_step.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:FLAG...] ...
 
-The cases are those of bench/streaming.py, with one flag more: `unjoined` leaves gated blocks to the compiler. All run
-in this process, and the sizes of one share a loaded model. Each
+The cases are those of bench/streaming.py, with two flags more: `unjoined` leaves gated blocks to the compiler, `packed`
+puts the rows into one, a document each. All run in this process, and the sizes of one share a loaded model. Each
 gives the median seconds of a micro-step (forward, loss, backward; no optimizer) without the profiler, the seconds in
 which the GPU ran anything, seconds by kind of kernel and by kernel, and the host's functions by own time.
 """
@@ -48,12 +48,22 @@ def main() -> None:
         frozen_layer.join_gated_blocks = (lambda layer: None) if "unjoined" in case else joined
         model, sizes = load_case(case)
         for size in sizes:
-            batch = train_batch(model, size)
+            batch = packed_batch(model, size) if "packed" in case else train_batch(model, size)
             results.append({"case": case, "size": size, **profile_micro_step(model, batch)})
             brief = {key: value for key, value in results[-1].items() if key not in ("kernels", "host")}
             print(json.dumps(brief), flush=True)
             out.write_text(json.dumps(record(results), indent=1))
         del model
+
+
+def packed_batch(model: Any, size: str) -> Any:
+    """DOCUMENTSxLENGTH random tokens in one row."""
+    from bench.random_models import random_sequences
+    from drawplate.data.batches import cut_packed
+
+    documents, length = (int(n) for n in size.split("x"))
+    sequences = random_sequences([length] * documents, model.anatomy.config.vocab_size)
+    return cut_packed(sequences, documents * length, 16, 0)[0]
 
 
 def profile_micro_step(model: Any, batch: Any) -> dict[str, Any]:

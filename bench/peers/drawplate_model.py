@@ -26,6 +26,7 @@ from drawplate.data.batches import Batch, cut_packed, cut_padded
 from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
+from drawplate.model.device_batch import ShapeBounds
 from drawplate.model.storage import Storage
 from drawplate.model.weights import open_checkpoint
 from drawplate.plan.choose import CorpusShape
@@ -48,6 +49,7 @@ class DrawplatePeer:
         self.checkpoint = open_checkpoint(recipe_of(folder, setting, None).model)
         self.adapter: dict[str, torch.nn.Parameter] = {}
         self._calls, self._packed_tokens, self._planned_for = 0, 0, ""
+        self._case = ""
         self._rows: int | None = None
         if not setting.options.get("plan"):
             self._assemble(explicit_placement(setting, self.device))
@@ -69,7 +71,10 @@ class DrawplatePeer:
         self.model.runner.policies[:] = ["recompute"] * (self.layers - count) + ["keep"] * count
 
     def prepare(self, case: Case, two_steps: Any) -> dict[str, Any]:
-        """Plan or fit for a case; what was decided."""
+        """Plan or fit for a case; what was decided. A case is a run of its own: shapes of another do not widen its."""
+        if case.name != self._case and hasattr(self, "model"):
+            self.model._bounds = ShapeBounds()
+        self._case = case.name
         if self.setting.options.get("keep") == "fit":
             kept = fit_kept_layers(self, two_steps, lambda: cap_allocator(int((self.setting.budget_gib or 0) * 2**30)))
             return {"decided": {"kept_layers": kept}}
