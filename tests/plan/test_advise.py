@@ -110,7 +110,7 @@ def test_a_batch_larger_than_the_corpus_is_warned_of_with_what_to_set():
     assert "3 optimizer steps, which teach next to nothing; with 16 you get 171" in warning
     assert "Set train.effective_batch_size=16" in warning
     assert advice.effective_batch_size == 14_336, "nothing is refused or changed"
-    mended = advise(recipe_of(train={"effective_batch_size": 16}), learner((128,) * 906))
+    mended = advise(recipe_of(train={"effective_batch_size": 16, "num_train_epochs": 3}), learner((128,) * 906))
     assert mended.optimizer_steps == 171
     assert mended.warnings == ()
 
@@ -129,6 +129,33 @@ def test_the_advice_always_gives_more_steps(effective, count, epochs):
         again = advise(recipe_of(train={**train, "effective_batch_size": better}), learner((64,) * count))
         assert again.optimizer_steps > advice.optimizer_steps
         assert f"with {better} you get {again.optimizer_steps:,}." in warning
+
+
+def test_small_models_get_higher_ranks():
+    ranks = [advise(recipe_of(), learner((100,) * 1000, hidden)).recipe.lora.r for hidden in (576, 1024, 2048, 4096)]
+    assert ranks == [64, 64, 32, 16]
+    assert advise(recipe_of(lora={"r": 8}), learner((100,) * 1000)).recipe.lora.r == 8
+
+
+@pytest.mark.parametrize(
+    ("r", "epochs", "learnt_most"),
+    [
+        (16, 2, (1e-3, 1.4e-3)),
+        (32, 2, (5e-4, 1e-3)),
+        (64, 2, (3.5e-4, 5e-4)),
+        (16, 3, (5e-4, 7e-4)),
+        (64, 3, (1.5e-4, 2.5e-4)),
+    ],
+)
+def test_the_rate_lies_where_the_study_found_the_best(r, epochs, learnt_most):
+    asked = recipe_of(lora={"r": r}, train={"num_train_epochs": epochs})
+    low, high = learnt_most
+    assert low <= advise(asked, learner((128,) * 1000)).learning_rate <= high
+
+
+def test_many_passes_do_not_bring_the_rate_to_nothing():
+    few, many = (advise(recipe_of(train={"num_train_epochs": n}), learner((128,) * 1000)) for n in (4, 40))
+    assert few.learning_rate == many.learning_rate > 1e-5
 
 
 @pytest.mark.parametrize(("rate", "word"), [(1e-5, "slowly"), (0.1, "undo")])

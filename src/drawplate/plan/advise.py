@@ -11,24 +11,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
-from drawplate.recipe import USUAL_RANK, Recipe
+from drawplate.recipe import USUAL_RANK, LoraSection, Recipe
 from drawplate.units import format_count
 
 STEP_TOKENS = 2048
 LARGEST_STEP_TOKENS = 65_536
 MOST_SMALL_STEPS = 2000
 FEWEST_USEFUL_STEPS = 50
-RATE, RATE_WIDTH, RATE_EXPONENT = 7e-4, 576, 0.781
+RATE, RATE_RANK, RATE_WIDTH, RATE_EPOCHS = 1.2e-3, 16, 576, 2.0
+RANK_EXPONENT, WIDTH_EXPONENT, EPOCHS_EXPONENT = 0.75, 0.781, 2.0
+"""The rate of a rank, width and number of passes, and how it falls with each beyond."""
+LONGEST = 2.0
+"""Times RATE_EPOCHS up to which more passes lower the rate: what lies beyond was not studied."""
+RANKS = ((1024, 64), (2048, 32))
+"""Widths up to which a rank is advised; the usual one beyond."""
 FAR_OFF_RATE = 8.0
 MANY_EPOCHS = 8.0
 USUAL: dict[str, tuple[float | str, str]] = {
-    "num_train_epochs": (3.0, "by the third pass held-out text gains next to nothing more"),
+    "num_train_epochs": (RATE_EPOCHS, "a third pass learns the text by heart; what was held out gets worse again"),
     "lr_scheduler_type": ("cosine", "a rate that falls to zero leaves the least noise at the end"),
     "warmup_ratio": (0.05, "Adam's averages settle in the first steps, at a small rate"),
 }
 ADAPTER_REASONS = {
-    "r": f"{USUAL_RANK}: at this rate, higher ranks learn a small corpus by heart in three passes",
     "lora_alpha": "twice the rank: the learning rate was found with it",
     "target_modules": "all-linear: it learns a sixth more than query and value alone",
 }
@@ -67,15 +73,16 @@ class Advice:
 
 def advise(recipe: Recipe, learner: Learner) -> Advice:
     """Fill what the recipe left open. Given a recipe that leaves nothing open, it is returned as it is."""
-    reasons = {name: reason for name, reason in ADAPTER_REASONS.items() if getattr(recipe.lora, name) == "auto"}
-    usual = {**USUAL, "learning_rate": _rate(learner.hidden)}
+    lora, reasons = _adapter(recipe.lora, learner.hidden)
+    asked = recipe.train.num_train_epochs
+    epochs = RATE_EPOCHS if asked == "auto" else float(asked)
+    usual = {**USUAL, "learning_rate": _rate(learner.hidden, cast(int, lora.r), epochs)}
     open_ones = {name: both for name, both in usual.items() if getattr(recipe.train, name) == "auto"}
     reasons |= {name: reason for name, (_, reason) in open_ones.items()}
     train = recipe.train.model_copy(update={name: value for name, (value, _) in open_ones.items()})
-    epochs = float(train.num_train_epochs)
     batch = _batch(recipe, learner, epochs, reasons)
     train = train.model_copy(update={"effective_batch_size": batch})
-    filled = recipe.model_copy(update={"lora": recipe.lora.filled(), "train": train})
+    filled = recipe.model_copy(update={"lora": lora, "train": train})
     steps = optimizer_steps(len(learner.lengths), batch, epochs, train.max_steps)
     return Advice(
         recipe=filled,
@@ -111,7 +118,7 @@ def advised_batch(lengths: tuple[int, ...], epochs: float) -> tuple[int, str]:
         return useful, f"as many windows as leave a corpus of {format_count(windows)} some {FEWEST_USEFUL_STEPS} steps"
     if tokens > STEP_TOKENS:
         return wanted, f"some {format_count(tokens)} tokens a step: {format_count(MOST_SMALL_STEPS)} steps are enough"
-    return wanted, f"some {format_count(tokens)} tokens a step: smaller steps learn more from the same text"
+    return wanted, f"some {format_count(tokens)} tokens a step: smaller ones gain little more and take longer"
 
 
 def _batch(recipe: Recipe, learner: Learner, epochs: float, reasons: dict[str, str]) -> int:
@@ -128,25 +135,50 @@ def _batch(recipe: Recipe, learner: Learner, epochs: float, reasons: dict[str, s
     return max(batch, 1 if micro == "auto" else micro)
 
 
-def _rate(hidden: int) -> tuple[float | str, str]:
+def _adapter(section: LoraSection, hidden: int) -> tuple[LoraSection, dict[str, str]]:
+    """The section filled, and the reason of each value that was open."""
+    rank, why = _rank(hidden)
+    reasons = {n: reason for n, reason in {"r": why, **ADAPTER_REASONS}.items() if getattr(section, n) == "auto"}
+    return section.model_copy(update={"r": rank} if "r" in reasons else {}).filled(), reasons
+
+
+def _rank(hidden: int) -> tuple[int, str]:
+    """By the model's width.
+
+    Small models learnt most at 64, where an adapter costs them little; the same rank on a model seven times as wide
+    trains twenty times as many numbers, whose gradients and moments take gigabytes.
+    """
+    rank = next((rank for width, rank in RANKS if hidden <= width), USUAL_RANK)
+    if rank == USUAL_RANK:
+        return rank, f"{rank}: enough for a model so wide, and a higher rank takes memory"
+    return rank, f"{rank}: on a small model a high rank learns more, and forgets less at the rate that suits it"
+
+
+def _rate(hidden: int, rank: int, epochs: float) -> tuple[float | str, str]:
     """Peak learning rate, to two figures.
 
-    At the width of the study's model its best on short articles, in 4 bits and in bf16, and within 0.3 points of the
-    best mean over three kinds of text. Beyond it the rate falls with the width to the power 0.781, which others fitted
-    over Llama models of several sizes (Thinking Machines Lab, "Supervised Learning Hyperparameters", Tinker
-    documentation, 2025; for Qwen they found 0.078, nearly flat): an extrapolation, and the careful one of the two.
+    From the study at one width: at two passes ranks 16, 32 and 64 learnt most at rates that fall with the rank to the
+    power 0.75 (the update is scaled by two whatever the rank, so that a higher one moves further at the same rate); at
+    three passes less than half of the rate did as well and forgot less, and more than four are taken for four. Beyond
+    the study's width the rate falls with the width to the power 0.781, which others fitted over Llama models of several
+    sizes (Thinking Machines Lab, "Supervised Learning Hyperparameters", Tinker documentation, 2025; for Qwen they found
+    0.078, nearly flat): an extrapolation, and the careful one of the two.
     """
-    rate = float(f"{RATE * min(1.0, RATE_WIDTH / hidden) ** RATE_EXPONENT:.1e}")
-    if hidden <= RATE_WIDTH:
-        return rate, "best on short articles and near it on longer text, for a small model; general text holds"
-    return (
-        rate,
-        f"{RATE:g} did best at width {RATE_WIDTH}, and wider models want less: width {format_count(hidden)} here",
-    )
+    wider, higher, longer = hidden / RATE_WIDTH, rank / RATE_RANK, min(epochs / RATE_EPOCHS, LONGEST)
+    falls = max(1.0, wider) ** WIDTH_EXPONENT * max(1.0, higher) ** RANK_EXPONENT * max(1.0, longer) ** EPOCHS_EXPONENT
+    rate = float(f"{RATE / falls:.1e}")
+    grown = ((wider, f"width {format_count(hidden)}"), (higher, f"rank {rank}"), (longer, f"{epochs:g} passes"))
+    less = [name for share, name in grown if share > 1]
+    base = f"{RATE:g} did best at width {RATE_WIDTH}, rank {RATE_RANK} and two passes"
+    return rate, f"{base}; less for {' and '.join(less)}" if less else base
 
 
 def _warnings(recipe: Recipe, learner: Learner, epochs: float, batch: int, steps: int) -> tuple[str, ...]:
-    found = (_too_few_steps(recipe, learner, epochs, batch, steps), _far_off_rate(recipe, learner), _many(epochs))
+    found = (
+        _too_few_steps(recipe, learner, epochs, batch, steps),
+        _far_off_rate(recipe, learner, epochs),
+        _many(epochs),
+    )
     return tuple(warning for warning in found if warning)
 
 
@@ -168,8 +200,8 @@ def _too_few_steps(recipe: Recipe, learner: Learner, epochs: float, batch: int, 
     )
 
 
-def _far_off_rate(recipe: Recipe, learner: Learner) -> str:
-    usual = float(_rate(learner.hidden)[0])
+def _far_off_rate(recipe: Recipe, learner: Learner, epochs: float) -> str:
+    usual = float(_rate(learner.hidden, cast(int, recipe.lora.r), epochs)[0])
     asked = float(recipe.train.learning_rate)
     if usual / FAR_OFF_RATE < asked < usual * FAR_OFF_RATE:
         return ""

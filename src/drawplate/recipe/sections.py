@@ -85,7 +85,7 @@ class QuantizationSection(Section):
 class LoraSection(Section):
     """The adapter, in LoraConfig's words."""
 
-    r: Count | Auto = Field("auto", description="Rank.")
+    r: Count | Auto = Field("auto", description="Rank; auto: by the model's width.")
     lora_alpha: Positive | Auto = Field(
         "auto", description="The update is scaled by lora_alpha / r (or / sqrt(r), rslora); auto: twice r."
     )
