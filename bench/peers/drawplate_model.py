@@ -73,7 +73,7 @@ class DrawplatePeer:
     def prepare(self, case: Case, two_steps: Any) -> dict[str, Any]:
         """Plan or fit for a case; what was decided. A case is a run of its own: shapes of another do not widen its."""
         if case.name != self._case and hasattr(self, "model"):
-            self.model._bounds = ShapeBounds()
+            self.model._bounds["training"] = ShapeBounds()
         self._case = case.name
         if self.setting.options.get("keep") == "fit":
             kept = fit_kept_layers(self, two_steps, lambda: cap_allocator(int((self.setting.budget_gib or 0) * 2**30)))

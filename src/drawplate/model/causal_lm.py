@@ -105,7 +105,8 @@ class CausalLM:
         )
         self.embedding: nn.Module
         self.head: Head
-        self._bounds = ShapeBounds()
+        # One long held-out document must not widen what is trained on: the two are compiled apart anyway.
+        self._bounds = {"training": ShapeBounds(), "measuring": ShapeBounds()}
         captures = placement.captures(len(anatomy.layers))
         self.graphed = GraphedSteps(self._nats, adapter) if captures else None
 
@@ -163,7 +164,7 @@ class CausalLM:
         device, keys = self.placement.device, None
         borders, segments = batch.cu_seqlens, ()
         if device.type == "cuda":
-            batch, borders = self._bounds.fit(batch)
+            batch, borders = self._bounds["training" if torch.is_grad_enabled() else "measuring"].fit(batch)
         elif borders is not None:
             segments = tuple(borders.tolist())
         if dropout_seed is not None and self.adapter.config.lora_dropout > 0:
