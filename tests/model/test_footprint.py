@@ -10,9 +10,9 @@ from torch import fx
 from transformers import AutoConfig
 
 from drawplate.footprints import TRIAL, Mode, Trace
-from drawplate.model import compiled_footprint
 from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import Anatomy, build_anatomy
+from drawplate.model.compiled_nodes import same_places
 from drawplate.model.footprint import layer_shapes, outer_footprints
 from drawplate.recipe import LoraSection
 from tests.model.conftest import ARCHITECTURES, COMMON
@@ -110,11 +110,11 @@ def test_rotated_queries_are_not_written_over_what_they_are_made_of() -> None:
         node.meta["val"] = value
     turned.meta["val"], half.meta["val"] = places.t(), places[:, 4:]
     again.meta["val"] = torch.empty(8, 4, device="meta")
-    assert compiled_footprint._same_places(x, straight, {x, y})
-    assert not compiled_footprint._same_places(x, again, {x, y}), "in another order"
-    assert not compiled_footprint._same_places(x, rotated, {x, y}), "an element of another place"
+    assert same_places(x, straight, {x, y})
+    assert not same_places(x, again, {x, y}), "in another order"
+    assert not same_places(x, rotated, {x, y}), "an element of another place"
     again.meta["val"] = torch.empty(4, 8, device="meta").t()
-    assert compiled_footprint._same_places(x, again, {x, y}), "the same order after all"
+    assert same_places(x, again, {x, y}), "the same order after all"
 
 
 def test_which_models_have_packed_documents_attended_to_one_by_one() -> None:
