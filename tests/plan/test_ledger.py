@@ -21,8 +21,8 @@ from drawplate.plan.ledger import (
     ledger,
     stored_bits,
 )
-from drawplate.plan.replay import Replay
 from drawplate.plan.sketch import sketched
+from drawplate.plan.stage import Stage
 from drawplate.records import LedgerLine
 from drawplate.units import MIB
 
@@ -223,8 +223,8 @@ def test_a_compiled_layers_kernels_are_tried_once_in_room_of_their_own() -> None
 @pytest.mark.parametrize(("sparing", "peak"), [(False, 2**30 + 2**20), (True, 2**20)])
 def test_a_kernel_is_tried_on_copies_of_what_it_writes_in_place(sparing: bool, peak: int) -> None:
     """In the forward of a training step always; in other graphs only where that does not raise the peak."""
-    replay = Replay(sketched(shape()), Choice.in_words(28, **KNOWN, compiled=True), replace(AROUND, trial_bytes=2**20))
-    replay._try([2**30], sparing=sparing)
-    assert replay.device.highest.allocated == peak
-    replay._try([2**20], sparing=True)
-    assert replay.device.highest.allocated == max(peak, 2 * 2**20), "there is room for this copy"
+    stage = Stage(sketched(shape()), Choice.in_words(28, **KNOWN, compiled=True), replace(AROUND, trial_bytes=2**20))
+    stage._try([2**30], sparing=sparing)
+    assert stage.device.highest.allocated == peak
+    stage._try([2**20], sparing=True)
+    assert stage.device.highest.allocated == max(peak, 2 * 2**20), "there is room for this copy"

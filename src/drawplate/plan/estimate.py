@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 from drawplate.footprints import TRIAL, Footprint, Trace
 from drawplate.plan.host import HostLines
-from drawplate.plan.replay import RETURN_BUFFERS, TRAINED_BYTES, Rows, eval_rows_of, train_rows_of
+from drawplate.plan.micro_batch import RETURN_BUFFERS
+from drawplate.plan.rows import Rows, eval_rows_of, train_rows_of
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
 from drawplate.plan.sketch import sketched
+from drawplate.plan.stage import TRAINED_BYTES
 from drawplate.plan.storage import Storage, layer_bytes, loss_tile
 from drawplate.units import MIB
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from drawplate.plan.replay import TRAINED_BYTES
 from drawplate.plan.shape import DTYPE_BYTES, Choice, ModelShape, Surroundings
+from drawplate.plan.stage import TRAINED_BYTES
 from drawplate.plan.storage import Storage, layer_bytes
 
 LANDINGS = 2

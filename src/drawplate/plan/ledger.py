@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from drawplate.footprints import Footprint, LayerShape, Line, LinearShape, Mode
 from drawplate.plan.blocks import Moment
 from drawplate.plan.host import HostLines, Row
-from drawplate.plan.replay import TRAINED_BYTES, Replay
+from drawplate.plan.replay import Replay
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings, stored_bits
 from drawplate.plan.sketch import kept_bytes_per_token_and_layer, sketched
+from drawplate.plan.stage import TRAINED_BYTES
 from drawplate.plan.storage import Storage, layer_bytes
 from drawplate.records import LedgerLine, PhaseLedger
 
