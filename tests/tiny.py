@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from drawplate.journal import Journal
 from drawplate.model.adapter import lora_config
@@ -67,7 +67,9 @@ def write_tokenizer(folder: Path) -> int:
     return len(fast)
 
 
-def write_base(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+def write_base(
+    folder: Path, *, architecture: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
     """A model folder: config, random weights in safetensors, tokenizer."""
     vocab = write_tokenizer(folder)
     settings: dict[str, Any] = {
@@ -84,7 +86,8 @@ def write_base(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: A
         "tie_word_embeddings": True,
     }
     torch.manual_seed(7)
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
+    config = AutoConfig.for_model(architecture, **{**settings, **changes})
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from drawplate.errors import UsageError
 from drawplate.model import causal_attention
+from drawplate.model.anatomy import build_anatomy
 from drawplate.model.attention import drawplate_attention, refuse_left_padding, register
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -316,3 +318,19 @@ def test_models_generate_as_with_their_own_attention(name):
         for implementation in ("drawplate", "eager")
     ]
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_gpu_before_ampere_gets_no_variable_length_kernel(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
+) -> None:
+    if not {"scale", "window_size"} <= causal_attention.VARLEN_ARGUMENTS:
+        pytest.skip("this torch has none that would do")
+    monkeypatch.setattr(causal_attention, "flash_runs", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    register()
+    x_BHTD = torch.empty(1, 2, 16, 64, dtype=torch.float16, device="meta")
+    rule = causal_attention.Rule(scaling=1.0, window=None, softcap=None)
+    assert causal_attention.varlen_serves(x_BHTD, x_BHTD, x_BHTD, rule, packed=True) is runs
+    assert build_anatomy(LlamaConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=1)).one_by_one is not runs

@@ -398,3 +398,17 @@ def test_an_adapter_on_the_host_leaves_the_device_a_visit() -> None:
     assert not {line.name for line in far.ledger if line.where == "device"} & {"optimizer moments", "adapter gradients"}
     on_cpu = plan_of(recipe_of(memory={"adapter": "host"}), model=TINY, machine=machine_of("cpu"))
     assert on_cpu.adapter == "device", "there is no other memory to move it to"
+
+
+@pytest.mark.parametrize("alone", ["soft-capped", "float32"])
+def test_documents_that_a_gpu_attends_to_one_by_one_are_padded_or_not_compiled(alone: str) -> None:
+    model = replace(LLAMA_3B, one_by_one=alone == "soft-capped")
+    asked = {"bnb_4bit_compute_dtype": "float32" if alone == "float32" else "bfloat16"}
+    plan = plan_of(recipe_of(quantization=asked), model=model)
+    assert (plan.packing, plan.compiled) == (False, True)
+    assert "one document after the other" in plan.reasons["packing"]
+    packed = plan_of(recipe_of(quantization=asked, data={"packing": True}), model=model)
+    assert (packed.packing, packed.compiled) == (True, False)
+    compiled = recipe_of(quantization=asked, data={"packing": True}, model={"compile": True})
+    assert plan_of(compiled, model=model).compiled, "what the user set stays"
+    assert plan_of(recipe_of(quantization=asked), model=model, machine=machine_of("cpu")).packing

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from drawplate.errors import UsageError
+from drawplate.model import causal_attention
 from drawplate.model.attention import NAME, register
 
 
@@ -49,10 +50,12 @@ class Anatomy:
     @property
     def one_by_one(self) -> bool:
         """Whether a GPU attends to packed documents one by one: torch's kernel for all of them takes no soft cap of the
-        scores (Gemma 2), and heads of at most 256 features, a multiple of 8 (model/attention.py)."""
+        scores (Gemma 2), heads of at most 256 features, a multiple of 8, and no GPU before Ampere (model/attention.py).
+        """
         heads = getattr(self.config, "num_attention_heads", None) or 1
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
-        return bool(getattr(self.config, "attn_logit_softcapping", None)) or size > 256 or size % 8 > 0
+        capped = bool(getattr(self.config, "attn_logit_softcapping", None))
+        return capped or size > 256 or size % 8 > 0 or not causal_attention.flash_runs
 
     @property
     def softcap(self) -> float | None:

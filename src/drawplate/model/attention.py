@@ -6,7 +6,7 @@ where causality alone keeps real tokens from seeing it. So no mask over the whol
 | case | how |
 | --- | --- |
 | plain causal | `scaled_dot_product_attention(is_causal=True)` |
-| packed or sliding, on a GPU in fp16 or bf16 | torch's variable-length FlashAttention, one call |
+| packed or sliding, on a GPU in fp16 or bf16 | torch's variable-length FlashAttention, one call; from Ampere on |
 | packed elsewhere | segment by segment |
 | sliding window elsewhere, several new tokens on a cache | query blocks, each against the keys it may see |
 | soft-capped scores (Gemma 2) | the same blocks in plain torch, softmax in float32, recomputed in backward |
@@ -29,6 +29,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from drawplate.errors import UsageError
+from drawplate.model import causal_attention
 from drawplate.model.causal_attention import Rule, borders_of, by_segments, causal, reference, varlen, varlen_serves
 
 NAME = "drawplate"
@@ -47,6 +48,7 @@ def register() -> None:
     """Make "drawplate" and "drawplate_reference" known to transformers. Any number of times."""
     from transformers import AttentionInterface  # here: transformers takes a second to import
 
+    causal_attention.look_at_gpu()
     AttentionInterface.register(NAME, drawplate_attention)
     AttentionInterface.register(REFERENCE_NAME, functools.partial(drawplate_attention, impl="reference"))
 

@@ -29,6 +29,15 @@ VARLEN_ARGUMENTS = frozenset() if varlen_attn is None else frozenset(inspect.sig
 """The keyword arguments that this torch's variable-length attention knows; none where it is missing."""
 BLOCK_QUERIES = 512
 """Queries of one block; scores take `B * H * BLOCK_QUERIES * (BLOCK_QUERIES + window)` elements where they exist."""
+FLASH_CAPABILITY = (8, 0)
+flash_runs = True
+"""Whether torch's variable-length kernel runs on this machine's GPU, as `look_at_gpu` found it."""
+
+
+def look_at_gpu() -> None:
+    """Before anything is traced, because a compiler cannot ask a device: GPUs before Ampere have no FlashAttention."""
+    global flash_runs
+    flash_runs = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= FLASH_CAPABILITY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +108,8 @@ def borders_of(query_BHTD: Tensor, kwargs: dict[str, Any]) -> tuple[int, ...]:
 def varlen_serves(query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, rule: Rule, packed: bool) -> bool:
     """Can and should torch's variable-length kernel do this? (Plain causal rows are as fast without.)"""
     return (
-        query_BHTD.device.type in ("cuda", "meta")
+        flash_runs
+        and query_BHTD.device.type in ("cuda", "meta")
         and query_BHTD.dtype in (torch.float16, torch.bfloat16)
         and (packed or (rule.window is not None and query_BHTD.shape[2] == key_BKSD.shape[2]))
         and rule.softcap is None

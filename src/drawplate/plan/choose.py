@@ -205,7 +205,7 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
     """The search over what the recipe leaves open."""
     recipe, machine, model = situation.recipe, situation.machine, situation.model
     again = recipe.train.gradient_checkpointing
-    activations = recipe.memory.activations
+    compile_, activations = recipe.model.compile, recipe.memory.activations
     if activations == "auto" and again != "auto":
         activations = "again" if again else "keep"  # type: ignore[assignment]
     weights = recipe.memory.weights
@@ -235,7 +235,7 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
         batches=_micro_batches(situation, corpus, batch),
         weights=weights,
         activations=activations,
-        compiled=recipe.model.compile,
+        compiled=False if compile_ == "auto" and batch.packing and _one_by_one(situation) else compile_,
         fixed=fixed,
     )
     speed = situation.known_speed
@@ -387,6 +387,8 @@ def _packing(situation: Situation, micro: int | None, reasons: dict[str, str]) -
         )
     if asked != "auto":
         return bool(asked)
+    if not why_not and _one_by_one(situation):
+        why_not = "packed, this device would attend to one document after the other, and compile every row anew"
     if why_not:
         reasons["packing"] = why_not
     elif micro is None:
@@ -394,6 +396,12 @@ def _packing(situation: Situation, micro: int | None, reasons: dict[str, str]) -
     else:
         reasons["packing"] = "train.per_device_train_batch_size counts sequences, so each has a row of its own"
     return micro is None and not why_not
+
+
+def _one_by_one(situation: Situation) -> bool:
+    """Whether the device would attend to the documents of a packed row one by one (model/attention.py)."""
+    compute_dtype, _ = choose_compute_dtype(situation.recipe, situation.machine)
+    return situation.machine.device == "cuda" and (situation.model.one_by_one or compute_dtype == "float32")
 
 
 def _accumulation(recipe: Recipe, batch: _Batch, cut: MicroBatch, reasons: dict[str, str]) -> int:
