@@ -166,7 +166,7 @@ def search_over(shape: str, speed: Any) -> tuple[Any, Any]:
         speed=speed,
     )
     corpus = choose.CorpusShape(lengths=(DOCUMENT_TOKENS,) * 4 * STEP_DOCUMENTS)
-    batch = choose._batch(situation, corpus, {})
+    batch = choose.batch_of(situation, corpus, {})
     search = choose.search_of(situation, corpus, "bfloat16", batch)
     return search, lambda device_bytes: replace(situation.budget, device_bytes=device_bytes)
 
