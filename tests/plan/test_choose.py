@@ -233,7 +233,7 @@ def test_no_row_is_longer_than_a_step_nor_shorter_than_the_longest_document() ->
 def test_patience_without_evaluations_is_said_to_do_nothing() -> None:
     train = {"effective_batch_size": 10}
     plan = plan_of(recipe_of(train=train, evaluation={"early_stopping_patience": 3}))
-    assert "evaluation.eval_steps, for example to 30" in plan.warnings[0]
+    assert "evaluation.eval_steps, for example to 20" in plan.warnings[0]
     assert plan_of(recipe_of(train=train, evaluation={"early_stopping_patience": 3, "eval_steps": 20})).warnings == ()
     assert plan_of(recipe_of(train=train, evaluation={"early_stopping_patience": 3, "eval_steps": 300})).warnings
 
