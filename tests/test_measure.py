@@ -151,6 +151,18 @@ def test_the_tax_runs_with_long_documents_and_padding(tmp_path: Path) -> None:
     assert evaluation.unquantized_baseline.tokens == evaluation.baseline.tokens
 
 
+def test_a_model_whose_documents_would_mix_is_padded_wherever_it_is_measured(corpus: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", architecture="stablelm")
+    train = {"max_steps": 1}
+    recipe = tiny_recipe(base, corpus, tmp_path / "run", quantization=NF4, data=HELD_OUT, train=train)
+    record = story.tune(recipe)
+    assert not record.plan.packing
+    assert record.evaluation.unquantized_baseline is not None
+    settings = ["quantization.precision=nf4", "quantization.bnb_4bit_compute_dtype=float32"]
+    measured = story.evaluate(str(base), str(tmp_path / "run" / "adapter"), [str(corpus)], settings=settings)
+    assert measured["with adapter"].documents == record.data.documents
+
+
 # --- a start from the quantization error ---------------------------------------------------------------------------
 
 

@@ -178,7 +178,12 @@ def _measure(contender: _Contender, corpus: Corpus, max_length: int, journal: Jo
         )
         if contender.adapter:
             model.adapter.load_state(state, contender.adapter)
-    cutting = Cutting(packing=True, tokens=chosen.micro_batch_tokens, pad_id=pad_id(tokenizer))
+    cutting = Cutting(
+        packing=chosen.packing,
+        tokens=chosen.micro_batch_tokens,
+        sequences=chosen.micro_batch_sequences,
+        pad_id=pad_id(tokenizer),
+    )
     with journal.in_phase("evaluate"):
         scores = score(model, tokens.sequences, cutting, journal)
     result = total(scores)

@@ -83,7 +83,7 @@ def score_unquantized(prepared: Prepared, journal: Journal) -> tuple[Scores, Sta
     with journal.in_phase("unquantized"):
         try:
             model = _unquantized(prepared, journal)
-            cutting = Cutting(packing=True, tokens=window_tokens(prepared.plan), pad_id=pad_id(prepared.tokenizer))
+            cutting = _window_cutting(prepared)
             heldout = prepared.heldout.sequences
             chosen = sample(heldout, prepared.split.heldout, SAMPLE_TOKENS[plan.device])
             scores = score(model, chosen, cutting, journal)
@@ -96,6 +96,14 @@ def score_unquantized(prepared: Prepared, journal: Journal) -> tuple[Scores, Sta
         lost = "The adapter starts from zero" if scores else "What quantization costs was not measured"
         journal.on_warning(f"{lost}: {problem}")
     return scores, start
+
+
+def _window_cutting(prepared: Prepared) -> Cutting:
+    """Micro-batches of the size that the plan counted with, packed where the model's documents may share a row."""
+    plan = prepared.plan
+    tokens = window_tokens(plan)
+    rows = max(1, tokens // plan.max_length)
+    return Cutting(packing=plan.packing, tokens=tokens, sequences=rows, pad_id=pad_id(prepared.tokenizer))
 
 
 def _error_start(prepared: Prepared, model: CausalLM, cutting: Cutting) -> Start:
