@@ -1,7 +1,7 @@
 """The Triton half of `dropped_product`: the same three functions, for up to three modules. Imports Triton.
 
 Ranks are padded to a power of two of at least 16, the smallest product the tensor cores have. `grad_A` adds up parts of
-the tokens in parallel, `down` spans of the features, and the parts in a second step, so that a sum has one order.
+the tokens in parallel, and the parts in a second step, so that its sum has one order.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from drawplate.kernels.dropped_product import GOLDEN, HALF, MOST_MODULES, thresh
 TOKEN_BLOCK = 64
 PARTS = 16
 LEAST_RANK = 16
-MOST_SPANS, LEAST_SPAN = 4, 512
-"""`_down` sums up features in so many spans in parallel, or too few programs would wait for memory."""
 
 
 def _constants(modules: int, rank: int, dropout: float) -> dict[str, int]:
@@ -45,25 +43,23 @@ def _token_block(tokens: int) -> int:
 def down(x_NI: Tensor, keys_N: Sequence[Tensor], lora_As: Sequence[Tensor], dropout: float) -> Tensor:
     """See dropped_product.down."""
     (tokens, features), rank = x_NI.shape, lora_As[0].shape[0]
-    spans = max(1, min(MOST_SPANS, features // LEAST_SPAN))
-    t_SGNR = torch.empty(spans, len(lora_As), tokens, rank, dtype=torch.float32, device=x_NI.device)
+    t_GNR = x_NI.new_empty(len(lora_As), tokens, rank)
     block = _token_block(tokens)
-    _down[(triton.cdiv(tokens, block), spans)](
+    _down[(triton.cdiv(tokens, block),)](
         x_NI,
         *_three(keys_N),
         *_three(lora_As),
-        t_SGNR,
+        t_GNR,
         tokens,
         features,
         rank,
         tokens * rank,
         x_NI.stride(0),
-        triton.cdiv(triton.cdiv(features, 2 * HALF), spans) * 2 * HALF,
         1 / (1 - dropout),
         TOKENS=block,
         **_constants(len(lora_As), rank, dropout),
     )
-    return t_SGNR.sum(0).to(x_NI.dtype)
+    return t_GNR
 
 
 def grad_A(grad_ts: Sequence[Tensor], x_NI: Tensor, keys_N: Sequence[Tensor], dropout: float) -> list[Tensor]:
@@ -165,7 +161,7 @@ def _add_down(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes
 
 @triton.jit
 def _down(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes what it takes
-    x, key0, key1, key2, A0, A1, A2, out, tokens, features, rank, each, x_stride, span, scale,
+    x, key0, key1, key2, A0, A1, A2, out, tokens, features, rank, each, x_stride, scale,
     TOKENS: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, THRESHOLD: tl.constexpr,
     GOLDEN_RATIO: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -175,8 +171,7 @@ def _down(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes wha
     total0 = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     total1 = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     total2 = tl.zeros((TOKENS, RANK), dtype=tl.float32)
-    begin = tl.program_id(1) * span
-    for start in range(begin, tl.minimum(begin + span, features), 2 * HALF):
+    for start in range(0, features, 2 * HALF):
         p, q, pair_P = _features(start, HALF)
         x_NP, x_NQ = _halves(rows, n[:, None] < tokens, p, q, features)
         total0 = _add_down(
@@ -190,7 +185,7 @@ def _down(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel takes wha
             total2 = _add_down(
                 total2, x_NP, x_NQ, key2, A2, n, r, p, q, pair_P, tokens, features, rank, THRESHOLD, GOLDEN_RATIO
             )
-    place = out + tl.program_id(1).to(tl.int64) * MODULES * each + n.to(tl.int64)[:, None] * rank + r[None, :]
+    place = out + n.to(tl.int64)[:, None] * rank + r[None, :]
     inside = (n[:, None] < tokens) & (r[None, :] < rank)
     tl.store(place, (total0 * scale).to(out.dtype.element_ty), mask=inside)
     if MODULES > 1:

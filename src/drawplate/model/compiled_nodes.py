@@ -19,8 +19,8 @@ _VIEWS = {
     "as_strided", "reshape", "split", "split_with_sizes", "unbind", "_unsafe_view", "unflatten",
 }  # fmt: skip
 REDUCTIONS = {"mean", "sum", "amax", "amin", "var_mean", "var", "prod", "any", "all", "_softmax"}
-GRADIENT_PARTS, MOST_SPANS, LEAST_SPAN = 16, 4, 512
-"""Those of kernels/dropped_product_triton.py, which cannot be imported without Triton."""
+GRADIENT_PARTS = 16
+"""`PARTS` of kernels/dropped_product_triton.py, which cannot be imported without Triton."""
 TYPICAL_TOKENS = 4096
 """The compiler orders kernels by sizes, which are not known yet."""
 _EXTERN_WORDS = (
@@ -147,7 +147,7 @@ def typical_bytes(node: fx.Node) -> int:
 
 def begins_with_scratch(node: fx.Node) -> bool:
     """Whether a library's kernel takes its scratch before what it returns."""
-    return any(word in str(node.target) for word in ("frozen_product", "dropped_grad_A", "dropped_down"))
+    return any(word in str(node.target) for word in ("frozen_product", "dropped_grad_A"))
 
 
 def workspace_of(node: fx.Node, stored: str) -> list[Line]:
@@ -157,10 +157,6 @@ def workspace_of(node: fx.Node, stored: str) -> list[Line]:
         grads: Any = node.args[0]
         each = grads[0].meta["val"].shape[1] * values[1].shape[1] * 4
         return [Line(GRADIENT_PARTS * len(grads) * each, 0)]
-    if "dropped_down" in str(node.target):  # sums over spans of the features, added up at the end
-        lora_As: Any = node.args[2]
-        each = sum(lora_A.meta["val"].shape[0] for lora_A in lora_As) * 4
-        return [Line(0, max(1, min(MOST_SPANS, values[0].shape[1] // LEAST_SPAN)) * each), Line(0, each)]
     if "frozen_product" not in str(node.target):
         return kernel_lines(node.target, values)
     if "frozen_product_fp8" in str(node.target):
