@@ -10,10 +10,12 @@ from torch import fx
 from transformers import AutoConfig
 
 from drawplate.footprints import TRIAL, Mode, Trace
+from drawplate.model import footprint, recorder
 from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.compiled_nodes import same_places
 from drawplate.model.footprint import layer_shapes, outer_footprints
+from drawplate.model.support import walk
 from drawplate.recipe import LoraSection
 from tests.model.conftest import ARCHITECTURES, COMMON
 
@@ -61,6 +63,28 @@ def test_every_architecture_has_a_footprint(name: str, mode: Mode) -> None:
         assert left["grad_in"] == output
     names = {name for name, _ in kinds[0].footprints[mode].backward}
     assert {f"grad:{i}" for i in range(len(kinds[0].trained))} <= names
+
+
+UNUSUAL = {
+    "bamba": {"num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "recurrent_gemma": {"head_dim": 8, "lru_width": 32, "num_key_value_heads": 4},
+    "mamba": {},
+}
+"""Layers that return more than hidden states, keep a state beside their parameters, have an adapter without effect."""
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_so_has_every_kind_of_layer_that_the_walk_lets_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (footprint, recorder):
+        monkeypatch.setattr(module, "TRACED_TOKENS", 32)  # without their kernels, recurrent layers go token by token
+    anatomy = build_anatomy(AutoConfig.for_model(name, **{**COMMON, "num_hidden_layers": 2, **UNUSUAL[name]}))
+    section = LoraSection(r=4, lora_alpha=8, target_modules=["dt_proj" if name == "mamba" else "down_proj"])
+    if name != "mamba":
+        assert walk(anatomy).unpackable, "as before a plan: whatever a layer keeps is there"
+    kinds, of_layer = layer_shapes(anatomy, lora_config(section, anatomy, "x", None))
+    assert len(of_layer) == 2
+    for kind in kinds:
+        assert held(kind.footprints[Mode("cpu", "float32", False, "", False, False, False)].forward, 32)[0] > 0
 
 
 def test_packed_weights_add_their_dequantized_copy_while_they_are_needed() -> None:

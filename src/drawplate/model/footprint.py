@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -41,6 +41,7 @@ from drawplate.model.frozen_layer import freeze_linears, stored_specs, trained_s
 from drawplate.model.layers import kind_of
 from drawplate.model.recorder import TRACED_BORDERS, TRACED_TOKENS, Recorder, Watch
 from drawplate.model.storage import PLAIN_DTYPES, Storage
+from drawplate.model.support import walk
 
 PLAIN_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in PLAIN_DTYPES.items()}
 
@@ -215,7 +216,8 @@ class Trial:
 
 
 def _frozen_layer(anatomy: Anatomy, index: int, lora: LoraConfig, storage: Storage) -> nn.Module:
-    layer = copy.deepcopy(anatomy.layers[index])
+    with unset_fake_temporarily():  # what an architecture keeps beside its parameters is not copied in that mode
+        layer = copy.deepcopy(anatomy.layers[index])
     for module in layer.modules():
         if (config := getattr(module, "config", None)) is not None:
             config._attn_implementation = attention.NAME
@@ -226,18 +228,31 @@ def _frozen_layer(anatomy: Anatomy, index: int, lora: LoraConfig, storage: Stora
 class _Passage(nn.Module):
     """Stands in for a decoder layer: remembers what it was called with, and hands over what it was given to."""
 
-    def __init__(self, layer: nn.Module, on_call: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, layer: nn.Module, on_call: Callable[[Tensor], Tensor], extras: int | None) -> None:
         super().__init__()
         object.__setattr__(self, "layer", layer)
+        self.extras = extras
         self.on_call = on_call
         self.called_with: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         self.called_with = (args, kwargs)
-        return self.on_call(hidden)
+        out = self.on_call(hidden)
+        return out if self.extras is None else (out, *[None] * self.extras)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "layer"), name)
+
+
+_extras_of: weakref.WeakKeyDictionary[nn.Module, tuple[int | None, ...]] = weakref.WeakKeyDictionary()
+
+
+def _extras(anatomy: Anatomy) -> tuple[int | None, ...]:
+    """How many values each layer returns beside the hidden states, as the body was once seen to expect."""
+    if anatomy.body not in _extras_of:
+        with unset_fake_temporarily():
+            _extras_of[anatomy.body] = walk(anatomy).extras
+    return _extras_of[anatomy.body]
 
 
 @contextmanager
@@ -246,7 +261,8 @@ def _hollow(anatomy: Anatomy, on_call: Callable[[int, Tensor], Tensor]) -> Itera
     layers = anatomy.skeleton.get_submodule(anatomy.layers_path)
     assert isinstance(layers, nn.ModuleList)
     kept, implementation = list(layers), anatomy.config._attn_implementation
-    passages = [_Passage(layer, functools.partial(on_call, i)) for i, layer in enumerate(kept)]
+    extras = _extras(anatomy)
+    passages = [_Passage(layer, functools.partial(on_call, i), extras[i]) for i, layer in enumerate(kept)]
     try:
         anatomy.config._attn_implementation = attention.NAME
         for i, passage in enumerate(passages):
@@ -371,8 +387,10 @@ def _eager_footprint(trial: Trial) -> Footprint:
         out = trial.run(hidden)
         names = {watch.name_of(out): "out"}
         turn = len(recorder.events)
-        grad_in, *gradients = torch.autograd.grad(out, [hidden, *trained], grad_out)
-        names |= {watch.name_of(g): f"grad:{i}" for i, g in enumerate(gradients)} | {watch.name_of(grad_in): "grad_in"}
+        # A module that its layer never calls leaves its adapter unused.
+        grad_in, *gradients = torch.autograd.grad(out, [hidden, *trained], grad_out, allow_unused=True)
+        names |= {watch.name_of(g): f"grad:{i}" for i, g in enumerate(gradients) if g is not None}
+        names[watch.name_of(grad_in)] = "grad_in"
         events = recorder.cut(0, None, names)
     kept = of_input not in {name for name, line in recorder.events[:turn] if line is None}
     beside = [event for event in events if event[0] != of_input]
