@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 
 import psutil
@@ -171,6 +172,25 @@ def test_a_meter_is_not_used_twice():
         pass
     with pytest.raises(RuntimeError, match="another"), meter:
         pass
+
+
+@pytest.mark.parametrize(
+    ("reserved", "given", "grows"), [(0, "", True), (2**20, "", False), (0, "max_split_size_mb:64", False)]
+)
+def test_segments_grow_from_the_first_allocation_on(monkeypatch, reserved, given, grows):
+    """CUDA is initialized by then: importing bitsandbytes asks each device what it can do."""
+    asked: list[str] = []
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)
+    assert pick_device("cuda") == torch.device("cuda", 0)
+    assert asked == (["expandable_segments:True"] if grows and sys.platform == "linux" else [])
 
 
 class FakeAllocator:

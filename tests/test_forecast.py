@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from drawplate import cli
 from drawplate.errors import UsageError
 from drawplate.forecast import forecast
-from drawplate.prepare import prepare
-from drawplate.recipe import Recipe, load_recipe
+from drawplate.prepare import model_shape, prepare
+from drawplate.recipe import USUAL_RANK, Recipe, load_recipe
 from drawplate.records import Plan, from_json
 from drawplate.units import GIB
 from tests.tiny import recipe_values, tiny_recipe
@@ -45,6 +45,18 @@ def test_a_forecast_is_the_plan_that_a_run_makes(base: Path, corpus: Path, tmp_p
     )  # fmt: skip
     assert made.times is not None
     assert made.times.evaluation_seconds > 0
+
+
+def test_the_plan_counts_the_adapter_that_the_run_trains(base: Path, corpus: Path) -> None:
+    """A rank that the recipe leaves open depends on the model's width."""
+    recipe = recipe_for(base, corpus)
+    prepared = prepare(recipe)
+    assert prepared.recipe.lora.r != USUAL_RANK, "a small model takes another"
+    open_, filled = model_shape(prepared.anatomy, recipe), model_shape(prepared.anatomy, prepared.recipe)
+    assert open_.trained_parameters == filled.trained_parameters
+    assert [kind.trained for kind in open_.kinds] == [kind.trained for kind in filled.kinds]
+    adapter = next(line.bytes for line in prepared.plan.ledger if line.where == "disk" and line.name == "adapter")
+    assert adapter == 4 * filled.trained_parameters
 
 
 def test_configuration_alone_is_enough_and_lengths_are_said_to_be_assumed(bare: Path, tmp_path: Path) -> None:

@@ -70,10 +70,11 @@ def _let_few_products_stay() -> None:
 def _let_segments_grow() -> None:
     """torch's allocator keeps one segment that grows instead of many: fewer gaps, and known to plan/allocator.py.
 
-    Only before the first allocation, and not against what the user has set.
+    Only before the first allocation, and not against what the user has set. CUDA may be initialized already: importing
+    bitsandbytes does that.
     """
     chosen = "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ
-    if sys.platform == "linux" and not chosen and not torch.cuda.is_initialized():
+    if sys.platform == "linux" and not chosen and not torch.cuda.memory_reserved():
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 

@@ -26,7 +26,7 @@ from drawplate.model.footprint import layer_shapes, outer_footprints
 from drawplate.model.storage import Storage
 from drawplate.model.support import walk
 from drawplate.model.weights import Checkpoint, open_checkpoint
-from drawplate.plan.advise import Learner, advise
+from drawplate.plan.advise import Learner, advise, advised_adapter
 from drawplate.plan.choose import CorpusShape, Obstacles, Situation, choose, choose_compute_dtype, choose_max_length
 from drawplate.plan.ledger import ModelShape
 from drawplate.plan.tax import plan_quantization_tax
@@ -236,8 +236,9 @@ def max_positions(checkpoint: Checkpoint) -> int:
 
 
 def model_shape(anatomy: Anatomy, recipe: Recipe) -> ModelShape:
-    """The numbers that memory and time depend on, read off the meta-device module."""
-    config = lora_config(recipe.lora, anatomy, recipe.model.name_or_path, None)
+    """The numbers that memory and time depend on, read off the meta-device module, with the adapter that is advised."""
+    section, _ = advised_adapter(recipe.lora, anatomy.config.hidden_size)
+    config = lora_config(section, anatomy, recipe.model.name_or_path, None)
     targets = target_names(config, anatomy)
     linears = {
         f"{anatomy.layers_path}.{i}.{path}": module

@@ -73,7 +73,7 @@ class Advice:
 
 def advise(recipe: Recipe, learner: Learner) -> Advice:
     """Fill what the recipe left open. Given a recipe that leaves nothing open, it is returned as it is."""
-    lora, reasons = _adapter(recipe.lora, learner.hidden)
+    lora, reasons = advised_adapter(recipe.lora, learner.hidden)
     asked = recipe.train.num_train_epochs
     epochs = RATE_EPOCHS if asked == "auto" else float(asked)
     usual = {**USUAL, "learning_rate": _rate(learner.hidden, cast(int, lora.r), epochs)}
@@ -135,8 +135,8 @@ def _batch(recipe: Recipe, learner: Learner, epochs: float, reasons: dict[str, s
     return max(batch, 1 if micro == "auto" else micro)
 
 
-def _adapter(section: LoraSection, hidden: int) -> tuple[LoraSection, dict[str, str]]:
-    """The section filled, and the reason of each value that was open."""
+def advised_adapter(section: LoraSection, hidden: int) -> tuple[LoraSection, dict[str, str]]:
+    """The section filled for a model of that width, and the reason of each value that was open."""
     rank, why = _rank(hidden)
     reasons = {n: reason for n, reason in {"r": why, **ADAPTER_REASONS}.items() if getattr(section, n) == "auto"}
     return section.model_copy(update={"r": rank} if "r" in reasons else {}).filled(), reasons
