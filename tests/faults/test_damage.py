@@ -219,7 +219,7 @@ def test_row_13_control_on_the_same_machine_nothing_is_said(run: Path) -> None:
 def test_a_finished_run_and_a_folder_that_is_none_are_refused(clean: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is finished"):
         resume(clean)
-    with pytest.raises(UsageError, match=r"cannot be read"):
+    with pytest.raises(UsageError, match=r"is not the folder of a run"):
         resume(tmp_path)
 
 
