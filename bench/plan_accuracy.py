@@ -499,7 +499,6 @@ def print_summary(results: list[dict[str, Any]], around: dict[str, int]) -> None
 
 
 CASES = Path(__file__).with_name("plan_cases.txt")
-NEW_CASES = Path(__file__).with_name("plan_cases_new.txt")
 
 
 def main() -> None:

@@ -3,12 +3,14 @@
     python bench/plan_choice.py OUT.json probe
     python bench/plan_choice.py OUT.json time SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:TOKENS/LENGTH[:packed][:r=N][:all] ...
     python bench/plan_choice.py OUT.json choose SHAPE:GIB,GIB,... ... [sweep=SHAPE:GIB,GIB,...] [seconds=N]
+    python bench/plan_choice.py OUT.json again CHOSEN.json OTHER.json      what was chosen, predicted once more (no GPU)
 
 `time` loads each case, takes a few optimizer steps of one micro-batch each (TOKENS tokens in documents of LENGTH), and
 writes the seconds of its parts on the GPU's clock beside the host's. `choose` asks the plan what it would do with each
 budget and takes optimizer steps of two packed micro-batches each; for the budgets of `sweep` it also measures the best
 choices of other precisions and micro-batches, so that the plan's own can be compared. Cases share a process and nothing
-else; `seconds` ends it before a time limit does.
+else; `seconds` ends it before a time limit does. `again` predicts what CHOSEN.json measured with OTHER.json's launch of
+a small operation, where the probe before the choices was disturbed.
 """
 
 from __future__ import annotations
@@ -251,6 +253,57 @@ def timed_accumulation(model: Any, batches: list[Any], steps: int = 3) -> dict[s
     }
 
 
+def predict_again(chosen: Path, other: Path, out: Path) -> None:
+    """Seconds of what was chosen and measured, with the launch of a small operation that another file's probe found."""
+    from bench.shapes import shape_config
+    from drawplate.model.anatomy import build_anatomy
+    from drawplate.plan.cost import step_cost
+    from drawplate.plan.work import Cut, step_work
+    from drawplate.prepare import model_shape
+    from drawplate.recipe import load_recipe
+    from drawplate.records import DeviceSpeed, from_json
+
+    stored = json.loads(chosen.read_text())
+    launch = json.loads(other.read_text())["speed"]["launch_seconds"]
+    speed = replace(from_json(DeviceSpeed, stored["speed"]), launch_seconds=launch)
+    lora = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
+    recipe = load_recipe({"model": {"name_or_path": "random"}, "data": {"files": ["random"]}, "lora": lora})
+    shapes = {r["shape"] for r in stored["results"]}
+    models = {shape: model_shape(build_anatomy(shape_config(shape)), recipe) for shape in shapes}
+    for result in stored["results"]:
+        if "step_seconds" not in result:
+            continue
+        model, tokens = models[result["shape"]], result["micro_batch_tokens"]
+        cut = Cut(packing=True, tokens=tokens, sequences=STEP_DOCUMENTS, multiple=16)
+        work = replace(step_work((DOCUMENT_TOKENS,) * 4 * STEP_DOCUMENTS, STEP_DOCUMENTS, cut), micro_batches=2)
+        cost = step_cost(model, choice_of(result, model.layers), work, speed)
+        error = round(100 * (cost.seconds / result["step_seconds"] - 1), 1)
+        result["again"] = {"predicted_step_seconds": round(cost.seconds, 4), "error_percent": error}
+        print(f"{result['shape']} {result['gib']:5} {result['kind']:7} {result['error_percent']:8} % -> {error} %")
+    out.write_text(json.dumps({**stored, "again_with_launch_seconds": launch}, indent=1) + "\n")
+
+
+def choice_of(result: dict[str, Any], layers: int) -> Any:
+    """The choice that a result describes."""
+    from drawplate.plan.ledger import Choice
+
+    host = result["host_layers"]
+    return Choice(
+        precision=result["precision"],
+        double_quant=True,
+        compute_dtype="bfloat16",
+        device="cuda",
+        dequantized_layers=result["dequantized_layers"],
+        device_layers=layers - host - result["dequantized_layers"],
+        kept_layers=result["kept_layers"],
+        policy="offload" if "offload" in result["activations"] else "recompute",
+        micro_batch_tokens=result["micro_batch_tokens"],
+        head_rows=result["head_rows"],
+        compiled=True,
+        dequantize=result["dequantize"],
+    )
+
+
 def described(found: Any, layers: int) -> dict[str, Any]:
     """A choice in words."""
     from drawplate.plan.explain import activation_words, weight_words
@@ -328,6 +381,8 @@ def main() -> None:
     from drawplate.speed import probe
 
     out, mode, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    if mode == "again":
+        return predict_again(Path(arguments[0]), Path(arguments[1]), out)
     limit = next((float(a[8:]) for a in arguments if a.startswith("seconds=")), float("inf"))
     arguments = [a for a in arguments if not a.startswith("seconds=")]
     device, began = torch.device("cuda", 0), time.monotonic()

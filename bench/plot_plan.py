@@ -1,4 +1,4 @@
-"""Predicted against measured peaks of device and host, from bench/results/plan-accuracy-h100.json and -new-h100.json.
+"""Predicted against measured peaks of device and host, from bench/results/plan-accuracy-*h100.json.
 
 python bench/plot_plan.py docs/pictures/plan.png        (needs matplotlib)
 
@@ -19,20 +19,24 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
-from bench.plan_accuracy import NEW_CASES, device_peak, errors  # noqa: E402 - the repository is not installed
+from bench.plan_accuracy import device_peak, errors  # noqa: E402 - the repository is not installed
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FILES = ("plan-accuracy-h100.json", "plan-accuracy-new-h100.json")
+KNOWN, NEW = "known while the ledger was made", "new to it"
+FILES = {
+    "plan-accuracy-h100.json": KNOWN,
+    "plan-accuracy-new-h100.json": KNOWN,
+    "plan-accuracy-unseen-h100.json": NEW,
+}
 PLACES = {"device": (-1, 3), "host": (-5, 5)}
 """How far a prediction may be off, in percent."""
-COLOURS = {"known while the ledger was made": "#2a6fb0", "new to it": "#b8460e"}
+COLOURS = {KNOWN: "#2a6fb0", NEW: "#b8460e"}
 
 
-def points(files: list[dict[str, Any]], place: str) -> dict[str, list[tuple[float, float, float]]]:
+def points(files: list[tuple[dict[str, Any], str]], place: str) -> dict[str, list[tuple[float, float, float]]]:
     """(measured GiB, predicted GiB, percent off) of each run, by whether the ledger was made with it at hand."""
-    new = set(NEW_CASES.read_text().split())
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in COLOURS}
-    for stored, result in [(file, result) for file in files for result in file["results"]]:
+    for stored, name, result in [(file, name, result) for file, name in files for result in file["results"]]:
         if result["error"]:
             continue
         measured = {
@@ -40,14 +44,13 @@ def points(files: list[dict[str, Any]], place: str) -> dict[str, list[tuple[floa
             "host": result["measured"]["host_peak"],
         }
         off = dict(zip(("device", "host"), errors(result, stored["around"]), strict=True))
-        name = list(COLOURS)[result["case"] in new]
         found[name].append((measured[place] / 2**30, result["predicted"][place] / 2**30, off[place]))
     return found
 
 
 def main() -> None:
     """Draw one picture with two panels for each place."""
-    files = [json.loads((RESULTS / name).read_text()) for name in FILES]
+    files = [(json.loads((RESULTS / file).read_text()), name) for file, name in FILES.items()]
     figure, panels = plt.subplots(2, 2, figsize=(9, 5.2), height_ratios=(3, 2), sharex="col")
     for (upper, lower), (place, (low, high)) in zip(panels.T, PLACES.items(), strict=True):
         for name, runs in points(files, place).items():

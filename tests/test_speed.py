@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,13 @@ def test_a_damaged_cache_is_measured_again(monkeypatch: pytest.MonkeyPatch, dama
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     speed.keep_speed(tmp_path / "file" / "speed.json", typical_speed("cpu"))
+
+
+def test_a_host_that_is_called_away_for_a_moment_is_not_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = time.perf_counter, count()
+
+    def interrupted() -> float:
+        return clock() + 10.0 * (next(calls) >= 5)  # in the middle of the third round
+
+    monkeypatch.setattr(speed.time, "perf_counter", interrupted)
+    assert speed._launch_seconds(CPU) < 1e-3

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import psutil
 import pynvml
@@ -32,7 +33,7 @@ from drawplate.recipe import cache_folder
 from drawplate.records import DeviceSpeed, Machine, from_json, to_json
 from drawplate.units import MIB
 
-VERSION = 4
+VERSION = 5
 PRODUCT_ROWS = {"cuda": (256, 1024, 4096, 16384), "cpu": (64, 256, 1024)}
 PRODUCT_WEIGHTS = {"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": ((192, 576), (1536, 576), (2048, 2048))}
 ATTENTION_SHAPE = {"cuda": (4, 32, 2048, 128), "cpu": (1, 8, 256, 64)}
@@ -42,7 +43,7 @@ DEQUANTIZED_SHAPE = {"cuda": (16384, 8192), "cpu": (1024, 1024)}
 WARM_UP_SECONDS = {"cuda": 0.3, "cpu": 0.02}
 TIMED_SECONDS = {"cuda": 0.03, "cpu": 0.02}
 FEWEST_CALLS = 6
-LAUNCHES = 300
+LAUNCHES, LAUNCH_ROUNDS = 300, 10
 
 
 def measured_speed(device: torch.device, dtype: torch.dtype) -> DeviceSpeed:
@@ -160,7 +161,7 @@ class _Timer:
             self.synchronize()
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """The mean over as many calls as fill a moment; on a CPU the fastest, which others disturb least."""
+        """The middle one of as many calls as fill a moment; on a CPU the fastest, which others disturb least."""
         call()
         self.synchronize()
         times: list[float] = []
@@ -172,7 +173,7 @@ class _Timer:
             now = time.perf_counter()
             times.append(now - began)
             began = now
-        return sum(times) / len(times) / 4 if self.kind == "cuda" else min(times)
+        return median(times) / 4 if self.kind == "cuda" else min(times)
 
 
 def _product_rates(timer: _Timer, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
@@ -231,16 +232,19 @@ def _dequantize_rate(timer: _Timer, dtype: torch.dtype) -> float:
 
 
 def _launch_seconds(device: torch.device) -> float:
-    """Host time of a small operation, the device being ahead or not: what a walk of many small kernels is bound by."""
-    x = torch.zeros(16, device=device)
-    for _ in range(20):
-        x.add_(1)
+    """Host time of a small operation, the device being ahead or not: what a walk of many small kernels is bound by.
+
+    The least of some rounds: a round takes two milliseconds, and a host that is called away for longer is not slower
+    for that (8 times too much was once measured so, and kept: bench/results/plan-choice-budgets-h100.json).
+    """
+    x, rounds = torch.zeros(16, device=device), []
+    for _ in range(LAUNCH_ROUNDS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(LAUNCHES):
+            x.add_(1)
+        rounds.append((time.perf_counter() - began) / LAUNCHES)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(LAUNCHES):
-        x.add_(1)
-    seconds = (time.perf_counter() - began) / LAUNCHES
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return seconds
+    return min(rounds)
