@@ -87,6 +87,13 @@ def test_so_has_every_kind_of_layer_that_the_walk_lets_pass(name: str, monkeypat
         assert held(kind.footprints[Mode("cpu", "float32", False, "", False, False, False)].forward, 32)[0] > 0
 
 
+def test_what_bitsandbytes_keeps_between_calls_is_made_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitsandbytes.functional.name2qmap", {})
+    anatomy = anatomy_of("llama")
+    kinds, _ = layer_shapes(anatomy, lora_config(LoraSection(r=4, lora_alpha=8), anatomy, "x", None))
+    assert kinds[0].footprints[Mode("cpu", "float32", False, "nf4", False, False, False)].forward
+
+
 def test_packed_weights_add_their_dequantized_copy_while_they_are_needed() -> None:
     anatomy = anatomy_of("llama")
     kinds, _ = layer_shapes(anatomy, lora_config(LoraSection(r=4, lora_alpha=8), anatomy, "x", None))

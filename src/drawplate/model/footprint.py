@@ -148,7 +148,8 @@ class Measured:
     def _trial(self, mode: Mode) -> Trial:
         storage = Storage(mode.stored or PLAIN_NAMES[mode.compute_dtype])
         layer = _frozen_layer(self.anatomy, self.index, self.lora, storage)
-        storage.decode(list(storage.encode(torch.zeros(64, 64)).values()), (64, 64), torch.float32)  # fills its caches
+        with unset_fake_temporarily():  # fills bitsandbytes' caches, with numbers
+            storage.decode(list(storage.encode(torch.zeros(64, 64)).values()), (64, 64), torch.float32)
         return Trial.of(layer, self.anatomy, self.index, self.lora, mode)
 
 
