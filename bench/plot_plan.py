@@ -28,6 +28,11 @@ FILES = {
     "plan-accuracy-new-h100.json": KNOWN,
     "plan-accuracy-unseen-h100.json": NEW,
 }
+MENDED_SINCE = (
+    "135m:bf16:resident:keep:2x2048:16:all:0:padded:eager",
+    "135m:nf4:resident:keep:6x512:16:all:0.05:packed:eager",
+)
+"""Runs of the last file after which the ledger was mended once more."""
 PLACES = {"device": (-1, 3), "host": (-5, 5)}
 """How far a prediction may be off, in percent."""
 COLOURS = {KNOWN: "#2a6fb0", NEW: "#b8460e"}
@@ -39,12 +44,13 @@ def points(files: list[tuple[dict[str, Any], str]], place: str) -> dict[str, lis
     for stored, name, result in [(file, name, result) for file, name in files for result in file["results"]]:
         if result["error"]:
             continue
+        group = KNOWN if result["case"] in MENDED_SINCE else name
         measured = {
             "device": device_peak(result["measured"], stored["around"]),
             "host": result["measured"]["host_peak"],
         }
         off = dict(zip(("device", "host"), errors(result, stored["around"]), strict=True))
-        found[name].append((measured[place] / 2**30, result["predicted"][place] / 2**30, off[place]))
+        found[group].append((measured[place] / 2**30, result["predicted"][place] / 2**30, off[place]))
     return found
 
 

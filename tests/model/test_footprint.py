@@ -153,3 +153,11 @@ def test_which_models_have_packed_documents_attended_to_one_by_one() -> None:
 
 
 STORED = [("", False), ("nf4", False), ("nf4", True)]
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", False), ("float32", True)])
+def test_an_uncompiled_layer_keeps_its_input_only_where_a_norm_needs_no_copy_of_it(dtype: str, kept: bool) -> None:
+    """A norm computes in float32, and autograd keeps what it computes with."""
+    anatomy = anatomy_of("llama")
+    kinds, _ = layer_shapes(anatomy, lora_config(LoraSection(r=4, lora_alpha=8), anatomy, "x", None))
+    assert kinds[0].footprints[Mode("cuda", dtype, False, "", False, False, False)].keeps_input == kept

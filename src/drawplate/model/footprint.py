@@ -383,19 +383,22 @@ def _eager_footprint(trial: Trial) -> Footprint:
     recorder, trained = Recorder(), [tensor.requires_grad_() for tensor in trial.trained.values()]
     grad_out = torch.empty_like(trial.hidden)
     with Watch(recorder, [*known, grad_out]) as watch:
-        hidden = torch.empty_like(trial.hidden).requires_grad_()
-        of_input = watch.name_of(hidden)
+        leaf = torch.empty_like(trial.hidden).requires_grad_()
+        hidden = leaf * 1  # not a leaf: those are kept by autograd itself
+        name, edge = watch.name_of(hidden), get_gradient_edge(hidden)
+        of_input = {watch.name_of(leaf), name}
         out = trial.run(hidden)
+        del hidden
         names = {watch.name_of(out): "out"}
         turn = len(recorder.events)
         # A module that its layer never calls leaves its adapter unused.
-        grad_in, *gradients = torch.autograd.grad(out, [hidden, *trained], grad_out, allow_unused=True)
+        grad_in, *gradients = torch.autograd.grad(out, [edge, *trained], grad_out, allow_unused=True)  # type: ignore[arg-type]
         names |= {watch.name_of(g): f"grad:{i}" for i, g in enumerate(gradients) if g is not None}
         names[watch.name_of(grad_in)] = "grad_in"
         events = recorder.cut(0, None, names)
-    kept = of_input not in {name for name, line in recorder.events[:turn] if line is None}
-    beside = [event for event in events if event[0] != of_input]
-    ahead = sum(name != of_input for name, _ in events[:turn])
+    kept = name not in {block for block, line in recorder.events[:turn] if line is None}
+    beside = [event for event in events if event[0] not in of_input]
+    ahead = sum(block not in of_input for block, _ in events[:turn])
     return Footprint(inference=made, forward=tuple(beside[:ahead]), backward=tuple(beside[ahead:]), keeps_input=kept)
 
 

@@ -160,7 +160,8 @@ class _Moments:
         opening = _sums_of(model.opening[choice.mode(choice.tier(0))], rows).inference.left
         sums = {key: _sums_of(part, rows) for key, part in parts.items()}
         keys = sum(n * 4 * parts[key].keys * rows.tokens for key, n in self.groups.items())
-        kept = sum(n * sums[key].forward.left for key, n in self.groups.items() if key[2])
+        of_inputs = {key: 0 if part.keeps_input else each for key, part in parts.items()}
+        kept = sum(n * (sums[key].forward.left - of_inputs[key]) for key, n in self.groups.items() if key[2])
         apart = sum(n for key, n in self.groups.items() if not key[2])
         inputs = each * (1 if choice.policy == "offload" and apart else apart + 1)
         held = self.stored + self._workspaces() + 3 * self.trained + opening + keys + 24 * rows.tokens

@@ -114,6 +114,8 @@ class MicroBatch:
         device.rename(("layer", layer, "out"), output, "layer inputs kept")
         if self._offloads(layer) and layer:
             device.rename(hidden, ("leaving",), "layer input on its way to the host")
+        if keeps and not part.keeps_input:
+            self._drop_hidden(hidden)
         return output
 
     def _backward(self, rows: Rows, hidden: Name, closing: Footprint) -> None:
@@ -162,7 +164,7 @@ class MicroBatch:
         for j in range(len(self.stage.trained[layer])):
             self._accumulate((*prefix, f"grad:{j}"), ("new", layer, j))
         self._pass_gradient(prefix)
-        if layer and not self._offloads(layer):
+        if layer and device.has(self._input(layer)):
             device.give(self._input(layer))
 
     def _pass_gradient(self, prefix: Name) -> None:
