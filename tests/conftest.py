@@ -35,8 +35,9 @@ def pytest_configure() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """A process that does not end after its last test says what it waits for."""
-    faulthandler.dump_traceback_later(SECONDS_TO_END, file=sys.__stderr__)
+    """A process that does not end after its last test says what it waits for; one of several waits for the others."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        faulthandler.dump_traceback_later(SECONDS_TO_END, file=sys.__stderr__)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
