@@ -138,7 +138,8 @@ def plain_clock() -> None:
 
 
 def no_signals() -> None:
-    """Signals keep their usual meaning."""
+    """Signals keep their usual meaning, also where the tests themselves were started deaf to a closed terminal."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     guards.StopSignals.__enter__ = lambda self: self  # type: ignore[method-assign]
 
 
