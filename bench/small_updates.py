@@ -2,11 +2,11 @@
 
     python examples/fetch_demo.py && python bench/small_updates.py OUT.json
 
-A frozen product that is already rounded to bf16 lies on that grid; an adapter whose output is smaller than half a step of
-the grid vanishes when it is added, and a small update of a good model is that small. Added before the product is rounded
-(as a matrix product's third operand), it moves the rounding instead. SmolLM2-135M's real weights, some of the demo's
-documents, LoRA r=16 on all linear layers; AdamW takes its steps in fp32, and each adapter on the way is measured in fp32
-and in both ways in bf16. Left out: dropout, 4-bit weights, the gradients' own rounding.
+A frozen product that is already rounded to bf16 lies on that grid; an adapter whose output is smaller than half a step
+of the grid vanishes when it is added, and a small update of a good model is that small. Added before the product is
+rounded (as a matrix product's third operand), it moves the rounding instead. SmolLM2-135M's real weights, some of the
+demo's documents, LoRA r=16 on all linear layers; AdamW takes its steps in fp32, and each adapter on the way is measured
+in fp32 and in both ways in bf16. Left out: dropout, 4-bit weights, the gradients' own rounding.
 """
 
 from __future__ import annotations
