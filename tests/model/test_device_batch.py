@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from drawplate.data.batches import NOT_COUNTED, cut_packed, cut_padded
 from drawplate.model.device_batch import WIDTHS, DeviceBatch, ShapeBounds
+from drawplate.plan.batching import WIDTHS_OF_ROWS
 from tests.model.conftest import random_sequences
 
 
@@ -59,3 +60,7 @@ def test_room_for_counted_tokens_is_in_eighths(counted: int) -> None:
     roomier = batch.roomier().counted
     assert counted <= roomier <= min(800, counted + 100)
     assert roomier % 100 == 0
+
+
+def test_the_plan_widens_rows_as_the_run_does():
+    assert WIDTHS_OF_ROWS == WIDTHS

@@ -19,7 +19,7 @@ ROW_TOKENS = {
 }
 SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 LARGEST_PADDED_TOKENS = {"cpu": 8192, "cuda": 32768}
-WIDTHS_OF_ROWS = 8
+WIDTHS_OF_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def micro_batches_of(situation: Situation, corpus: CorpusShape, batch: StepBatch
 
 
 def row_multiple(recipe: Recipe, device: str, tokens: int, batch: StepBatch) -> int:
-    """Rows are as wide as a multiple of this: the recipe's, or on a GPU an eighth of the widest (device_batch.py)."""
+    """Rows are as wide as a multiple of this: the recipe's, or on a GPU a quarter of the widest (device_batch.py)."""
     multiple = recipe.data.pad_to_multiple_of
     if device != "cuda":
         return multiple
