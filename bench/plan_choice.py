@@ -1,26 +1,27 @@
-"""What the plan predicts against what a GPU does: seconds of optimizer steps, on random weights of real shapes.
+"""What the plan chooses and predicts against what a GPU does: seconds of steps on random weights of real shapes.
 
-    python bench/plan_choice.py OUT.json probe
-    python bench/plan_choice.py OUT.json time SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:TOKENS/LENGTH[:packed][:r=N][:all] ...
-    python bench/plan_choice.py OUT.json choose SHAPE:GIB,GIB,... ... [sweep=SHAPE:GIB,GIB,...] [seconds=N]
-    python bench/plan_choice.py OUT.json again CHOSEN.json OTHER.json      what was chosen, predicted once more (no GPU)
+    python bench/plan_choice.py OUT.json [sweep=SHAPE:GIB,GIB,...] ... [SHAPE:GIB,GIB,...] ... [seconds=N]
+    python bench/plan_choice.py --again CHOSEN.json OUT.json [OTHER.json]     predicted once more (no GPU)
 
-`time` loads each case, takes a few optimizer steps of one micro-batch each (TOKENS tokens in documents of LENGTH), and
-writes the seconds of its parts on the GPU's clock beside the host's. `choose` asks the plan what it would do with each
-budget and takes optimizer steps of two packed micro-batches each; for the budgets of `sweep` it also measures the best
-choices of other precisions and micro-batches, so that the plan's own can be compared. Cases share a process and nothing
-else; `seconds` ends it before a time limit does. `again` predicts what CHOSEN.json measured with OTHER.json's launch of
-a small operation, where the probe before the choices was disturbed.
+Asks the plan what it would do with each budget, in the order given, and takes optimizer steps of two packed
+micro-batches each. For the budgets of `sweep` it also measures the most promising of all other choices that fit: of
+each precision, place of the weights, policy for activations and micro-batch the fastest, as far as they are predicted
+to be within an eighth of the best, not more than RIVALS and not more than ALIKE that differ in the micro-batch alone.
+What is compared are tokens/s of a whole step: its micro-batches as measured, and the update.
+
+Cases share a process and nothing else; `seconds` ends it before a time limit does, and the file is written after every
+case. `--again` predicts what CHOSEN.json measured with the formulas of today, with OTHER.json's launch of a small
+operation where the probe before the choices was disturbed.
 """
 
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,136 +35,40 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 from bench.about import about  # noqa: E402
 from bench.random_models import random_model, random_sequences  # noqa: E402
 
-STEPS = 4
-
-
-def timed_steps(model: Any, batch: Any, steps: int = STEPS) -> dict[str, Any]:
-    """Seconds of whole optimizer steps of one micro-batch, split at the ends of body, head and backward."""
-    import torch
-
-    from drawplate.recipe import TrainSection
-    from drawplate.train import make_optimizer
-
-    torch._dynamo.reset()
-    optimizer = make_optimizer(model.adapter.parameters(), TrainSection())
-    events: list[torch.cuda.Event] = []
-
-    def mark() -> None:
-        events.append(torch.cuda.Event(enable_timing=True))
-        events[-1].record()
-
-    body = type(model).hidden_states
-
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        out = body(model, *args, **kwargs)
-        mark()
-        return out
-
-    model.hidden_states = marked
-
-    def step(number: int) -> None:
-        mark()
-        loss, _ = model.sum_nats(batch, scale=1 / batch.counted_tokens, dropout_seed=(0, number))
-        mark()
-        loss.backward()
-        mark()
-        optimizer.step()
-        optimizer.zero_grad()
-        mark()
-
-    began = time.monotonic()
-    step(0)
-    torch.cuda.synchronize()
-    first_seconds = time.monotonic() - began
-    step(1)
-    torch.cuda.synchronize()
-    rows, issued = [], []
-    torch.cuda.reset_peak_memory_stats()
-    for i in range(steps):
-        events.clear()
-        began = time.monotonic()
-        step(2 + i)
-        issued.append(time.monotonic() - began)
-        torch.cuda.synchronize()
-        rows.append([time.monotonic() - began, *(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events))])
-    middle = sorted(rows)[len(rows) // 2]
-    names = ("step", "body_forward", "head", "backward", "optimizer")
-    return {
-        "tokens": batch.tokens,
-        "tokens_per_second": round(batch.tokens / middle[0], 1),
-        "seconds": {name: round(value, 5) for name, value in zip(names, middle, strict=True)},
-        "all_step_seconds": [round(r[0], 4) for r in rows],
-        "issue_seconds": round(sorted(issued)[len(issued) // 2], 5),
-        "first_step_seconds": round(first_seconds, 2),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
-    }
-
-
-def time_case(case: str) -> dict[str, Any]:
-    """One case of `time`."""
-    import torch
-
-    from drawplate.data.batches import cut_packed, cut_padded
-    from drawplate.model.causal_lm import Placement
-    from drawplate.model.storage import Storage
-
-    shape, precision, weights, activations, size, *options = case.split(":")
-    flags = dict(o.partition("=")[::2] for o in options)
-    placement = Placement(
-        device=torch.device("cuda", 0),
-        storage=Storage(precision),
-        compute_dtype=torch.bfloat16,
-        weights=weights,
-        activations=activations,
-        head_rows=int(flags.get("head", 0)),
-        compiled=True,
-        dequantize=flags.get("dequantize", "layer"),
-    )
-    targets = "all-linear" if "all" in flags else ["q_proj", "v_proj"]
-    lora = {"r": int(flags.get("r", 8)), "lora_alpha": 32, "target_modules": targets}
-    lora["lora_dropout"] = float(flags.get("dropout", 0.0))
-    began = time.monotonic()
-    model = random_model(shape, placement, lora)
-    torch.cuda.synchronize()
-    loaded = time.monotonic() - began
-    tokens, length = (int(n) for n in size.split("/"))
-    sequences = random_sequences([length] * (tokens // length), model.anatomy.config.vocab_size)
-    batch = (
-        cut_packed(sequences, tokens, 16, 0)[0]
-        if "packed" in flags
-        else cut_padded(sequences, len(sequences), 16, 0)[0]
-    )
-    return {"load_seconds": round(loaded, 2), **timed_steps(model, batch)}
-
-
 DOCUMENT_TOKENS = 512
 STEP_DOCUMENTS = 256
-ALTERNATIVES = 5
+MICRO_BATCHES = 2
+RIVALS, ALIKE, RIVAL_SECONDS = 10, 3, 1.125
+"""At most so many rivals, so many of them alike but for the micro-batch, within so many times the best's seconds."""
+QUIET_LAUNCH_SECONDS, PROBES = 15e-6, 4
+LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+def model_of(shape: str) -> tuple[Any, Any]:
+    """A shape's numbers, and the recipe of all cases."""
+    from bench.shapes import shape_config
+    from drawplate.model.anatomy import build_anatomy
+    from drawplate.prepare import model_shape
+    from drawplate.recipe import load_recipe
+
+    train = {"effective_batch_size": STEP_DOCUMENTS}
+    values = {"model": {"name_or_path": "random"}, "data": {"files": ["random"]}, "lora": LORA, "train": train}
+    recipe = load_recipe(values)
+    return model_shape(build_anatomy(shape_config(shape)), recipe), recipe
 
 
 def search_over(shape: str, speed: Any) -> tuple[Any, Any]:
     """The plan's search for a shape on this machine, and what a budget of device bytes is."""
     import torch
 
-    from bench.shapes import shape_config
     from drawplate.device import machine, memory_sample
-    from drawplate.model.anatomy import build_anatomy
     from drawplate.plan import choose
-    from drawplate.prepare import model_shape
-    from drawplate.recipe import load_recipe
 
-    recipe = load_recipe(
-        {
-            "model": {"name_or_path": "random"},
-            "data": {"files": ["random"]},
-            "lora": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
-            "train": {"effective_batch_size": STEP_DOCUMENTS},
-        }
-    )
+    model, recipe = model_of(shape)
     situation = choose.Situation(
         recipe=recipe,
         machine=machine(torch.device("cuda", 0)),
-        model=model_shape(build_anatomy(shape_config(shape)), recipe),
+        model=model,
         base_bytes=memory_sample().process_bytes,
         speed=speed,
     )
@@ -183,7 +88,7 @@ def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
     from drawplate.plan.cost import step_cost
     from drawplate.prepare import policies_of, tiers_of
 
-    choice, layers = found.choice, search.model.layers
+    choice, layers, work = found.choice, search.model.layers, found.batch.work
     counts = SimpleNamespace(
         dequantized_layers=choice.dequantized_layers,
         device_layers=choice.device_layers,
@@ -204,27 +109,33 @@ def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
         dequantize=choice.dequantize,
         graphs=choice.captured(search.model),
     )
-    lora = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
-    model = random_model(shape, placement, lora)
-    sequences = random_sequences(
-        [DOCUMENT_TOKENS] * (2 * choice.micro_batch_tokens // DOCUMENT_TOKENS), search.model.vocab
-    )
-    batches = cut_packed(sequences, choice.micro_batch_tokens, 16, 0)
+    began = time.monotonic()
+    model = random_model(shape, placement, {**LORA, "lora_alpha": 32, "lora_dropout": 0.0})
+    loaded = time.monotonic() - began
+    documents = [DOCUMENT_TOKENS] * (MICRO_BATCHES * choice.micro_batch_tokens // DOCUMENT_TOKENS)
+    batches = cut_packed(random_sequences(documents, search.model.vocab), choice.micro_batch_tokens, 16, 0)
     timed = timed_accumulation(model, batches)
-    predicted = step_cost(search.model, choice, replace(found.batch.work, micro_batches=2), search.speed)
+    predicted = step_cost(search.model, choice, replace(work, micro_batches=len(batches)), search.speed)
+    micro_batch = (timed["step_seconds"] - timed["update_seconds"]) / len(batches)
+    whole = work.micro_batches * micro_batch + timed["update_seconds"]
     return {
+        "whole_step_tokens_per_second": round(work.step_tokens / whole, 1),
+        "whole_step_predicted_tokens_per_second": round(1 / found.seconds_per_token, 1),
         "predicted_step_seconds": round(predicted.seconds, 4),
         "predicted_tokens_per_second": round(predicted.tokens_per_second, 1),
         **timed,
         "error_percent": round(100 * (predicted.seconds / timed["step_seconds"] - 1), 1),
         "device_peak_predicted_bytes": found.ledger.peak("device"),
         "device_peak_bytes": timed["peak_reserved_bytes"] + search.around.context_bytes,
+        "load_seconds": round(loaded, 2),
         "lines": {line.name: round(line.seconds, 4) for line in predicted.lines},
     }
 
 
-def timed_accumulation(model: Any, batches: list[Any], steps: int = 3) -> dict[str, Any]:
-    """Seconds of optimizer steps over all the batches, and the most that was reserved, loading included."""
+def timed_accumulation(model: Any, batches: list[Any]) -> dict[str, Any]:
+    """Seconds of optimizer steps over all the batches, and the most that was reserved, loading included.
+
+    Five steps, the middle one of the last three; three steps where one takes over a second."""
     import torch
 
     from drawplate.recipe import TrainSection
@@ -233,54 +144,54 @@ def timed_accumulation(model: Any, batches: list[Any], steps: int = 3) -> dict[s
     torch._dynamo.reset()
     optimizer = make_optimizer(model.adapter.parameters(), TrainSection())
     counted = sum(batch.counted_tokens for batch in batches)
-    seconds = []
-    for number in range(steps + 2):
+    seconds: list[tuple[float, float]] = []
+    while len(seconds) < 3 or (len(seconds) < 5 and seconds[-1][0] < 1):
         torch.cuda.synchronize()
         began = time.monotonic()
         model.adapter.zero_gradients()
         for batch in batches:
-            model.add_gradients(batch, scale=1 / counted, dropout_seed=(0, number))
+            model.add_gradients(batch, scale=1 / counted, dropout_seed=(0, len(seconds)))
+        torch.cuda.synchronize()
+        added = time.monotonic()
         torch.nn.utils.clip_grad_norm_(model.adapter.parameters(), 1.0)
         optimizer.step()
         torch.cuda.synchronize()
-        seconds.append(time.monotonic() - began)
-    tokens, middle = sum(batch.tokens for batch in batches), sorted(seconds[2:])[steps // 2]
+        seconds.append((time.monotonic() - began, time.monotonic() - added))
+    warm = sorted(seconds[2:])
+    tokens, (middle, update) = sum(batch.tokens for batch in batches), warm[len(warm) // 2]
     return {
         "tokens_per_second": round(tokens / middle, 1),
         "step_seconds": round(middle, 4),
-        "all_step_seconds": [round(s, 4) for s in seconds],
+        "update_seconds": round(update, 4),
+        "all_step_seconds": [round(s, 4) for s, _ in seconds],
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
     }
 
 
-def predict_again(chosen: Path, other: Path, out: Path) -> None:
-    """Seconds of what was chosen and measured, with the launch of a small operation that another file's probe found."""
-    from bench.shapes import shape_config
-    from drawplate.model.anatomy import build_anatomy
+def predict_again(chosen: Path, out: Path, other: Path | None) -> None:
+    """Seconds of what was chosen and measured, by the formulas of today."""
     from drawplate.plan.cost import step_cost
     from drawplate.plan.work import Cut, step_work
-    from drawplate.prepare import model_shape
-    from drawplate.recipe import load_recipe
     from drawplate.records import DeviceSpeed, from_json
 
     stored = json.loads(chosen.read_text())
-    launch = json.loads(other.read_text())["speed"]["launch_seconds"]
-    speed = replace(from_json(DeviceSpeed, stored["speed"]), launch_seconds=launch)
-    lora = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
-    recipe = load_recipe({"model": {"name_or_path": "random"}, "data": {"files": ["random"]}, "lora": lora})
-    shapes = {r["shape"] for r in stored["results"]}
-    models = {shape: model_shape(build_anatomy(shape_config(shape)), recipe) for shape in shapes}
+    speed = from_json(DeviceSpeed, stored["speed"])
+    if other:
+        speed = replace(speed, launch_seconds=json.loads(other.read_text())["speed"]["launch_seconds"])
+    models = {shape: model_of(shape)[0] for shape in {r["shape"] for r in stored["results"]}}
     for result in stored["results"]:
         if "step_seconds" not in result:
             continue
         model, tokens = models[result["shape"]], result["micro_batch_tokens"]
         cut = Cut(packing=True, tokens=tokens, sequences=STEP_DOCUMENTS, multiple=16)
-        work = replace(step_work((DOCUMENT_TOKENS,) * 4 * STEP_DOCUMENTS, STEP_DOCUMENTS, cut), micro_batches=2)
-        cost = step_cost(model, choice_of(result, model.layers), work, speed)
+        work = step_work((DOCUMENT_TOKENS,) * 4 * STEP_DOCUMENTS, STEP_DOCUMENTS, cut)
+        cost = step_cost(model, choice_of(result, model.layers), replace(work, micro_batches=MICRO_BATCHES), speed)
         error = round(100 * (cost.seconds / result["step_seconds"] - 1), 1)
-        result["again"] = {"predicted_step_seconds": round(cost.seconds, 4), "error_percent": error}
-        print(f"{result['shape']} {result['gib']:5} {result['kind']:7} {result['error_percent']:8} % -> {error} %")
-    out.write_text(json.dumps({**stored, "again_with_launch_seconds": launch}, indent=1) + "\n")
+        lines = {line.name: round(line.seconds, 4) for line in cost.lines}
+        result["again"] = {"predicted_step_seconds": round(cost.seconds, 4), "error_percent": error, "lines": lines}
+        named = " ".join(str(result[name]) for name in ("shape", "gib", "kind", "precision", "weights", "activations"))
+        print(f"{named:60} {tokens:6} {result['error_percent']:8} % -> {error} %")
+    out.write_text(json.dumps({**stored, "again_with_launch_seconds": speed.launch_seconds}, indent=1) + "\n")
 
 
 def choice_of(result: dict[str, Any], layers: int) -> Any:
@@ -322,40 +233,80 @@ def described(found: Any, layers: int) -> dict[str, Any]:
     }
 
 
-def choose_cases(arguments: list[str], speed: Any) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
-    """Every budget of every shape, then every sweep: what is measured, and how."""
-    from drawplate.plan.choose import fastest
+Case = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
+
+def cases_of(arguments: list[str], speed: Any) -> Iterator[Case]:
+    """Every budget of every argument, in order: what is measured, and how."""
+    searches: dict[str, tuple[Any, Any]] = {}
+    seen: dict[tuple[str, Any], float] = {}
     for argument in arguments:
         kind, _, rest = argument.rpartition("=")
         shape, _, sizes = rest.partition(":")
-        search, budget_of = search_over(shape, speed)
-        seen: dict[Any, int] = {}
+        if shape not in searches:
+            searches[shape] = search_over(shape, speed)
         for gib in (float(n) for n in sizes.split(",")):
-            budget = budget_of(int(gib * 2**30))
-            best = fastest(search, budget)
-            if best is None:
-                yield {"shape": shape, "gib": gib}, lambda: {"does_not_fit": True}
-                continue
-            tried = [best] if kind != "sweep" else alternatives(search, budget, best)
-            for found in tried:
-                facts = {"shape": shape, "gib": gib, "kind": kind or "choice", **described(found, search.model.layers)}
-                if found.choice in seen:
-                    yield facts, lambda gib=seen[found.choice]: {"same_as_gib": gib}  # type: ignore[misc]
+            for case in budget_cases(shape, gib, searches[shape], rivals=kind == "sweep"):
+                facts, found, call = case
+                if found is not None and (shape, found.choice) in seen:
+                    yield facts, lambda gib=seen[shape, found.choice]: {"same_as_gib": gib}  # type: ignore[misc]
                     continue
-                seen[found.choice] = int(gib)
-                yield facts, lambda f=found, s=search, n=shape: measure_found(n, s, f)  # type: ignore[misc]
+                if found is not None:
+                    seen[shape, found.choice] = gib
+                yield facts, call
 
 
-def alternatives(search: Any, budget: Any, best: Any) -> list[Any]:
-    """The best choice of every other precision and micro-batch, the most promising first."""
-    found = [
-        other
-        for precision in search.space.precisions
-        for batch in search.space.batches
-        if (other := search.best(precision, budget, tokens=batch.tokens)) and other.choice != best.choice
-    ]
-    return sorted(found, key=lambda other: other.seconds_per_token)[:ALTERNATIVES]
+def budget_cases(shape: str, gib: float, searched: tuple[Any, Any], *, rivals: bool) -> Iterator[tuple[Any, Any, Any]]:
+    """The choice within a budget, and its rivals where asked for: facts, what was found, and how to measure it."""
+    from drawplate.plan.choose import fastest
+
+    search, budget_of = searched
+    budget = budget_of(int(gib * 2**30))
+    best = fastest(search, budget)
+    if best is None:
+        yield {"shape": shape, "gib": gib, "kind": "choice"}, None, lambda: {"does_not_fit": True}
+        return
+    for found in [best, *(rivals_of(search, budget, best) if rivals else ())]:
+        kind = "choice" if found is best else "rival"
+        facts = {"shape": shape, "gib": gib, "kind": kind, **described(found, search.model.layers)}
+        yield facts, found, lambda f=found: measure_found(shape, search, f)
+
+
+def rivals_of(search: Any, budget: Any, best: Any) -> list[Any]:
+    """The most promising of other choices, the best first: the search is told where weights and activations go."""
+    from drawplate.plan.search import Search
+
+    limit = best.seconds_per_token * RIVAL_SECONDS
+    found: dict[Any, Any] = {}
+    for weights in ("device", "dequantized", "host", "auto"):
+        for activations in ("keep", "recompute", "offload", "auto"):
+            space = replace(search.space, weights=weights, activations=activations)
+            told = Search(search.model, search.speed, space, search.around)
+            told._needs, told._ledgers, told._estimates = search._needs, search._ledgers, search._estimates
+            for precision in search.space.precisions:
+                for batch in search.space.batches:
+                    if other := told.best(precision, budget, limit=limit, tokens=batch.tokens):
+                        found.setdefault(same_work(other, search.model.layers), other)
+    found.pop(same_work(best, search.model.layers), None)
+    kinds: Counter[Any] = Counter()
+    chosen = []
+    for work, other in sorted(found.items(), key=lambda item: item[1].seconds_per_token):
+        kinds[work[:3]] += 1
+        if kinds[work[:3]] <= ALIKE:
+            chosen.append(other)
+    return chosen[:RIVALS]
+
+
+def same_work(found: Any, layers: int) -> tuple[str, ...]:
+    """What tells choices apart: whatever was quantized and then dequantized whole is multiplied like bf16."""
+    facts = described(found, layers)
+    whole = facts["weights"] == "dequantized"
+    names = ("weights", "activations", "micro_batch_tokens")
+    return (
+        "bf16" if whole else facts["precision"],
+        "device" if whole else facts["weights"],
+        *(facts[n] for n in names[1:]),
+    )
 
 
 def emptied(call: Any) -> dict[str, Any]:
@@ -372,26 +323,38 @@ def emptied(call: Any) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
 
 
-def main() -> None:
-    """Run what was asked for; the file is written after every case."""
+def quiet_probe(device: Any) -> tuple[Any, list[float]]:
+    """The device's speed, and the launch that each probe found: once more where a launch took suspiciously long."""
     import torch
 
     from drawplate.device import machine
-    from drawplate.records import to_json
     from drawplate.speed import probe
 
-    out, mode, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    if mode == "again":
-        return predict_again(Path(arguments[0]), Path(arguments[1]), out)
-    limit = next((float(a[8:]) for a in arguments if a.startswith("seconds=")), float("inf"))
-    arguments = [a for a in arguments if not a.startswith("seconds=")]
-    device, began = torch.device("cuda", 0), time.monotonic()
-    speed = probe(device, torch.bfloat16, machine(device))
+    launches: list[float] = []
+    while not launches or (launches[-1] > QUIET_LAUNCH_SECONDS and len(launches) < PROBES):
+        speed = probe(device, torch.bfloat16, machine(device))
+        launches.append(speed.launch_seconds)
+        print(f"a launch takes {1e6 * launches[-1]:.1f} microseconds", flush=True)
     torch.cuda.empty_cache()
-    result = about() | {"probe_seconds": round(time.monotonic() - began, 2), "speed": to_json(speed), "results": []}
+    return replace(speed, launch_seconds=min(launches)), launches
+
+
+def main() -> None:
+    """Measure what was asked for; the file is written after every case."""
+    import torch
+
+    from drawplate.records import to_json
+
+    if sys.argv[1] == "--again":
+        other = Path(sys.argv[4]) if len(sys.argv) > 4 else None
+        return predict_again(Path(sys.argv[2]), Path(sys.argv[3]), other)
+    out, arguments = Path(sys.argv[1]), [a for a in sys.argv[2:] if not a.startswith("seconds=")]
+    limit = next((float(a[8:]) for a in sys.argv[2:] if a.startswith("seconds=")), float("inf"))
+    began = time.monotonic()
+    speed, launches = quiet_probe(torch.device("cuda", 0))
+    result = about() | {"probed_launch_seconds": launches, "speed": to_json(speed), "results": []}
     print(json.dumps(result["speed"]), flush=True)
-    timed = [({"case": case}, lambda case=case: time_case(case)) for case in arguments if mode == "time"]
-    for facts, call in timed or (choose_cases(arguments, speed) if mode == "choose" else ()):
+    for facts, call in cases_of(arguments, speed):
         if time.monotonic() - began > limit:
             break
         measured = {**facts, **emptied(call)}
