@@ -1,25 +1,20 @@
-"""torch's caching allocator on paper: which addresses it would give, and so how much of the device it would reserve.
+"""What an allocator has reserved beside the blocks that it gave: torch's on a device, the C library's on the host.
 
 What a process holds and what its allocator has reserved differ by rounding and by gaps between blocks, by 1 to 20 %.
 Gaps follow from the order in which blocks come and go, so they are found by replaying that order under the allocator's
-rules (c10/cuda/CUDACachingAllocator.cpp, torch 2.11, expandable segments, one stream):
+rules, address by address (plan/addresses.py). torch's (expandable segments, one stream):
 
 - a request is rounded up to 512 bytes; up to 1 MiB it comes from the small pool, else from the large one;
-- it gets the smallest free block that is large enough, the lowest in address among equals, and what is left over of the
-  block stays free;
-- the free block at the end of a segment counts as if the segment were already as large as it can become;
-- if none is large enough the segment grows, by 2 MiB (small pool) or 20 MiB (large pool) at a time;
-- a block that is let go of joins its free neighbours;
-- before a CUDA graph is captured, whatever part of a segment holds no block is given back, and the capture has pools of
-  its own (model/graphed.py).
+- where the cache is emptied (before a CUDA graph is captured, when graphs are dropped) whatever can be
+  unmapped is;
+- a capture has pools of its own (model/graphed.py).
 
-Left out: other streams (they only copy here), and where exactly a segment grows again after it was given back in parts.
+Left out: other streams (they only copy here).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-
+from drawplate.plan.addresses import Addresses
 from drawplate.units import KIB, MIB
 
 ROUNDING = 512
@@ -32,75 +27,8 @@ HEAP_GRANULE = 128 * KIB
 GRANULE = {"small": 2 * MIB, "large": 20 * MIB}
 
 
-class Pool:
-    """One segment that grows: its free blocks, by size and by address."""
-
-    def __init__(self, granule: int) -> None:
-        self.granule = granule
-        self.reserved = 0
-        self._by_size: list[tuple[int, int]] = []
-        self._size_at: dict[int, int] = {}
-        self._start_of_end: dict[int, int] = {}
-        self._used: dict[int, int] = {}
-
-    @property
-    def bytes_in_use(self) -> int:
-        """Of the parts by which it grew, those that hold a block."""
-        parts = {part for start, size in self._used.items() for part in self._parts(start, size)}
-        return len(parts) * self.granule
-
-    def _parts(self, start: int, size: int) -> range:
-        return range(start // self.granule, (start + size - 1) // self.granule + 1)
-
-    def take(self, size: int) -> int:
-        """The address of a new block."""
-        at = bisect_left(self._by_size, (size, 0))
-        if at < len(self._by_size):
-            found, start = self._by_size[at]
-            last = self._start_of_end.get(self.reserved)
-            if start == last and at + 1 < len(self._by_size):  # the last block could grow: the next larger goes first
-                found, start = self._by_size[at + 1]
-            self._remove(start)
-        else:
-            start = self._start_of_end.get(self.reserved, self.reserved)
-            found = self.reserved - start
-            if found:
-                self._remove(start)
-            grown = -(-(size - found) // self.granule) * self.granule
-            self.reserved += grown
-            found += grown
-        if found > size:
-            self._add(start + size, found - size)
-        self._used[start] = size
-        return start
-
-    def give(self, start: int) -> None:
-        """The block at an address is free again."""
-        size = self._used.pop(start)
-        after = self._size_at.get(start + size)
-        if after is not None:
-            self._remove(start + size)
-            size += after
-        before = self._start_of_end.get(start)
-        if before is not None:
-            size += self._size_at[before]
-            self._remove(before)
-            start = before
-        self._add(start, size)
-
-    def _add(self, start: int, size: int) -> None:
-        insort(self._by_size, (size, start))
-        self._size_at[start] = size
-        self._start_of_end[start + size] = start
-
-    def _remove(self, start: int) -> None:
-        size = self._size_at.pop(start)
-        del self._by_size[bisect_left(self._by_size, (size, start))]
-        del self._start_of_end[start + size]
-
-
 class CachingAllocator:
-    """Blocks by name. `reserved` shrinks only when a capture begins.
+    """Blocks by name. `reserved` shrinks only when the cache is emptied.
 
     Attributes:
         pools: from which blocks are taken now.
@@ -110,23 +38,23 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self.pools = _pools()
-        self._beside: dict[str, Pool] = {}
-        self._given_back = 0
-        self._blocks: dict[object, tuple[Pool, int, int]] = {}
+        self._beside: dict[str, Addresses] = {}
+        self._blocks: dict[object, tuple[Addresses, int, int]] = {}
         self.allocated = self.highest_reserved = 0
 
     @property
     def reserved(self) -> int:
-        """Bytes taken of the device; where parts were given back and are taken again, at least what is held."""
-        return max(self.allocated, self._grown - self._given_back)
-
-    @property
-    def _grown(self) -> int:
+        """Bytes taken of the device."""
         return sum(pool.reserved for pool in (*self.pools.values(), *self._beside.values()))
 
+    def empty_cache(self) -> None:
+        """Whatever part of any pool can be given back is."""
+        for pool in (*self.pools.values(), *self._beside.values()):
+            pool.give_back()
+
     def begin_capture(self) -> None:
-        """What holds no block is given back, and blocks come from pools of the graph's own."""
-        self._given_back = sum(pool.reserved - pool.bytes_in_use for pool in self.pools.values())
+        """The cache is emptied, and blocks come from pools of the graph's own."""
+        self.empty_cache()
         self.pools, self._beside = _pools(), self.pools
 
     def end_capture(self) -> None:
@@ -134,10 +62,9 @@ class CachingAllocator:
         self.pools, self._beside = self._beside, self.pools
 
     def forget_capture(self) -> None:
-        """Whatever part of any pool holds no block is given back, where there was a capture."""
+        """The cache is emptied, where there was a capture."""
         if self._beside:
-            kept = sum(pool.bytes_in_use for pool in (*self.pools.values(), *self._beside.values()))
-            self._given_back = self._grown - kept
+            self.empty_cache()
 
     def take(self, name: object, size: int) -> int:
         """A new block; returns its size."""
@@ -146,7 +73,7 @@ class CachingAllocator:
         before = pool.reserved
         self._blocks[name] = (pool, pool.take(rounded), rounded)
         self.allocated += rounded
-        if pool.reserved > before or self._given_back:
+        if pool.reserved > before:
             self.highest_reserved = max(self.highest_reserved, self.reserved)
         return rounded
 
@@ -161,8 +88,8 @@ class CachingAllocator:
         self._blocks[new] = self._blocks.pop(old)
 
 
-def _pools() -> dict[str, Pool]:
-    return {name: Pool(granule) for name, granule in GRANULE.items()}
+def _pools() -> dict[str, Addresses]:
+    return {name: Addresses(granule) for name, granule in GRANULE.items()}
 
 
 class ProcessMemory:
@@ -173,7 +100,7 @@ class ProcessMemory:
     """
 
     def __init__(self) -> None:
-        self._heap = Pool(HEAP_GRANULE)
+        self._heap = Addresses(HEAP_GRANULE)
         self._in_heap: dict[object, int] = {}
         self._sizes: dict[object, int] = {}
         self.allocated = self.highest_reserved = 0
