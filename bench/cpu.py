@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-from bench.compare import Task, measure  # noqa: E402
-from bench.peers.cases import CORPUS, Setting  # noqa: E402
+from bench.compare import measure  # noqa: E402
+from bench.peers.cases import CORPUS, REFERENCE, Job, Setting  # noqa: E402
+from bench.peers.run import Task  # noqa: E402
 from bench.peers.table import table  # noqa: E402
 
-PADDED, PACKED = "climate-padded-8-8", "climate-packed-2048-8"
+MODEL, PADDED, PACKED = "smollm2-135m", "climate-padded-8-8", "climate-packed-2048-8"
 PEER = Setting(
     system="mission",
     name="transformers + PEFT, fp32",
@@ -36,6 +36,13 @@ OWN = [
     Setting(system="drawplate", name="fp32", dropout=0.0, options={"precision": "fp32", "compute": "float32"}),
     Setting(system="drawplate", name="bf16", dropout=0.0, options={"precision": "bf16", "compute": "bfloat16"}),
 ]
+
+
+def jobs() -> list[Job]:
+    """The reference and the yardstick are not timed; peers of transformers do not pack."""
+    proven = [(REFERENCE, (PADDED,), ()), (YARDSTICK, (PADDED,), ()), (PEER, (PADDED,), (PADDED,))]
+    proven += [(setting, (PADDED, PACKED), (PADDED, PACKED)) for setting in OWN]
+    return [Job(shape=MODEL, setting=setting, cases=cases, timed=timed) for setting, cases, timed in proven]
 
 
 def make_material(folder: Path) -> None:
@@ -75,25 +82,20 @@ def main() -> int:
     parser.add_argument("--gate-steps", type=int, default=4)
     parser.add_argument("--work", type=Path, default=Path("/tmp/drawplate-cpu"))
     asked = parser.parse_args()
-    folder, everyone = asked.work / "model", [YARDSTICK, PEER, *OWN]
     task = Task(
-        cases=[PADDED, PACKED],
-        folder=folder,
-        work=asked.work / f"run-{os.getpid()}",
-        together=1 + len(everyone),
-        rounds=asked.rounds,
-        steps=asked.steps,
+        work=asked.work,
+        material={MODEL: lambda: make_material(asked.work / MODEL)},
         gate_case=PADDED,
         gate_steps=asked.gate_steps,
+        rounds=asked.rounds,
+        steps=asked.steps,
         overlap=False,
         yardstick=YARDSTICK,
     )
-    record = measure(
-        task, everyone, {"shape": "SmolLM2-135M", "layers": None}, asked.out, lambda: make_material(folder)
-    )
+    record = measure(task, [jobs()], asked.out)
     record["ratios"] = ratios(record["results"])
     asked.out.write_text(json.dumps(record, indent=1))
-    print(table([record]))
+    print(table(record))
     print(
         "\n".join(f"{name}: {ratio:.2f} times transformers + PEFT in fp32" for name, ratio in record["ratios"].items())
     )

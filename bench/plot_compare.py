@@ -66,30 +66,18 @@ def systems_in(results: list[dict[str, Any]], case: str) -> int:
     return len({r["system"] for r in results if r["case"] == case and "tokens_per_second" in r})
 
 
-def records_of(paths: list[Path]) -> list[dict[str, Any]]:
-    """What the files hold; of each model and budget only what the last of them says."""
-    records: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    last = {(r["model"]["shape"], x["budget_gib"]): i for i, r in enumerate(records) for x in r["results"]}
-    for i, record in enumerate(records):
-        shape = record["model"]["shape"]
-        record["results"] = [
-            r for r in record["results"] if r["budget_gib"] is None or last[shape, r["budget_gib"]] == i
-        ]
-    return records
-
-
-def merged(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def by_model(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Model -> all its results."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        found.setdefault(record["model"]["shape"], []).extend(record["results"])
+    for result in (r for record in records for r in record["results"]):
+        found.setdefault(result["model"], []).append(result)
     return found
 
 
 def main() -> None:
     """Draw one picture, print the tables and Drawplate's ratios."""
-    picture, records = Path(sys.argv[1]), records_of([Path(p) for p in sys.argv[2:]])
-    models = merged(records)
+    picture, records = Path(sys.argv[1]), [json.loads(Path(p).read_text(encoding="utf-8")) for p in sys.argv[2:]]
+    models = by_model(records)
     panels = [(model, case) for model, results in models.items() for case in dict.fromkeys(r["case"] for r in results)]
     panels = [(model, case) for model, case in panels if "x" in case and systems_in(models[model], case) > 1]
     columns = min(3, len(panels))
@@ -111,7 +99,7 @@ def main() -> None:
     ]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(picture, dpi=120)
-    print(table(records))
+    print("\n\n".join(map(table, records)))
     for model, results in models.items():
         for peer, budget, fp8 in itertools.product(("unsloth", "liger", "mission"), (None, 6, 8), (False, True)):
             for case, own, other, ratio in ratios(results, peer, budget, fp8=fp8):

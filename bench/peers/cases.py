@@ -15,7 +15,7 @@ import numpy as np
 
 DISTINCT_TOKENS = 512
 CLIMATE_LENGTHS = Path(__file__).resolve().parent.parent / "climate-lengths.json"
-CORPUS, CACHE = "documents.json", "cache"
+CORPUS, CACHE, PRODUCTS = "documents.json", "cache", "products.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,25 @@ class Setting:
         return f"{self.system}: {self.name}, dropout {self.dropout:g}{budget}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one process does: proves a setting of a model on some cases, then has its steps timed on some of them.
+
+    Attributes:
+        shape: of bench/shapes.py.
+        setting: who trains, and how.
+        cases: proven in this order.
+        timed: those of them whose steps are timed.
+        curve: takes the gate's steps for its setting; another process of the same setting needs none of its own.
+    """
+
+    shape: str
+    setting: Setting
+    cases: tuple[str, ...]
+    timed: tuple[str, ...]
+    curve: bool = True
+
+
 REFERENCE = Setting(system="reference", name="fp32", dropout=0.0)
 MISSION = Setting(system="mission", name="nf4, fp16, checkpointing", options={"compute": "float16"})
 OWN_GC = {"bits": 4, "checkpointing": "unsloth"}
@@ -150,6 +169,21 @@ def settings(systems: Iterable[str], budgets_gib: Iterable[float | None]) -> lis
     found += OTHERS if None in budgets else []
     chosen = [s for s in found if s.system in wanted]
     return chosen if MISSION in chosen else [MISSION, *chosen]  # the gate measures by it
+
+
+def jobs_of(shape: str, chosen: Sequence[Setting], cases: Sequence[str], gate_case: str) -> list[Job]:
+    """A job for each setting; a planned one has a process for each case, because a plan is made for one."""
+    found = []
+    for setting in chosen:
+        if not setting.options.get("plan"):
+            timed = () if setting == REFERENCE else tuple(cases)
+            found.append(Job(shape=shape, setting=setting, cases=tuple(cases), timed=timed))
+            continue
+        proves = gate_case if gate_case in cases else cases[0]
+        found += [
+            Job(shape=shape, setting=setting, cases=(case,), timed=(case,), curve=case == proves) for case in cases
+        ]
+    return found
 
 
 def within(budget_gib: float) -> list[Setting]:

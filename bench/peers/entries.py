@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench.peers.cases import Setting, parse_case
+from bench.peers.cases import REFERENCE, Job, Setting, parse_case
 from bench.peers.gate import Curve, Verdict, judge
+
+CURVE = "curve"
+"""In a case's place: the gate's steps without dropout."""
 
 
 class Answered(Protocol):
-    """A setting's answers, as bench/compare.py collects them: by case where there is one for each."""
+    """A process's answers, as bench/peers/process.py collects them: by case where there is one for each."""
 
-    setting: Setting
+    job: Job
     out: Path
     loaded: dict[str, Any]
     curve: dict[str, Any]
@@ -28,42 +32,44 @@ def failed(answer: dict[str, Any]) -> str:
     return str(answer.get("memory") or answer.get("error") or ("" if answer else "not run"))
 
 
-def results_of(cases: Sequence[str], everyone: Sequence[Answered], yardstick: Setting) -> list[dict[str, Any]]:
-    """An entry for each setting and case, speeds only behind the gate; the first of `everyone` is the reference."""
-    reference = everyone[0]
-    mission = next((p for p in everyone if p.setting == yardstick), None)
+def results_of(everyone: Sequence[Answered], yardstick: Setting) -> list[dict[str, Any]]:
+    """An entry for each process and case that it was to be timed on, speeds only behind the gate.
+
+    Args:
+        everyone: who trained one model, the reference and the yardstick among them.
+        yardstick: whose distance to the reference is allowed to all.
+    """
     found = []
-    for process in everyone[1:]:
-        for case in cases:
+    for process in everyone:
+        for case in process.job.timed:
+            setting = process.job.setting
             entry = {
-                "system": process.setting.system,
-                "setting": process.setting.name,
-                "dropout": process.setting.dropout,
-                "budget_gib": process.setting.budget_gib,
+                "model": process.job.shape,
+                "system": setting.system,
+                "setting": setting.name,
+                "dropout": setting.dropout,
+                "budget_gib": setting.budget_gib,
                 "case": case,
                 "tokens": parse_case(case).tokens,
                 **process.loaded,
             }
             entry.pop("trace", None)
-            entry.update(_case_entry(process, case, reference, mission))
-            found.append(entry)
+            found.append({**entry, **_case_entry(process, case, everyone, yardstick)})
     return found
 
 
-def _case_entry(process: Answered, case: str, reference: Answered, mission: Answered | None) -> dict[str, Any]:
+def _case_entry(process: Answered, case: str, everyone: Sequence[Answered], yardstick: Setting) -> dict[str, Any]:
     warm, timed = process.warm.get(case, {}), process.timed.get(case, [])
-    problem = failed(process.loaded) or failed(process.curve) or failed(warm)
+    problem = failed(process.loaded) or failed(warm)
     problem = problem or next(filter(None, map(failed, timed)), "") or ("" if timed else "not timed")
     if problem:
         fits = not any("memory" in answer for answer in [process.loaded, process.curve, warm, *timed])
         return {"refused": problem if fits else "does not fit into memory", "detail": problem}
-    if not reference.curve.get("losses") or not reference.warm.get(case, {}).get("losses"):
-        return {"refused": "the fp32 reference did not run", "detail": failed(reference.curve)}
-    whole = _verdict(process, reference, mission, lambda p: p.curve, "curve")
-    here = _verdict(process, reference, mission, lambda p: _first_step(p, case), case)
-    gate = {"gate": dataclasses.asdict(whole), "gate_of_case": dataclasses.asdict(here)}
+    verdicts = [_verdict([process, *everyone], process.job.setting, yardstick, what) for what in (CURVE, case)]
+    if None in verdicts:
+        return {"refused": "the fp32 reference or the gate's steps did not run"}
     numbers = {
-        "first_step_seconds": process.curve.get("first_step_seconds"),
+        "first_step_seconds": warm.get("first_step_seconds"),
         "first_loss": timed[0]["losses"][0],
         "last_loss": timed[0]["losses"][-1],
         "gradient_norm": timed[0]["gradient_norms"][0],
@@ -72,8 +78,9 @@ def _case_entry(process: Answered, case: str, reference: Answered, mission: Answ
         "process_device_bytes": max((a.get("process_device_bytes") or 0 for a in timed), default=0) or None,
         **({"decided": warm["decided"]} if "decided" in warm else {}),
     }
-    reason = whole.reason or here.reason
-    if reason:
+    reasons = [verdict.reason for verdict in verdicts if verdict and verdict.reason]
+    gate = {name: v and dataclasses.asdict(v) for name, v in zip(("gate", "gate_of_case"), verdicts, strict=True)}
+    if reason := next(iter(reasons), ""):
         return {"refused": f"gate: {reason}", **numbers, **gate}
     seconds = [s for answer in timed for s in answer["step_seconds"]]
     speed = parse_case(case).tokens / statistics.median(seconds)
@@ -81,43 +88,60 @@ def _case_entry(process: Answered, case: str, reference: Answered, mission: Answ
     return {"tokens_per_second": round(speed, 1), "step_seconds": rounds, **numbers, **gate}
 
 
-def _first_step(process: Answered, case: str) -> dict[str, Any]:
-    """Of a case; of another one with the same documents where the process cannot run this (packed against padded)."""
-    same = sorted(n for lengths in parse_case(case).micro_batches for n in lengths)
-    for other in sorted(process.warm, key=lambda name: name != case):
-        answer = process.warm[other]
-        if not failed(answer) and sorted(n for ns in parse_case(other).micro_batches for n in ns) == same:
-            return {key: value[:1] for key, value in answer.items() if key in ("losses", "gradient_norms")}
-    return {}
+def _verdict(everyone: Sequence[Answered], setting: Setting, yardstick: Setting, what: str) -> Verdict | None:
+    reference = _proof(everyone, REFERENCE, what)
+    own = reference and _proof(everyone, setting, what, reference)
+    if not (reference and own):
+        return None
+    allowed = _proof(everyone, yardstick, what, reference)
+    return judge(own.curve, reference.curve, allowed and allowed.curve)
 
 
-def _verdict(
-    process: Answered,
-    reference: Answered,
-    mission: Answered | None,
-    answer_of: Callable[[Answered], dict[str, Any]],
-    gradient: str,
-) -> Verdict:
-    def curve_of(one: Answered) -> Curve:
-        answer = answer_of(one)
-        return Curve(
-            losses=answer.get("losses", []),
-            gradient_norms=answer.get("gradient_norms", []),
-            gradient_error=gradient_error(one.out, reference.out, gradient),
+@dataclasses.dataclass(frozen=True)
+class _Proof:
+    """A setting's steps on something, and where its first gradient lies."""
+
+    curve: Curve
+    gradient: Path
+
+
+def _proof(everyone: Sequence[Answered], setting: Setting, what: str, reference: _Proof | None = None) -> _Proof | None:
+    """By the first process of a setting that took the gate's steps, or a first step of the case.
+
+    A case may stand for another of the same documents, where a system cannot run that (packed against padded).
+    """
+    for process in (p for p in everyone if p.job.setting == setting):
+        name = what if what == CURVE else next(iter(_same_documents(process, what)), what)
+        answer, kept = (process.curve, None) if what == CURVE else (process.warm.get(name, {}), 1)
+        if failed(answer):
+            continue
+        gradient = process.out / f"gradient-{name}.safetensors"
+        error = gradient_error(gradient, reference.gradient) if reference else 0.0
+        return _Proof(
+            Curve(losses=answer["losses"][:kept], gradient_norms=answer["gradient_norms"][:kept], gradient_error=error),
+            gradient,
         )
-
-    yardstick = curve_of(mission) if mission is not None and answer_of(mission).get("losses") else None
-    return judge(curve_of(process), curve_of(reference), yardstick)
+    return None
 
 
-def gradient_error(folder: Path, reference: Path, name: str) -> float | None:
+def _same_documents(process: Answered, case: str) -> list[str]:
+    """The case itself, if the process ran it, then others of its documents."""
+
+    def lengths(name: str) -> list[int]:
+        return sorted(sum(parse_case(name).micro_batches, ()))
+
+    same = [name for name, answer in process.warm.items() if not failed(answer) and lengths(name) == lengths(case)]
+    return sorted(same, key=lambda name: name != case)
+
+
+@functools.cache
+def gradient_error(own_path: Path, true_path: Path) -> float | None:
     """|g - reference| / |reference| over all trained tensors; None where either was not written."""
     import numpy as np
     from safetensors.numpy import load_file
 
-    paths = [at / f"gradient-{name}.safetensors" for at in (folder, reference)]
-    if not all(path.is_file() for path in paths):
+    if not (own_path.is_file() and true_path.is_file()):
         return None
-    own, true = map(load_file, paths)
+    own, true = load_file(own_path), load_file(true_path)
     distance = sum(float(np.sum((own[key] - true[key]).astype(np.float64) ** 2)) for key in true)
     return float((distance / sum(float(np.sum(true[key].astype(np.float64) ** 2)) for key in true)) ** 0.5)

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench.peers.cases import PRODUCTS
 from bench.shapes import shape_config
 
 SHARD_BYTES = 2 * 2**30
@@ -49,10 +50,30 @@ def make_material(folder: Path, shape: str, layers: int | None) -> None:
 
 
 def measure_device() -> None:
-    """Drawplate's planner measures a new device once and keeps that in its cache folder; while nobody else uses it."""
+    """While nobody else uses it: as Drawplate's planner measures a new device once and keeps that in its cache folder.
+
+    Beside it the rate of large products, the best of some rounds, for bench/peers/ceiling.py.
+    """
+    from drawplate.recipe import cache_folder
     from drawplate.speed import measured_speed
 
     measured_speed(torch.device("cuda", 0), torch.bfloat16)
+    (cache_folder() / PRODUCTS).write_text(f"{product_rate():.4g}\n")
+
+
+def product_rate(size: int = 8192, calls: int = 10, rounds: int = 8) -> float:
+    """FLOPs a second of square bf16 products: the fastest round."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    seconds = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            a @ b
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1000 / calls)
+    return 2 * size**3 / min(seconds)
 
 
 def _save_weights(folder: Path, config: Any) -> None:

@@ -8,16 +8,16 @@ from typing import Any
 GIB = 2**30
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Every result of some records: one table for each model, refusals beneath it."""
+def table(record: dict[str, Any]) -> str:
+    """Every result of a record: a table for each model, refusals beneath it."""
     parts = []
-    for record in records:
-        layers = record["model"]["layers"]
-        name = record["model"]["shape"] + (f", {layers} layers" if layers else "")
-        parts.append(f"### {name}, {record['machine'].get('gpu') or 'CPU'}\n\n{_rows(record['results'])}")
-        refused = [r for r in record["results"] if "refused" in r]
+    for model in dict.fromkeys(r["model"] for r in record["results"]):
+        layers = f", {record['layers']} layers" if record.get("layers") else ""
+        results = [r for r in record["results"] if r["model"] == model]
+        parts.append(f"### {model}{layers}, {record['machine'].get('gpu') or 'CPU'}\n\n{_rows(results)}")
+        refused = [f"- {_label(r)}, {r['case']}: {_one_line(r['refused'])}" for r in results if "refused" in r]
         if refused:
-            parts.append("\n".join(f"- {_label(r)}, {r['case']}: {_one_line(r['refused'])}" for r in refused))
+            parts.append("\n".join(refused))
     return "\n\n".join(parts)
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 BEGAN = time.monotonic()
-UNTIMED_STEPS = 3
+UNTIMED_STEPS = 2
+"""The first after memory was given back, and the one in which Drawplate captures its graphs."""
 MODULES = {
     "reference": "bench.peers.huggingface",
     "mission": "bench.peers.huggingface",
@@ -43,7 +44,7 @@ class Worker:
         self.setting, self.folder, self.out = Setting(**job["setting"]), Path(job["folder"]), Path(job["out"])
         self.peer: Any = None
         self.first_step_seconds: float | None = None
-        self.decided: dict[str, Any] = {}
+        self.decided: dict[str, dict[str, Any]] = {}  # by case
         self.busy_seconds = 0.0  # importing and loading, without waiting for the driver
 
     def imports(self) -> dict[str, Any]:
@@ -100,8 +101,10 @@ class Worker:
 
         case, cuda, began = parse_case(name), torch.cuda.is_available(), time.monotonic()
         steps = [documents(case, step, self.vocab, self.corpus) for step in range(count)]
-        if kept_gradient and hasattr(self.peer, "prepare"):
-            self.decided = self._prepare(case)
+        if kept_gradient and hasattr(self.peer, "prepare") and name not in self.decided:
+            self._prepare(case)
+        elif self.setting.options.get("keep") == "fit":
+            self.peer.keep(self.decided[name]["decided"]["kept_layers"])  # another case may have come between
         room = self._cap()
         gradient = self.out / f"gradient-{kept_gradient}.safetensors" if kept_gradient else None
         if cuda:
@@ -119,7 +122,7 @@ class Worker:
             "losses": taken.losses,
             "gradient_norms": taken.gradient_norms,
             "first_step_seconds": self.first_step_seconds,
-            **self.decided,
+            **self.decided.get(name, {}),
         }
         if cuda:
             answer["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
@@ -141,7 +144,7 @@ class Worker:
         budget = self.setting.budget_gib
         return cap_allocator(int(budget * 2**30)) if budget and torch.cuda.is_available() else None
 
-    def _prepare(self, case: Any) -> dict[str, Any]:
+    def _prepare(self, case: Any) -> None:
         from bench.peers.cases import documents
         from bench.peers.stepping import take_steps
 
@@ -151,8 +154,8 @@ class Worker:
         def two_steps() -> None:
             take_steps(self.peer, steps, dropout=dropout, packed_tokens=case.packed_tokens)
 
-        prepared: dict[str, Any] = self.peer.prepare(case, two_steps)
-        return prepared or self.decided
+        if prepared := self.peer.prepare(case, two_steps):
+            self.decided[case.name] = prepared
 
 
 def main() -> None:

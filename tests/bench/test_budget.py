@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.compare import environment_of
 from bench.peers import fit
 from bench.peers.memory import TYPICAL_CONTEXT_BYTES, allocator_room
+from bench.peers.process import environment_of
 
 LAYERS, FIRST_BYTES, LAYER_BYTES = 10, 1000, 100
 

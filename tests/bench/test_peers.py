@@ -42,7 +42,7 @@ def test_drawplate_and_peft_take_the_same_steps(folder: Path, tmp_path: Path, ca
     reference = steps_of(huggingface.load(folder, REFERENCE), folder, case, tmp_path / "reference")
     peer = drawplate_model.load(folder, OWN)
     own = steps_of(peer, folder, case, tmp_path / "own")
-    error = gradient_error(tmp_path / "own", tmp_path / "reference", "curve")
+    error = gradient_error(*(tmp_path / name / "gradient-curve.safetensors" for name in ("own", "reference")))
     assert own.losses == pytest.approx(reference.losses, abs=2e-4)
     assert error is not None
     assert error < 1e-3
@@ -58,7 +58,7 @@ def test_the_gate_refuses_a_peer_whose_gradients_are_spoilt(folder: Path, tmp_pa
         if "v_proj" in name:
             tensor.register_hook(lambda grad: grad * 0)
     steps_of(peer, folder, "2x16", tmp_path / "own")
-    error = gradient_error(tmp_path / "own", tmp_path / "reference", "curve")
+    error = gradient_error(*(tmp_path / name / "gradient-curve.safetensors" for name in ("own", "reference")))
     true = Curve(losses=reference.losses, gradient_norms=reference.gradient_norms, gradient_error=0.1)
     spoilt = Curve(losses=reference.losses, gradient_norms=reference.gradient_norms, gradient_error=error)
     assert judge(true, true, true).passed
