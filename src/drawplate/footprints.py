@@ -49,6 +49,7 @@ class Footprint:
         backward: goes on from there; ends with the gradients.
         keeps_input: autograd keeps the input too.
         keys: trained linear layers, each of which has a dropout key per token.
+        again: a layer's forward and backward where it is computed a second time for its backward alone.
     """
 
     inference: Trace
@@ -56,6 +57,12 @@ class Footprint:
     backward: Trace
     keeps_input: bool = True
     keys: int = 0
+    again: Footprint | None = None
+
+    @property
+    def recomputed(self) -> Footprint:
+        """The part as it is computed for its backward."""
+        return self.again or self
 
 
 class Mode(NamedTuple):
@@ -76,11 +83,13 @@ class Mode(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearShape:
-    """A linear layer of a decoder layer; `rank` of its adapter, 0 for none."""
+    """A linear layer of a decoder layer; `rank` of its adapter, 0 for none; `again` if it is computed a second time
+    where the layer's activations are not kept."""
 
     out_features: int
     in_features: int
     rank: int = 0
+    again: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

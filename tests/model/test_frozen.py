@@ -165,8 +165,8 @@ def test_the_compiler_sees_the_same_arguments_with_and_without_gradients(precisi
     @torch.compile(backend="eager", fullgraph=True)
     def both(x_BTI: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:
         facts = (precision, double_quant)
-        (adapted,) = _LoraLinears.apply(x_BTI, 1.0, 0.0, *facts, 1, A_RI, B_OR, key, *stored)
-        return adapted + _FrozenLinear.apply(x_BTI, 64, 128, *facts, *stored)
+        (adapted,) = _LoraLinears.apply(x_BTI, True, 1.0, 0.0, *facts, 1, A_RI, B_OR, key, *stored)
+        return adapted + _FrozenLinear.apply(x_BTI, True, 64, 128, *facts, *stored)
 
     with_gradients = both(x_BTI, *stored)
     with torch.no_grad():

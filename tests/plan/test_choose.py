@@ -267,7 +267,7 @@ def test_weights_are_quantized_only_where_memory_forces_it() -> None:
     assert plan_of(recipe_of(memory={"ram": "5264MiB", "vram": "3584MiB"})).precision == "int8", (
         "host memory may force it too"
     )
-    assert plan_of(recipe_of(memory={"ram": "3840MiB", "vram": "3584MiB"})).precision == "nf4"
+    assert plan_of(recipe_of(memory={"ram": "3584MiB", "vram": "3584MiB"})).precision == "nf4"
 
 
 def test_layers_that_do_not_fit_are_streamed_and_no_more_than_that() -> None:

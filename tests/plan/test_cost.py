@@ -120,9 +120,10 @@ def test_dequantization_is_paid_at_every_pass_unless_the_layers_are_dequantized(
     assert line(cost_of("dequantized", precision="nf4"), name) == 0
     whole = line(cost_of("device", "recompute", precision="nf4"), name)
     assert whole == pytest.approx(2 * MODEL.linear_parameters / H100.dequantize_rate)
-    assert line(cost_of("device", "recompute", precision="nf4", dequantize="product"), name) == pytest.approx(
-        1.5 * whole
-    )
+    largest_again = MODEL.linear_parameters - MODEL.layers * MODEL.hidden * MODEL.intermediate
+    passes = 2 + largest_again / MODEL.linear_parameters
+    by_product = line(cost_of("device", "recompute", precision="nf4", dequantize="product"), name)
+    assert by_product == pytest.approx(passes * whole / 2, rel=1e-3)
 
 
 def test_fp8_is_transposed_once_for_backward_unless_the_transpose_is_stored() -> None:
@@ -241,7 +242,6 @@ def test_every_card_has_a_source_and_figures_in_their_order() -> None:
 @pytest.mark.parametrize(
     ("activations", "precision", "tokens", "length", "tokens_per_second"),
     [
-        ("recompute", "bf16", 8192, 2048, 25569),
         ("keep", "bf16", 4096, 2048, 36640),
         ("keep", "nf4", 2048, 2048, 30768),
         ("keep", "fp8", 14336, 2048, 48895),

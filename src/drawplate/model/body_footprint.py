@@ -22,17 +22,17 @@ from drawplate.footprints import Footprint, Mode, Trace
 from drawplate.model import attention
 from drawplate.model.anatomy import Anatomy
 from drawplate.model.recorder import TRACED_BORDERS, TRACED_TOKENS, Recorder, Watch
-from drawplate.model.support import walk
+from drawplate.model.support import Walk, walk
 
-_extras_of: weakref.WeakKeyDictionary[nn.Module, tuple[int | None, ...]] = weakref.WeakKeyDictionary()
+_walks: weakref.WeakKeyDictionary[nn.Module, Walk] = weakref.WeakKeyDictionary()
 
 
-def _extras(anatomy: Anatomy) -> tuple[int | None, ...]:
-    """How many values each layer returns beside the hidden states, as the body was once seen to expect."""
-    if anatomy.body not in _extras_of:
+def walked(anatomy: Anatomy) -> Walk:
+    """What one walk through the body has shown, remembered."""
+    if anatomy.body not in _walks:
         with unset_fake_temporarily():
-            _extras_of[anatomy.body] = walk(anatomy).extras
-    return _extras_of[anatomy.body]
+            _walks[anatomy.body] = walk(anatomy)
+    return _walks[anatomy.body]
 
 
 def device_of(mode: Mode) -> str:
@@ -65,7 +65,7 @@ def _hollow(anatomy: Anatomy, on_call: Callable[[int, Tensor], Tensor]) -> Itera
     layers = anatomy.skeleton.get_submodule(anatomy.layers_path)
     assert isinstance(layers, nn.ModuleList)
     kept, implementation = list(layers), anatomy.config._attn_implementation
-    extras = _extras(anatomy)
+    extras = walked(anatomy).extras
     passages = [_Passage(layer, functools.partial(on_call, i), extras[i]) for i, layer in enumerate(kept)]
     try:
         anatomy.config._attn_implementation = attention.NAME

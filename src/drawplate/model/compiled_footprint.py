@@ -27,42 +27,58 @@ if TYPE_CHECKING:
     from drawplate.model.footprint import Trial
 
 
+Halves = tuple[fx.GraphModule, fx.GraphModule]
+"""A forward and a backward."""
+
+
 @dataclass(frozen=True)
 class Graphs:
-    """The compiled layer's, and the names of the tensors that are its first inputs."""
+    """The compiled layer's: each a forward and a backward, and the names of the tensors that are its first inputs.
 
-    forward: fx.GraphModule
-    backward: fx.GraphModule
+    `again` is that of the layer as it is computed a second time for its backward alone.
+    """
+
+    once: Halves
+    again: Halves
     tensors: tuple[str, ...]
 
     @classmethod
     def of(cls, trial: Trial) -> Graphs:
         """As the compiler makes them; takes half a second."""
-        return cls(*_graphs(trial), tuple(trial.tensors))
+        once, again = _graphs(trial)
+        return cls(once, again, tuple(trial.tensors))
 
 
 def compiled_footprint(trial: Trial, graphs: Graphs) -> Footprint:
     """The traces of the compiled layer."""
-    forward, backward = graphs.forward, graphs.backward
     weights = _whole_weights(trial, graphs.tensors)
-    alone = _inference_graph(forward)
-    stored = trial.mode.stored
+    alone, stored = _inference_graph(graphs.once[0]), trial.mode.stored
     inference = _traced_forward(alone, weights, stored)
+    out = {inference.names[root_of(outputs_of(alone)[0])]: "out"}
+    trace = inference.recorder.cut(0, None, out)
+    forward, backward = _traced_halves(graphs.again, weights, stored, again=True)
+    again = Footprint(inference=trace, forward=forward, backward=backward)
+    forward, backward = _traced_halves(graphs.once, weights, stored)
+    return Footprint(inference=trace, forward=forward, backward=backward, again=again)
+
+
+def _traced_halves(
+    halves: Halves, weights: tuple[Trace, dict[str, str]], stored: str, *, again: bool = False
+) -> tuple[Trace, Trace]:
+    """Forward and backward; with `again` the output is let go of between them."""
+    forward, backward = halves
     training = _traced_forward(forward, weights, stored)
     out, *saved = outputs_of(forward)
-    out_alone = outputs_of(alone)[0]
     names = {node.name: training.names[root_of(node)] for node in saved if root_of(node) in training.names}
     back = Walk(backward, names, outputs_of(backward), training.recorder, stored)
-    start = len(training.recorder.events)
+    start, made = len(training.recorder.events), training.names.get(root_of(out), "")
+    if again and made and made not in names.values():
+        training.recorder.give(made)
     back.run()
     *gradients, grad_in = [back.names.get(root_of(node), "") for node in outputs_of(backward)]
     meanings = {name: f"grad:{i}" for i, name in enumerate(gradients)} | {grad_in: "grad_in"}
-    for_training = {training.names[root_of(out)]: "out"}
-    return Footprint(
-        inference=inference.recorder.cut(0, None, {inference.names[root_of(out_alone)]: "out"}),
-        forward=training.recorder.cut(0, start, for_training),
-        backward=training.recorder.cut(start, None, for_training | meanings),
-    )
+    for_training = {made: "out"} if made and not again else {}
+    return training.recorder.cut(0, start, for_training), training.recorder.cut(start, None, for_training | meanings)
 
 
 @dataclass(frozen=True)
@@ -87,14 +103,15 @@ class _Compiler:
         return cls(aot_function, make_boxed_func, partition, select_decomp_table, reorder_for_locality)
 
 
-def _graphs(trial: Trial) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """(forward, backward) of the layer in training."""
+def _graphs(trial: Trial) -> tuple[Halves, Halves]:
+    """The layer in training, and as it is computed a second time."""
     compiler = _Compiler.imported()
     names = list(trial.tensors)
     leaves, structure = pytree.tree_flatten(trial.arguments)
     wanted = [tensor.requires_grad_() for tensor in (*trial.trained.values(), trial.hidden)]
     flat = [*trial.tensors.values(), trial.hidden, *leaves]
     found: dict[str, fx.GraphModule] = {}
+    again: list[Halves] = []
 
     def keep(which: str) -> Any:
         def compile_(graph: fx.GraphModule, _: Any) -> Any:
@@ -104,6 +121,8 @@ def _graphs(trial: Trial) -> tuple[fx.GraphModule, fx.GraphModule]:
         return compile_
 
     def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        if trial.unused:
+            again.append(compiler.partition(_without_unused(joint), inputs, compiler="inductor", **options))
         return compiler.partition(joint, inputs, compiler="inductor", **options)
 
     def run(*values: Any) -> Tensor:
@@ -114,7 +133,28 @@ def _graphs(trial: Trial) -> tuple[fx.GraphModule, fx.GraphModule]:
     with _as_if_compiling():
         out = traced(*flat)
         torch.autograd.grad(out, wanted, torch.empty_like(out))
-    return found["forward"], found["backward"]
+    once = (found["forward"], found["backward"])
+    return once, again[0] if again else once
+
+
+def _without_unused(joint: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose output lacks the summands that no gradient needs (model/unused_products.py)."""
+    graph = fx.Graph()
+    copied: Any = graph.graph_copy(joint.graph, {})
+    out, *gradients = copied
+    needed, waiting = set[fx.Node](), [node for node in gradients if isinstance(node, fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += node.all_input_nodes
+    while out not in needed and (found := [n for n in out.all_input_nodes if n in needed] or _alone(out)):
+        out = found[0]
+    graph.output((out, *gradients))
+    end = next(iter(graph.find_nodes(op="output")))
+    end.meta = dict(next(iter(joint.graph.find_nodes(op="output"))).meta)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(joint, graph)
 
 
 def _inference_graph(forward: fx.GraphModule) -> fx.GraphModule:
@@ -125,6 +165,11 @@ def _inference_graph(forward: fx.GraphModule) -> fx.GraphModule:
     graph.eliminate_dead_code()
     _Compiler.imported().reorder_for_locality(graph)
     return fx.GraphModule(forward, graph)
+
+
+def _alone(node: fx.Node) -> list[fx.Node]:
+    """What a node is made of where that is one other."""
+    return node.all_input_nodes if len(node.all_input_nodes) == 1 else []
 
 
 @contextmanager

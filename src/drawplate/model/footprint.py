@@ -34,7 +34,7 @@ from drawplate.footprints import Footprint, LayerShape, LinearShape, Mode
 from drawplate.model import attention
 from drawplate.model.adapter import target_names
 from drawplate.model.anatomy import Anatomy
-from drawplate.model.body_footprint import arguments_of, device_of, measure_outer
+from drawplate.model.body_footprint import arguments_of, device_of, measure_outer, walked
 from drawplate.model.compiled_footprint import Graphs, compiled_footprint
 from drawplate.model.frozen import WHOLE, FrozenLinear
 from drawplate.model.frozen_layer import freeze_linears, stored_specs, trained_shapes
@@ -81,6 +81,7 @@ def _layer_shape(anatomy: Anatomy, index: int, lora: LoraConfig, targets: set[st
                 out_features=module.out_features,
                 in_features=module.in_features,
                 rank=lora.r if f"{path}.{name}" in targets else 0,
+                again=name not in unused_of(anatomy, index),
             )
             for name, module in linears.items()
         ),
@@ -88,6 +89,12 @@ def _layer_shape(anatomy: Anatomy, index: int, lora: LoraConfig, targets: set[st
         trained=tuple(torch.Size(shape).numel() for shape in trained.values()),
         footprints=_Footprints(Measured(anatomy, index, lora)),
     )
+
+
+def unused_of(anatomy: Anatomy, index: int) -> tuple[str, ...]:
+    """The linear layers of a decoder layer that are not computed again for its backward."""
+    unused = walked(anatomy).unused
+    return unused[index] if unused else ()
 
 
 def outer_footprints(anatomy: Anatomy) -> tuple[Mapping[Mode, Footprint], Mapping[Mode, Footprint]]:
@@ -154,6 +161,7 @@ class Trial:
     Attributes:
         layer: the decoder layer with frozen linear layers and our attention.
         stored, trained, keys: its tensors by name.
+        unused: its linear layers that are not computed again for its backward.
         hidden: its input, shape (1, TRACED_TOKENS, H).
         arguments: what transformers' body passes along beside it: (args, kwargs).
     """
@@ -163,6 +171,7 @@ class Trial:
     stored: dict[str, Tensor]
     trained: dict[str, Tensor]
     keys: dict[str, Tensor]
+    unused: tuple[str, ...]
     hidden: Tensor
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -199,6 +208,7 @@ class Trial:
             stored={n: torch.empty(s, dtype=d, device=device) for n, (s, d) in specs.items()},
             trained={n: torch.empty(s, device=device) for n, s in trained_shapes(layer, lora).items()},
             keys={f"{path}.dropout_key": torch.empty(shape, dtype=torch.int32, device=device) for path in adapted},
+            unused=unused_of(anatomy, index),
             hidden=hidden,
             arguments=arguments_of(anatomy, index, hidden, mode),
         )
@@ -222,6 +232,15 @@ def _frozen_layer(anatomy: Anatomy, index: int, lora: LoraConfig, storage: Stora
 
 def _eager_footprint(trial: Trial) -> Footprint:
     """Run it, forward and backward, and see."""
+    found = _eager_pass(trial)
+    for path, module in trial.layer.named_modules():
+        if isinstance(module, FrozenLinear):
+            module.output_used = path not in trial.unused
+    return replace(found, again=_eager_pass(trial, again=True))
+
+
+def _eager_pass(trial: Trial, *, again: bool = False) -> Footprint:
+    """With `again` its output is let go of before its backward."""
     known = [*trial.tensors.values(), *_tensors(trial.arguments)]
     inference = Recorder()
     with torch.no_grad(), Watch(inference, [*known, trial.hidden]) as watch:
@@ -238,9 +257,12 @@ def _eager_footprint(trial: Trial) -> Footprint:
         out = trial.run(hidden)
         del hidden
         names = {watch.name_of(out): "out"}
+        end = get_gradient_edge(out)
+        if again:
+            del out
         turn = len(recorder.events)
         # A module that its layer never calls leaves its adapter unused.
-        grad_in, *gradients = torch.autograd.grad(out, [edge, *trained], grad_out, allow_unused=True)  # type: ignore[arg-type]
+        grad_in, *gradients = torch.autograd.grad(end, [edge, *trained], grad_out, allow_unused=True)  # type: ignore[arg-type]
         names |= {watch.name_of(g): f"grad:{i}" for i, g in enumerate(gradients) if g is not None}
         names[watch.name_of(grad_in)] = "grad_in"
         events = recorder.cut(0, None, names)

@@ -36,31 +36,34 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        x, out_features, in_features, precision, double_quant, *stored = given
+        x, output_used, out_features, in_features, precision, double_quant, *stored = given
         ctx.shape, ctx.precision, ctx.double_quant = (out_features, in_features), precision, double_quant
         ctx.save_for_backward(*stored)
+        if not output_used:
+            return x.new_zeros((*x.shape[:-1], out_features))
         return frozen_product(x, stored, Storage(precision, double_quant), ctx.shape, transposed=False)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         storage, stored = Storage(ctx.precision, ctx.double_quant), list(ctx.saved_tensors)
         grad_x = frozen_product(grad_y, stored, storage, ctx.shape, transposed=True)
-        return grad_x, None, None, None, None, *(None for _ in stored)
+        return grad_x, None, None, None, None, None, *(None for _ in stored)
 
 
 class _LoraLinears(torch.autograd.Function):
     """y_g = x W_g^T + scaling * drop_g(x) A_g^T B_g^T for the modules g of a group, the masks recomputed in backward.
 
-    Given: x; the constants scaling, dropout, precision, double_quant and the number of modules; every module's A, every
-    B, every dropout key (all empty without dropout), every module's stored tensors. One kernel then makes all modules'
-    products with the dropped x, which is most of what an adapter costs. Saves x, the rank-R intermediates and what was
-    given. Adapter gradients are computed in x's dtype and returned in the adapter's. The storage comes as two
-    constants: torch 2.11's compiler mixes a dataclass up with tensors.
+    Given: x; whether the outputs are used (else they are zeros, and only backward is right); the constants scaling,
+    dropout, precision, double_quant and the number of modules; every module's A, every B, every dropout key (all empty
+    without dropout), every module's stored tensors. One kernel then makes all modules' products with the dropped x,
+    which is most of what an adapter costs. Saves x, the rank-R intermediates and what was given. Adapter gradients are
+    computed in x's dtype and returned in the adapter's. The storage comes as two constants: torch 2.11's compiler mixes
+    a dataclass up with tensors.
     """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
-        x, scaling, dropout, precision, double_quant, count, *tensors = given
+        x, output_used, scaling, dropout, precision, double_quant, count, *tensors = given
         parts = _Parts.of(tensors, count)
         storage, x_NI = Storage(precision, double_quant), x.reshape(-1, x.shape[-1])
         if parts.drop(dropout):
@@ -70,6 +73,9 @@ class _LoraLinears(torch.autograd.Function):
         outputs = []
         for t_NR, lora_A_RI, lora_B_OR, stored in zip(t_GNR, parts.lora_As, parts.lora_Bs, parts.stored, strict=True):
             shape = (lora_B_OR.shape[0], lora_A_RI.shape[1])
+            if not output_used:
+                outputs.append(x.new_zeros((*x.shape[:-1], shape[0])))
+                continue
             y = frozen_product(x, stored, storage, shape, transposed=False)
             if torch.compiler.is_compiling():  # in place would be a copy there; a sum joins whatever follows it
                 y = y + ((t_NR @ lora_B_OR.to(x.dtype).t()) * scaling).view_as(y)
@@ -103,7 +109,7 @@ class _LoraLinears(torch.autograd.Function):
         return grad_x, *[None] * (GIVEN_FIRST - 1), *grad_As, *grad_Bs, *[None] * (len(tensors) - 2 * count)
 
 
-GIVEN_FIRST = 6
+GIVEN_FIRST = 7
 """The place of the first tensor of a module among what `_LoraLinears` is given."""
 
 
@@ -159,6 +165,10 @@ class FrozenLinear(nn.Module):
         rank: of the adapter; 0 for none.
         scaling: of the adapter's product (lora_alpha / r).
         dropout: share of the adapter's input dropped where a `dropout_key` is given.
+
+    Attributes:
+        computed_again: False where a layer's backward does not need this output (model/unused_products.py).
+        output_used: False in a copy that is run for its backward alone: the output is zeros then, no product is made.
     """
 
     def __init__(
@@ -169,6 +179,7 @@ class FrozenLinear(nn.Module):
         self.storage, self.rank, self.scaling, self.dropout = storage, rank, scaling, dropout
         self.group: Group | None = None
         self.place_in_group = 0
+        self.computed_again = self.output_used = True
         self.stored_names = tuple(storage.specs(self.out_features, self.in_features))
         for name, (shape, dtype) in storage.specs(self.out_features, self.in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -191,7 +202,7 @@ class FrozenLinear(nn.Module):
             (y,) = lora_outputs(x, [self])
         else:
             storage, stored = self._given()
-            facts = (self.out_features, self.in_features, storage.precision, storage.double_quant)
+            facts = (self.output_used, self.out_features, self.in_features, storage.precision, storage.double_quant)
             y = _FrozenLinear.apply(x, *facts, *stored)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -218,7 +229,8 @@ def lora_outputs(x: Tensor, modules: Sequence[FrozenLinear]) -> tuple[Tensor, ..
     storage, first = given[0][0], modules[0]
     adapters = [getattr(m, name) for name in ("lora_A", "lora_B", "dropout_key") for m in modules]
     stored = [tensor for _, tensors in given for tensor in tensors]
-    facts = (first.scaling, first.dropout, storage.precision, storage.double_quant, len(modules))
+    output_used = any(module.output_used for module in modules)
+    facts = (output_used, first.scaling, first.dropout, storage.precision, storage.double_quant, len(modules))
     outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, *facts, *adapters, *stored)
     return outputs
 

@@ -28,18 +28,21 @@ _BODIES = ([f"return {_RESULT}"], [f"down_proj = {_RESULT}", "return down_proj"]
 
 
 class _GatedBlock(torch.autograd.Function):
-    """Given: x and the stored tensors of gate, up and down, as many of each. Saves gate's and up's outputs."""
+    """Given: x, whether the output is used, and the stored tensors of gate, up and down, as many of each. Saves gate's
+    and up's outputs."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        x, *tensors = given
+        x, output_used, *tensors = given
         gate, up, down = _thirds(tensors)
         rounded_NH, scale_N1 = fp8_rows(x.reshape(-1, x.shape[-1]))
         gate_NI = fp8_product(rounded_NH, scale_N1, gate, transposed=False).to(x.dtype)
         up_NI = fp8_product(rounded_NH, scale_N1, up, transposed=False).to(x.dtype)
+        ctx.save_for_backward(gate_NI, up_NI, *tensors)
+        if not output_used:
+            return torch.zeros_like(x)
         rounded_NI, scale_N1 = gated_fp8(gate_NI, up_NI)
         y_NH = fp8_product(rounded_NI, scale_N1, down, transposed=False)
-        ctx.save_for_backward(gate_NI, up_NI, *tensors)
         return y_NH.to(x.dtype).view_as(x)
 
     @staticmethod
@@ -51,7 +54,7 @@ class _GatedBlock(torch.autograd.Function):
         gate8_NI, gate_scale_N1, up8_NI, up_scale_N1 = gated_backward_fp8(grad_NI, gate_NI, up_NI, gate[1], up[1])
         grad_x_NH = fp8_product(gate8_NI, gate_scale_N1, gate, transposed=True).to(grad_y.dtype)
         grad_x_NH = grad_x_NH + fp8_product(up8_NI, up_scale_N1, up, transposed=True).to(grad_y.dtype)
-        return grad_x_NH.view_as(grad_y), *(None for _ in tensors)
+        return grad_x_NH.view_as(grad_y), None, *(None for _ in tensors)
 
 
 def _thirds(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -71,7 +74,7 @@ class GatedBlock(nn.Module):
         """x_..H -> y_..H."""
         linears = [getattr(self, name) for name in PRODUCTS]
         stored = [getattr(linear, name) for linear in linears for name in linear.stored_names]
-        y: Tensor = _GatedBlock.apply(x, *stored)
+        y: Tensor = _GatedBlock.apply(x, linears[-1].output_used, *stored)
         return y
 
 

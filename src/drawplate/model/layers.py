@@ -9,18 +9,21 @@ activations:
     recompute  only the layer's input is saved; backward runs the layer again under autograd.
     offload    as recompute, with the input in host memory meanwhile.
 
-Recomputation sees the same numbers because nothing in a layer draws from an RNG: dropout is a function of the token
-(model/dropout.py), and the modules stay in evaluation mode.
+Recomputation leaves out what backward does not need of it (model/unused_products.py). It sees the same numbers because
+nothing in a layer draws from an RNG: dropout is a function of the token (model/dropout.py), and the modules stay in
+evaluation mode.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
 from drawplate.model.adapter import Adapter
@@ -86,8 +89,10 @@ class LayerRunner:
         self._no_whole = torch.empty(0, device=residency.device)  # of one dtype, or it would be compiled twice
         self._whole_dtype = whole_dtype
         self._quantized = [_quantized_linears(template) for template in templates]
-        self._functions = _shared_functions(self.templates) if compiled else [_call_of(t) for t in self.templates]
-        self._eager = [_call_of(t) for t in self.templates]
+        made = _shared_functions if compiled else _functions
+        self._functions, self._eager = made(self.templates), _functions(self.templates)
+        less = [_without_unused(template) for template in self.templates]
+        self._again = self._functions if less == self.templates else made(less)
 
     def begin(self, token_keys_BT: Tensor | None) -> None:
         """A new micro-batch; keys switch dropout on for it."""
@@ -137,10 +142,14 @@ class LayerRunner:
         self.residency.release(layer)
         return _AcquireInBackward.apply(out, self, layer)
 
-    def compute(self, call: LayerCall, weights: Tensors, trained: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """The layer's function, compiled unless a key-value cache is passed along."""
+    def compute(
+        self, call: LayerCall, weights: Tensors, trained: Mapping[str, Tensor], hidden: Tensor, *, again: bool = False
+    ) -> Tensor:
+        """The layer's function, compiled unless a key-value cache is passed along.
+
+        With `again` only its backward is right: the output lacks the products which that does not need."""
         cached = call.kwargs.get("past_key_values") is not None
-        function = (self._eager if cached else self._functions)[call.layer]
+        function = (self._again if again else self._eager if cached else self._functions)[call.layer]
         tensors = {**weights, **self._whole_weights(call.layer, weights), **trained, **call.keys}
         out = function(tensors, hidden, call.args, call.kwargs)
         return out[0] if isinstance(out, tuple) else out
@@ -211,8 +220,9 @@ class _RecomputedLayer(torch.autograd.Function):
             # The first layer's input needs no gradient; asking all the same keeps it the same compiled function.
             hidden = runner.inputs.take(ctx.saved_input).detach().requires_grad_()
             trained = [t.detach().requires_grad_() for t in runner.adapter.of_layer(call.layer).values()]
-            out = runner.compute(call, weights, dict(zip(call.adapter_names, trained, strict=True)), hidden)
-            grad_hidden, *gradients = torch.autograd.grad(out, [hidden, *trained], grad_out, allow_unused=True)
+            adapter = dict(zip(call.adapter_names, trained, strict=True))
+            end = get_gradient_edge(runner.compute(call, weights, adapter, hidden, again=True))
+            grad_hidden, *gradients = torch.autograd.grad(end, [hidden, *trained], grad_out, allow_unused=True)
         runner.residency.release(call.layer)
         # torch 2.11's compiler keeps what it traced in here, and with it this node: the model must not hang on it.
         ctx.runner = ctx.call = ctx.saved_input = None
@@ -249,6 +259,21 @@ def _call_of(template: nn.Module) -> Callable[..., Any]:
         return functional_call(template, tensors, (hidden, *args), kwargs)
 
     return call
+
+
+def _functions(templates: Sequence[nn.Module]) -> list[Callable[..., Any]]:
+    return [_call_of(template) for template in templates]
+
+
+def _without_unused(template: nn.Module) -> nn.Module:
+    """The layer, with zeros for the outputs that its backward does not need."""
+    if all(m.computed_again for m in template.modules() if isinstance(m, FrozenLinear)):
+        return template
+    less = copy.deepcopy(template)
+    for module in less.modules():
+        if isinstance(module, FrozenLinear):
+            module.output_used = module.computed_again
+    return less
 
 
 def _shared_functions(templates: Sequence[nn.Module]) -> list[Callable[..., Any]]:

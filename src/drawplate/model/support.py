@@ -27,7 +27,9 @@ from drawplate.errors import UsageError
 from drawplate.model import attention
 from drawplate.model.anatomy import Anatomy
 from drawplate.model.frozen import FrozenLinear
+from drawplate.model.layers import kind_of
 from drawplate.model.logits_path import require_known_logits
+from drawplate.model.unused_products import unused_products
 
 MARK = "drawplate_walk"
 """An argument that only shows whether what the body is given reaches attention."""
@@ -43,11 +45,13 @@ class Walk:
         extras: for each layer, how many values it returns after the hidden states; None where it returns a bare tensor.
         obstacle: why layers cannot be streamed or recomputed on their own; empty where they can.
         unpackable: why several documents cannot share a row; empty where they can.
+        unused: for each layer, the linear layers that need not be computed again for its backward.
     """
 
     extras: tuple[int | None, ...]
     obstacle: str = ""
     unpackable: str = ""
+    unused: tuple[tuple[str, ...], ...] = ()
 
 
 class _Recorder(nn.Module):
@@ -58,10 +62,12 @@ class _Recorder(nn.Module):
         self.calls, self.side_door = 0, ""
         self.extras: int | None = None
         self.attended = self.told = False
+        self.called_with: tuple[Tensor, tuple[Any, ...], dict[str, Any]] | None = None
         object.__setattr__(self, "_template", template)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
+        self.called_with = (hidden_states, args, kwargs)
         before = _contents(kwargs)
         with attention.watched() as calls:
             out = self._template(hidden_states, *args, **kwargs)
@@ -120,7 +126,27 @@ def walk(anatomy: Anatomy) -> Walk:
     unpackable = _unpackable(name, templates, recorders)
     side_door = next((f"layer {i} changes {r.side_door}" for i, r in enumerate(recorders) if r.side_door), "")
     extras = tuple(recorder.extras for recorder in recorders)
-    return Walk(extras, side_door or _shared_tensors(templates), unpackable)
+    obstacle = side_door or _shared_tensors(templates)
+    return Walk(extras, obstacle, unpackable, () if obstacle else _unused(templates, recorders))
+
+
+def _unused(templates: Sequence[nn.Module], recorders: Sequence[_Recorder]) -> tuple[tuple[str, ...], ...]:
+    """What each layer's backward can do without, which the frozen linear layers are told."""
+    found: dict[str, tuple[str, ...]] = {}
+    kinds = [kind_of(template) for template in templates]
+    for kind, template, recorder in zip(kinds, templates, recorders, strict=True):
+        if kind not in found:
+            assert recorder.called_with is not None
+            hidden, args, kwargs = recorder.called_with
+            try:
+                found[kind] = unused_products(template, hidden, args, kwargs)
+            except Exception:  # an architecture's own code may not be differentiable on the meta device
+                found[kind] = ()
+    for kind, template in zip(kinds, templates, strict=True):
+        for path, module in template.named_modules():
+            if isinstance(module, FrozenLinear):
+                module.computed_again = path not in found[kind]
+    return tuple(found[kind] for kind in kinds)
 
 
 def _dissolve_groups(templates: Sequence[nn.Module], called: Mapping[str, Tensor]) -> None:

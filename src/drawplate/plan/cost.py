@@ -105,7 +105,7 @@ FORMULAS = (
     ("adapter's products", "layers x bytes read and written / bandwidth"),
     ("attention", "layers x 3.5 x 2 hidden x sum of squared lengths / rate"),
     ("elementwise passes", "layers x bytes read and written / bandwidth"),
-    ("recomputation", "layers that do not keep their activations x one forward"),
+    ("recomputation", "layers that do not keep their activations x a forward without its last product"),
     ("dequantization", "passes x weights of a layer / rate"),
     ("head and loss", "4 FLOPs x hidden x vocabulary x tokens / rate, and passes over the logits"),
     ("gaps between kernels", "kernels x the device's idle moment"),
@@ -144,11 +144,11 @@ def micro_batch_seconds(
 ) -> MicroBatchSeconds:
     """One micro-batch: what the device computes, then what it waits for."""
     walk = Walk.of(model, choice)
-    dequantized = _dequantizations(choice, walk)
+    dequantized = _dequantizations(choice, walk, units)
     products, adapter, attention, elementwise = (
         walk.layers * (a + b) for a, b in zip(units.forward, units.backward, strict=True)
     )
-    again = walk.rest * units.forward.total
+    again = walk.rest * units.again.total
     forward, backward = KERNELS[choice.compiled]
     kernels = (walk.layers + walk.rest) * forward + walk.layers * backward
     captured = choice.captured(model)
@@ -173,11 +173,12 @@ def micro_batch_seconds(
     return parts._replace(host=host if choice.device == "cpu" else max(0.0, host - sum(parts)))
 
 
-def _dequantizations(choice: Choice, walk: Walk) -> int:
+def _dequantizations(choice: Choice, walk: Walk, units: Units) -> float:
     """Layers times how often a micro-batch dequantizes each; fp8 is multiplied as it is and transposed for backward."""
     if choice.precision == "fp8":
         return walk.quantized_kept + walk.quantized_rest
-    return 2 * walk.quantized_kept + (2 if choice.dequantize == "layer" else 3) * walk.quantized_rest
+    again = 0.0 if choice.dequantize == "layer" else units.weights_again
+    return 2 * walk.quantized_kept + (2 + again) * walk.quantized_rest
 
 
 def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
@@ -189,7 +190,7 @@ def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
     offloaded = choice.policy == "offload"
     forward = walk.layers * units.forward.total + (walk.quantized_kept + walk.quantized_rest) * units.dequantize
     kept = walk.kept * units.backward.total + walk.quantized_kept * units.dequantize
-    rest = walk.rest * (units.forward.total + units.backward.total) + walk.quantized_rest * units.dequantize
+    rest = walk.rest * (units.again.total + units.backward.total) + walk.quantized_rest * units.dequantize
     arriving = (walk.host - walk.turning) * units.layer_copy
     out = walk.rest * units.input_out if offloaded else 0.0
     arriving_kept = arriving * walk.kept / walk.layers
@@ -208,7 +209,7 @@ def _head_wait(model: ModelShape, choice: Choice, computing: float, speed: Devic
 
 
 def _host_launches(
-    model: ModelShape, choice: Choice, walk: Walk, units: Units, work: StepWork, dequantized: int
+    model: ModelShape, choice: Choice, walk: Walk, units: Units, work: StepWork, dequantized: float
 ) -> float:
     """Launches of one micro-batch: a walk forward, a walk back, what is computed again, dequantization, the head."""
     forward, backward = LAUNCHES[choice.compiled]

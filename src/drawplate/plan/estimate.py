@@ -158,7 +158,7 @@ class _Moments:
         parts = {key: model.kinds[key[0]].footprints[mode] for key, mode in modes.items()}
         closing = model.closing[choice.mode(choice.tier(0))]
         opening = _sums_of(model.opening[choice.mode(choice.tier(0))], rows).inference.left
-        sums = {key: _sums_of(part, rows) for key, part in parts.items()}
+        sums = {key: _sums_of(part if key[2] else part.recomputed, rows) for key, part in parts.items()}
         keys = sum(n * 4 * parts[key].keys * rows.tokens for key, n in self.groups.items())
         of_inputs = {key: 0 if part.keeps_input else each for key, part in parts.items()}
         kept = sum(n * (sums[key].forward.left - of_inputs[key]) for key, n in self.groups.items() if key[2])

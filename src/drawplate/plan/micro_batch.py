@@ -147,7 +147,7 @@ class MicroBatch:
 
     def _layer_backward(self, layer: int, rows: Rows) -> None:
         device, kind, keeps = self.device, self.stage.kinds[layer], self._keeps(layer)
-        part = kind.footprints[(self.stage.kept if keeps else self.stage.inner)[layer]]
+        part = kind.footprints[self.stage.kept[layer]] if keeps else kind.footprints[self.stage.inner[layer]].recomputed
         prefix: Name = ("layer", layer)
         device.now = f"layer {layer}, " + ("backward" if keeps else "recomputed and backward")
         line = "backward of a kept layer" if keeps else "layer being recomputed"

@@ -98,7 +98,7 @@ def linears_of(model: ModelShape) -> dict[LinearShape, float]:
     if not model.kinds:
         h, i, kv, rank = model.hidden, model.intermediate, (model.attention_width - model.hidden) // 2, 8
         shapes = [(h, h, rank), (kv, h, 0), (kv, h, rank), (h, h, 0), (i, h, 0), (i, h, 0), (h, i, 0)]
-        assumed = [LinearShape(out_features=o, in_features=n, rank=r) for o, n, r in shapes]
+        assumed = [LinearShape(out_features=o, in_features=n, rank=r, again=n == h) for o, n, r in shapes]
         return {linear: float(assumed.count(linear)) for linear in assumed}
     found: dict[LinearShape, float] = {}
     for kind in model.kind_of_layer:
@@ -107,12 +107,16 @@ def linears_of(model: ModelShape) -> dict[LinearShape, float]:
     return found
 
 
-def forward_seconds(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed) -> LayerSeconds:
+def forward_seconds(
+    model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed, *, again: bool = False
+) -> LayerSeconds:
     """One layer's forward: 2 FLOPs per weight and position, LoRA's skinny products by bytes, attention by squares.
 
-    LoRA reads x (N I s), and reads and writes y (2 N O s): its FLOPs, 2 N R (I + O), hide behind them.
+    With `again` without the products that its backward does not need (model/unused_products.py). LoRA reads x (N I s),
+    and reads and writes y (2 N O s): its FLOPs, 2 N R (I + O), hide behind them.
     """
-    linears, n, size = linears_of(model), work.positions, DTYPE_BYTES[choice.compute_dtype]
+    n, size = work.positions, DTYPE_BYTES[choice.compute_dtype]
+    linears = {x: k for x, k in linears_of(model).items() if x.again or not again}
     products = sum(k * product_seconds(speed, n, x.out_features, x.in_features) for x, k in linears.items())
     adapter = sum(k * (x.in_features + 2 * x.out_features) for x, k in linears.items() if x.rank) * n * size
     rounded = sum(k * x.in_features for x, k in linears.items()) * n
@@ -203,9 +207,11 @@ def head_copy_seconds(model: ModelShape, choice: Choice, speed: DeviceSpeed) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """Seconds of what happens once to a layer or a micro-batch, whatever the tiers and policies are."""
+    """Seconds of what happens once to a layer or a micro-batch, whatever the tiers and policies are; `weights_again` is
+    the share of a layer's weights that is multiplied again where its activations are not kept."""
 
     forward: LayerSeconds
+    again: LayerSeconds
     backward: LayerSeconds
     dequantize: float
     layer_copy: float
@@ -214,13 +220,17 @@ class Units:
     head: float
     head_evaluated: float
     linears: float
+    weights_again: float
 
 
 def units_of(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed) -> Units:
     """The unit costs of a choice's precision, dtype and micro-batch."""
     inputs = work.positions * model.hidden * DTYPE_BYTES[choice.compute_dtype]
+    linears = linears_of(model)
+    sizes = {x: k * x.out_features * x.in_features for x, k in linears.items()}
     return Units(
         forward=forward_seconds(model, choice, work, speed),
+        again=forward_seconds(model, choice, work, speed, again=True),
         backward=backward_seconds(model, choice, work, speed),
         dequantize=dequantize_seconds(model, choice, speed),
         layer_copy=layer_copy_seconds(model, choice, speed),
@@ -228,5 +238,6 @@ def units_of(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpe
         input_back=inputs / speed.to_device_rate,
         head=head_seconds(model, choice, work, speed, training=True),
         head_evaluated=head_seconds(model, choice, work, speed, training=False),
-        linears=sum(linears_of(model).values()),
+        linears=sum(linears.values()),
+        weights_again=sum(sizes[x] for x in sizes if x.again) / sum(sizes.values()),
     )
