@@ -1,7 +1,7 @@
 """The ledger's peaks without its lines: what a search among thousands of choices can afford.
 
 The same sums as plan/replay.py, taken at the few moments where the peak can be, with like layers counted instead of
-walked. The allocator's gaps are estimated: a share of the blocks that come and go. tests/plan/test_estimate.py holds it
+walked. The allocator's gaps are estimated: a share of the blocks that come and go. tests/plan/test_ledger.py holds it
 to the ledger.
 """
 
