@@ -104,11 +104,10 @@ def test_packed_weights_add_their_dequantized_copy_while_they_are_needed() -> No
     plain, by_weight, whole = peaks.values()
     weights = sum(2 * x.out_features * x.in_features for x in kinds[0].linears)
     assert plain < by_weight < whole
-    assert weights <= whole - plain < 1.2 * weights
+    assert weights <= whole - plain < 1.25 * weights
 
 
-def test_adapters_of_gate_and_up_are_added_when_all_four_products_are_there() -> None:
-    """As torch 2.11 compiles it (seen in a trace of its allocations): one kernel adds both and multiplies."""
+def test_an_adapters_output_has_no_block_beside_the_product_that_is_summed_onto_it() -> None:
     anatomy = anatomy_of("llama")
     section = LoraSection(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1)
     kinds, _ = layer_shapes(anatomy, lora_config(section, anatomy, "x", None))
@@ -124,8 +123,8 @@ def test_adapters_of_gate_and_up_are_added_when_all_four_products_are_there() ->
         elif line.per_token == wide:
             held_now.add(name)
         most = max(most, len(held_now))
-    assert most == 5, "two products each for gate and up, and what goes into the last one"
-    assert copies.count(wide) == 2, "gate and up are written over the products they are made of"
+    assert most == 3, "gate, up, and what goes into the last product"
+    assert copies.count(wide) == 0, "no kernel writes over gate or up"
 
 
 def test_rotated_queries_are_not_written_over_what_they_are_made_of() -> None:

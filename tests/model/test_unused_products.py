@@ -64,14 +64,18 @@ def test_recomputation_does_not_multiply_what_is_not_needed(
     targets: list[str], activations: str, llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[int, int]] = []
-    product = frozen.frozen_product
+    product, products = frozen.frozen_product, frozen.adapted_products
 
-    def counted(x: torch.Tensor, stored, storage, shape, transposed: bool, **more) -> torch.Tensor:
-        if not transposed:
-            made.append(shape)
-        return product(x, stored, storage, shape, transposed, **more)
+    def one(x: torch.Tensor, stored, storage, shape, transposed: bool) -> torch.Tensor:
+        made.extend([] if transposed else [shape])
+        return product(x, stored, storage, shape, transposed)
 
-    monkeypatch.setattr(frozen, "frozen_product", counted)
+    def some(x: torch.Tensor, stored, storage, t_GNR, lora_Bs) -> list[torch.Tensor]:
+        made.extend((len(lora_B_OR), x.shape[-1]) for lora_B_OR in lora_Bs)
+        return products(x, stored, storage, t_GNR, lora_Bs)
+
+    monkeypatch.setattr(frozen, "frozen_product", one)
+    monkeypatch.setattr(frozen, "adapted_products", some)
     model = build(llama, LoraSection(r=2, target_modules=targets), activations=activations)
     (batch,) = cut_padded(random_sequences([9]), 1, 8, 0)
     model.sum_nats(batch)[0].backward()

@@ -28,6 +28,7 @@ _EXTERN_WORDS = (
     "attention",
     "attn",
     "frozen_product",
+    "adapted_products",
     "dropped_",
     "gated_",
     "bitsandbytes",
@@ -153,6 +154,12 @@ def begins_with_scratch(node: fx.Node) -> bool:
 def workspace_of(node: fx.Node, stored: str) -> list[Line]:
     """What a library's kernel takes beside what it returns."""
     values: list[Any] = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
+    if "adapted_products" in str(node.target):  # one weight at a time
+        inputs, lora_Bs = values[0], values[5]
+        if not stored:
+            return []
+        most = max(lora_B.meta["val"].shape[0] for lora_B in lora_Bs) * inputs.shape[-1] * inputs.element_size()
+        return [Line(most, 0)] * (2 if stored == "int8" else 1)
     if "dropped_grad_A" in str(node.target):  # sums over parts of the tokens, added up at the end
         grads: Any = node.args[0]
         each = grads[0].meta["val"].shape[1] * values[1].shape[1] * 4

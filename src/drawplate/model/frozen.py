@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from drawplate.kernels import dropped_product
-from drawplate.model.frozen_product import frozen_product
+from drawplate.model.frozen_product import adapted_products, frozen_product
 from drawplate.model.storage import Storage
 
 WHOLE = "whole"
@@ -70,18 +70,11 @@ class _LoraLinears(torch.autograd.Function):
             t_GNR = dropped_product.dropped_down(x_NI, parts.keys_N, parts.lora_As, dropout)
         else:
             t_GNR = torch.stack([x_NI @ lora_A_RI.to(x.dtype).t() for lora_A_RI in parts.lora_As])
-        outputs = []
-        for t_NR, lora_A_RI, lora_B_OR, stored in zip(t_GNR, parts.lora_As, parts.lora_Bs, parts.stored, strict=True):
-            shape = (lora_B_OR.shape[0], lora_A_RI.shape[1])
-            if not output_used:
-                outputs.append(x.new_zeros((*x.shape[:-1], shape[0])))
-                continue
-            y = frozen_product(x, stored, storage, shape, transposed=False)
-            if torch.compiler.is_compiling():  # in place would be a copy there; a sum joins whatever follows it
-                y = y + ((t_NR @ lora_B_OR.to(x.dtype).t()) * scaling).view_as(y)
-            else:
-                y.view(-1, shape[0]).addmm_(t_NR, lora_B_OR.to(x.dtype).t(), alpha=scaling)
-            outputs.append(y)
+        if output_used:
+            lora_Bs = [(lora_B_OR * scaling).to(x.dtype) for lora_B_OR in parts.lora_Bs]
+            outputs = adapted_products(x, parts.stored, storage, t_GNR, lora_Bs)
+        else:
+            outputs = [x.new_zeros((*x.shape[:-1], len(lora_B_OR))) for lora_B_OR in parts.lora_Bs]
         ctx.constants = scaling, dropout, storage.precision, storage.double_quant, count
         ctx.save_for_backward(x, t_GNR, *tensors)
         return tuple(outputs)

@@ -9,7 +9,11 @@ the transpose: made as it is needed (`fp8`), or stored beside the weight (`fp8_b
 cannot take out of its sum, go into the incoming gradient before it is rounded. Where there are no fp8 units (a CPU) the
 same rounded numbers are multiplied in float32: slow, and what tests compare with.
 
-Shapes: N rows, K summed, M columns; O out_features, I in_features.
+An adapter's output lies in the result before the frozen product is summed onto it (`adapted_products`), so that the two
+are rounded as one sum. Added to a product that is already rounded to bf16, most of a small output would be lost
+(bench/small_updates.py); fp8's products take no third operand, so there it still is.
+
+Shapes: N rows, K summed, M columns; O out_features, I in_features; R rank, G modules of a group.
 """
 
 from __future__ import annotations
@@ -85,6 +89,51 @@ def _frozen_product(
 @_frozen_product.register_fake
 def _(x, stored, precision, double_quant, out_in, transposed):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], out_in[1] if transposed else out_in[0]))
+
+
+def _adapted_products(
+    x: Tensor, stored: list[list[Tensor]], storage: Storage, t_GNR: Tensor, lora_Bs: list[Tensor]
+) -> list[Tensor]:
+    x_NI, outputs = x.reshape(-1, x.shape[-1]), []
+    for t_NR, lora_B_OR, parts in zip(t_GNR, lora_Bs, stored, strict=True):
+        shape = (lora_B_OR.shape[0], x.shape[-1])
+        if storage.precision in FP8_KINDS:
+            y_NO = _product(x_NI, parts, storage, shape, transposed=False).addmm_(t_NR, lora_B_OR.t())
+        else:
+            y_NO = (t_NR @ lora_B_OR.t()).addmm_(x_NI, storage.decode(parts, shape, x.dtype).t())
+        outputs.append(y_NO.view(*x.shape[:-1], -1))
+    return outputs
+
+
+@torch.library.custom_op("drawplate::adapted_products", mutates_args=())
+def _opaque_adapted_products(
+    x: Tensor, stored: list[Tensor], precision: str, double_quant: bool, t_GNR: Tensor, lora_Bs: list[Tensor]
+) -> list[Tensor]:
+    """Opaque to the compiler, which would copy the adapter's output before it sums onto it."""
+    each = len(stored) // len(lora_Bs)
+    parts = [stored[g * each : (g + 1) * each] for g in range(len(lora_Bs))]
+    return _adapted_products(x, parts, Storage(precision, double_quant), t_GNR, lora_Bs)
+
+
+@_opaque_adapted_products.register_fake
+def _(x, stored, precision, double_quant, t_GNR, lora_Bs):  # type: ignore[no-untyped-def]
+    return [x.new_empty((*x.shape[:-1], lora_B_OR.shape[0])) for lora_B_OR in lora_Bs]
+
+
+def adapted_products(
+    x: Tensor, stored: list[list[Tensor]], storage: Storage, t_GNR: Tensor, lora_Bs: list[Tensor]
+) -> list[Tensor]:
+    """x_..I @ W_g^T + t_g B_g^T -> ..O for each module g; B in x's dtype, the adapter's scaling in it."""
+    if not torch.compiler.is_compiling():
+        return _adapted_products(x, stored, storage, t_GNR, lora_Bs)
+    if storage.precision in FP8_KINDS:  # a sum joins whatever follows it
+        shapes = [(lora_B_OR.shape[0], x.shape[-1]) for lora_B_OR in lora_Bs]
+        products = [_product(x, parts, storage, shape, False) for parts, shape in zip(stored, shapes, strict=True)]
+        added = [t_NR @ lora_B_OR.t() for t_NR, lora_B_OR in zip(t_GNR, lora_Bs, strict=True)]
+        return [y + added_NO.view_as(y) for y, added_NO in zip(products, added, strict=True)]
+    flat = [part for parts in stored for part in parts]
+    made: list[Tensor] = _opaque_adapted_products(x, flat, storage.precision, storage.double_quant, t_GNR, lora_Bs)
+    return made
 
 
 def frozen_product(
