@@ -281,8 +281,7 @@ def rivals_of(search: Any, budget: Any, best: Any) -> list[Any]:
     for weights in ("device", "dequantized", "host", "auto"):
         for activations in ("keep", "recompute", "offload", "auto"):
             space = replace(search.space, weights=weights, activations=activations)
-            told = Search(search.model, search.speed, space, search.around)
-            told._needs, told._ledgers, told._estimates = search._needs, search._ledgers, search._estimates
+            told = Search(search.model, search.speed, space, search.fit)
             for precision in search.space.precisions:
                 for batch in search.space.batches:
                     if other := told.best(precision, budget, limit=limit, tokens=batch.tokens):

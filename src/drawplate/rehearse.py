@@ -29,9 +29,9 @@ from drawplate.device import PeakMeter
 from drawplate.errors import DoesNotFit
 from drawplate.journal import Journal
 from drawplate.model.causal_lm import CausalLM
+from drawplate.plan.budget import DEVICE_MARGIN, HOST_MARGIN
 from drawplate.plan.choose import CorpusShape
 from drawplate.plan.host import RUNTIME
-from drawplate.plan.search import DEVICE_MARGIN, HOST_MARGIN
 from drawplate.prepare import Prepared, evaluation_cutting, lengths_of, plan_for_lengths, train_cutting
 from drawplate.records import Plan, RehearsedPhase, Sequence
 from drawplate.speed import context_bytes, keep_overheads

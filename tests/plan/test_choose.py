@@ -13,10 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from drawplate.errors import DoesNotFit, UsageError
+from drawplate.plan.budget import DEVICE_MARGIN, HOST_MARGIN
 from drawplate.plan.choose import CorpusShape, Obstacles, Situation, choose, choose_compute_dtype, choose_max_length
 from drawplate.plan.gpus import gpu_named
 from drawplate.plan.ledger import ModelShape
-from drawplate.plan.search import DEVICE_MARGIN, HOST_MARGIN
 from drawplate.prepare import policies_of, tiers_of
 from drawplate.recipe import Recipe, load_recipe
 from drawplate.records import Machine, Plan, from_json, to_json

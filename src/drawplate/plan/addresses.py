@@ -92,8 +92,9 @@ class Addresses:
         if at == len(free):
             return None
         block = self._at[free[at][1]]
-        for _, start in free[at + 1 :]:
-            larger = self._at[start]
+        while block.can_become > block.size and at + 1 < len(free):
+            at += 1
+            larger = self._at[free[at][1]]
             if larger.can_become >= block.can_become:
                 break
             block = larger

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from drawplate.errors import UsageError
-from drawplate.plan.search import MicroBatch
 from drawplate.plan.situation import CorpusShape, Situation, attends_one_by_one
+from drawplate.plan.space import MicroBatch
 from drawplate.plan.work import Cut, step_work
 from drawplate.recipe import Recipe
 from drawplate.units import format_count

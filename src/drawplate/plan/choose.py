@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
-from drawplate.plan.advise import Learner, advise
+from drawplate.plan.advise import Advice, Learner, advise
 from drawplate.plan.batching import StepBatch, accumulation, batch_of, given, micro_batches_of, row_multiple
+from drawplate.plan.budget import Budget
 from drawplate.plan.cost import evaluation_seconds
 from drawplate.plan.explain import activation_words, explain, weight_words
+from drawplate.plan.fit import Fit
 from drawplate.plan.frontier import does_not_fit, frontier_of
-from drawplate.plan.ledger import Choice, Surroundings
-from drawplate.plan.search import Budget, Found, Search, Space
+from drawplate.plan.ledger import Choice, ModelShape, Surroundings
+from drawplate.plan.search import Found, Search, Won
 from drawplate.plan.situation import (
     CorpusShape,
     Obstacles,
@@ -26,6 +29,7 @@ from drawplate.plan.situation import (
     choose_max_length,
     precisions_of,
 )
+from drawplate.plan.space import Space
 from drawplate.plan.work import Cut, step_work
 from drawplate.recipe import Recipe
 from drawplate.records import FrontierPoint, Plan, PlanTimes
@@ -58,7 +62,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
     """
     advice = advise(situation.recipe, Learner(lengths=corpus.lengths, hidden=situation.model.hidden))
     situation = replace(situation, recipe=advice.recipe)
-    recipe, machine, steps = situation.recipe, situation.machine, advice.optimizer_steps
+    recipe, machine = situation.recipe, situation.machine
     reasons = dict(advice.reasons)
     compute_dtype, reasons["compute_dtype"] = choose_compute_dtype(recipe, machine)
     batch = batch_of(situation, corpus, reasons)
@@ -71,46 +75,43 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         reasons["weights"] = (
             f"its layers stay on the device and keep their activations: {situation.obstacles.streaming}"
         )
-    choice, model = found.choice, situation.model
     micro = found.batch.sequences
     return Plan(
+        **_of_choice(found.choice, situation.model),
+        **_of_advice(advice),
         device=machine.device,
-        precision=choice.precision,
-        double_quant=choice.double_quant,
-        compute_dtype=compute_dtype,
-        weights=weight_words(choice, model.layers),
-        activations=activation_words(choice, model.layers),
-        compiled=choice.compiled,
-        dequantize=choice.dequantize,
-        graphs=choice.captured(model),
         packing=batch.packing,
         max_length=max_length,
         micro_batch_sequences=micro,
-        micro_batch_tokens=choice.micro_batch_tokens,
         effective_batch_size=batch.effective,
         gradient_accumulation_steps=accumulation(recipe, batch, found.batch, reasons),
-        optimizer_steps=steps,
-        epochs=advice.epochs,
-        learning_rate=advice.learning_rate,
-        lr_scheduler_type=advice.lr_scheduler_type,
-        warmup_ratio=advice.warmup_ratio,
         eval_batch_sequences=given(recipe.evaluation.per_device_eval_batch_size) or micro,
         reasons=reasons,
-        warnings=advice.warnings + _idle_patience(recipe, steps),
+        warnings=advice.warnings + _idle_patience(recipe, advice.optimizer_steps),
         ledger=found.ledger.lines,
         phases=found.ledger.phases,
-        dequantized_layers=choice.dequantized_layers,
-        device_layers=choice.device_layers,
-        host_layers=choice.host_layers(model.layers),
-        kept_layers=choice.kept_layers,
-        policy=choice.policy,
-        slots=choice.slots,
-        head_rows=choice.head_rows,
-        adapter=choice.adapter,
-        times=_times(situation, corpus, found, batch, steps),
+        times=_times(situation, corpus, found, batch, advice.optimizer_steps),
         frontier=_frontier(situation, search),
         assumptions=situation.assumptions,
     )
+
+
+def _of_choice(choice: Choice, model: ModelShape) -> dict[str, Any]:
+    """What a plan says of where things are and how they are computed."""
+    how = ("precision", "double_quant", "compute_dtype", "compiled", "dequantize", "micro_batch_tokens", "adapter")
+    where = ("dequantized_layers", "device_layers", "kept_layers", "policy", "slots", "head_rows")
+    return {name: getattr(choice, name) for name in (*how, *where)} | {
+        "weights": weight_words(choice, model.layers),
+        "activations": activation_words(choice, model.layers),
+        "graphs": choice.captured(model),
+        "host_layers": choice.host_layers(model.layers),
+    }
+
+
+def _of_advice(advice: Advice) -> dict[str, Any]:
+    """What a plan says of how the model learns."""
+    names = ("epochs", "optimizer_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio")
+    return {name: getattr(advice, name) for name in names}
 
 
 def _frontier(situation: Situation, search: Search) -> tuple[FrontierPoint, ...]:
@@ -163,19 +164,24 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
         loading_host_bytes=speed.loading_host_bytes,
         runtime_host_bytes=speed.runtime_host_bytes,
     )
-    return Search(model, speed, space, around)
+    return Search(model, speed, space, Fit(model, around))
 
 
 def fastest(search: Search, budget: Budget) -> Found | None:
     """The fastest that fits, where a lesser precision has to be 5 % faster than a better one; None where none fits."""
-    found: Found | None = None
+    while won := _preferred(search, budget):
+        if found := search.confirmed(won, budget):
+            return found
+    near = search.nearest(budget)  # the estimate by which it searches may be too careful
+    return None if budget.excess(near.need) else near
+
+
+def _preferred(search: Search, budget: Budget) -> Won | None:
+    won: Won | None = None
     for precision in search.space.precisions:
-        limit = found.seconds_per_token / PRECISION_TOLERANCE if found else math.inf
-        found = search.best(precision, budget, limit=limit) or found
-    if found is None:  # the estimate by which it searches may be too careful
-        near = search.nearest(budget)
-        return None if budget.excess(near.need) else near
-    return found
+        limit = won.seconds / PRECISION_TOLERANCE if won else math.inf
+        won = search.promising(precision, budget, limit=limit) or won
+    return won
 
 
 def _would_fit(situation: Situation, corpus: CorpusShape) -> bool:

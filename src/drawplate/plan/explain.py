@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from drawplate.plan.budget import Budget
 from drawplate.plan.cost import step_cost
 from drawplate.plan.ledger import Choice
-from drawplate.plan.search import Budget, Found, Search
+from drawplate.plan.search import Found, Search
 from drawplate.plan.unit_cost import QUANTIZED
 from drawplate.recipe import Recipe
 from drawplate.units import format_bytes, format_count
@@ -53,8 +54,8 @@ def _precision(search: Search, found: Found, budget: Budget) -> str:
     for other in search.space.precisions:
         if other == chosen:
             continue
-        seconds = search.about(other, budget)
-        said = _compared(seconds / found.seconds_per_token) if seconds else "does not fit"
+        won = search.promising(other, budget)
+        said = _compared(won.seconds / found.seconds_per_token) if won else "does not fit"
         parts.append(f"{other} {said}")
     lossless = "" if chosen in (*QUANTIZED, "fp8") else "nothing is lost to quantization; "
     return lossless + ", ".join(parts)
@@ -107,6 +108,6 @@ def _micro_batch(search: Search, found: Found, budget: Budget) -> str:
     said = f"the fastest of {len(sizes)} sizes from {format_count(sizes[0])} to {format_count(sizes[-1])} tokens"
     if place + 1 == len(sizes):
         return said
-    seconds = search.about(found.choice.precision, budget, tokens=sizes[place + 1])
-    compared = _compared(seconds / found.seconds_per_token) if seconds else "would not fit"
+    won = search.promising(found.choice.precision, budget, tokens=sizes[place + 1])
+    compared = _compared(won.seconds / found.seconds_per_token) if won else "would not fit"
     return f"{said}; {format_count(sizes[place + 1])} {compared}"

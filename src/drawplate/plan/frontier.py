@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from drawplate.errors import DoesNotFit
+from drawplate.plan.budget import DEVICE_MARGIN, HOST_MARGIN, Budget
 from drawplate.plan.explain import activation_words, weight_words
-from drawplate.plan.search import DEVICE_MARGIN, HOST_MARGIN, Budget, Found, Search
+from drawplate.plan.search import Found, Search
 from drawplate.recipe import Recipe
 from drawplate.records import FrontierPoint
 from drawplate.units import GIB, MIB, format_bytes, format_count

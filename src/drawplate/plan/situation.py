@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from drawplate.errors import UsageError
+from drawplate.plan.budget import Budget
 from drawplate.plan.gpus import typical_speed
 from drawplate.plan.ledger import ModelShape
-from drawplate.plan.search import Budget
 from drawplate.recipe import Recipe
 from drawplate.records import DeviceSpeed, Machine
 

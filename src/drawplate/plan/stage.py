@@ -31,7 +31,7 @@ class Stage:
         self.trained = [kind.trained for kind in self.kinds]
         self._left: dict[Name, dict[Name, None]] = {}
         self._tried: set[tuple[int, Rows]] = set()
-        self._resolved: dict[tuple[int, Rows], tuple[Trace, list[tuple[str, int | None]]]] = {}
+        self._resolved: dict[tuple[int, Rows], tuple[Trace, list[tuple[str, int | None, bool]]]] = {}
 
     def run(self, trace: Trace, line: str, prefix: Name, rows: Rows, *, sparing: bool = True) -> None:
         """Replay a trace, its blocks under a prefix. A compiled layer's kernels are tried when they first run."""
@@ -39,16 +39,17 @@ class Stage:
         tried = self.choice.device != "cuda" or (id(trace), rows) in self._tried
         self._tried.add((id(trace), rows))
         copies: list[int] = []
-        for name, size in self._bytes(trace, rows):
-            full = (*prefix, name)
-            if name.startswith(TRIAL):
+        for name, size, trial in self._bytes(trace, rows):
+            if trial:
                 if size is not None:
                     copies.append(size)
                 elif copies:
                     if not tried:
                         self._try([copy for copy in copies if copy], sparing=sparing)
                     copies = []
-            elif size is None:
+                continue
+            full = (*prefix, name)
+            if size is None:
                 device.give(full)
                 left.pop(full, None)
             else:
@@ -78,11 +79,15 @@ class Stage:
             self.device.take(line, name, size)
         self.device.give_all(name for name, _ in blocks)
 
-    def _bytes(self, trace: Trace, rows: Rows) -> list[tuple[str, int | None]]:
+    def _bytes(self, trace: Trace, rows: Rows) -> list[tuple[str, int | None, bool]]:
+        """A trace's blocks by name, their bytes (None: let go of), and whether they are copies for a kernel's trial."""
         key = (id(trace), rows)
         if key not in self._resolved:
             tokens, borders = rows.tokens, rows.borders
-            sizes = [(name, None if line is None else line.bytes(tokens, borders)) for name, line in trace]
+            sizes = [
+                (name, None if line is None else line.bytes(tokens, borders), name.startswith(TRIAL))
+                for name, line in trace
+            ]
             self._resolved[key] = (trace, sizes)  # the trace too, so that its id is not another's
         return self._resolved[key][1]
 
