@@ -31,7 +31,7 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in train.num_train_epochs=1.")
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in data.max_length=1024.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -192,12 +193,13 @@ def test_a_saved_tokenizer_is_loaded(tokenizer, tokenizer_folder):
     assert loaded.chat_template == tokenizer.chat_template
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}"])
-def test_a_missing_or_broken_tokenizer_is_a_data_error(tmp_path, content):
+@pytest.mark.parametrize(("content", "said"), [(None, "holds no tokenizer"), ("{", "cannot"), ("{}", "cannot be read")])
+def test_a_missing_or_broken_tokenizer_is_a_data_error(tmp_path, content, said):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=said) as caught:
         load_tokenizer(tmp_path)
+    assert re.search(r"[^ .:]\.$", caught.value.what)  # a whole sentence, whatever transformers' message was cut from
 
 
 def test_a_tokenizer_that_asks_for_code_is_refused_and_the_code_not_imported(tokenizer_folder):

@@ -27,6 +27,8 @@ from drawplate.records import Document, Sequence, TokenLedger
 
 Tokenizer = Any
 DOCUMENTS_AT_ONCE = 256
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt")
+"""What a folder with a tokenizer, of whatever kind, has at least one of."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,8 +62,10 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises anything from OSError to a Rust panic for a broken tokenizer.json
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(" .:")
+        there = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
         raise DataError(
-            f"The tokenizer in {folder} cannot be read: {str(error).splitlines()[0] if str(error) else type(error)}",
+            f"The tokenizer in {folder} cannot be read: {reason}." if there else f"{folder} holds no tokenizer.",
             safe="Nothing was changed.",
             next_step="The folder needs tokenizer.json and tokenizer_config.json; copy them from the base model.",
         ) from None
