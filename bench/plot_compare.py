@@ -1,11 +1,10 @@
-"""Tokens per second against peak GiB, every system, from results of bench/compare.py; and their tables as Markdown.
+"""Tokens per second against peak GiB, every system, from results of bench/compare.py; and docs/benchmark.md's tables.
 
 python bench/plot_compare.py docs/pictures/compare.png bench/results/compare-3b-h100.json ...    (needs matplotlib)
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -19,9 +18,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from bench.peers.ceiling import H100_BF16_FLOPS, ceiling  # noqa: E402
-from bench.peers.table import GIB, is_fp8, ratios, table  # noqa: E402
-from bench.shapes import SHAPES  # noqa: E402
+from bench.peers.goals import DOCUMENT, blocks, filled  # noqa: E402
+from bench.peers.table import GIB, is_fp8  # noqa: E402
 
 LOOKS = {
     "drawplate": ("#2a6fb0", "o", "Drawplate"),
@@ -75,7 +73,7 @@ def by_model(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def main() -> None:
-    """Draw one picture, print the tables and Drawplate's ratios."""
+    """Draw one picture, and write the tables into the document."""
     picture, records = Path(sys.argv[1]), [json.loads(Path(p).read_text(encoding="utf-8")) for p in sys.argv[2:]]
     models = by_model(records)
     panels = [(model, case) for model, results in models.items() for case in dict.fromkeys(r["case"] for r in results)]
@@ -99,17 +97,7 @@ def main() -> None:
     ]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(picture, dpi=120)
-    print("\n\n".join(map(table, records)))
-    for model, results in models.items():
-        for peer, budget, fp8 in itertools.product(("unsloth", "liger", "mission"), (None, 6, 8), (False, True)):
-            for case, own, other, ratio in ratios(results, peer, budget, fp8=fp8):
-                within, how = f" within {budget} GiB" if budget else "", "fp8" if fp8 else "bf16"
-                print(f"{model} {case}{within}, {how}: {own:,.0f} / {other:,.0f} of {peer} = {ratio:.2f}")
-        for r in results:
-            if r["system"] == "drawplate" and "tokens_per_second" in r and "x" in r["case"]:
-                most = ceiling(SHAPES[model], int(r["case"].partition("x")[2]), H100_BF16_FLOPS)
-                share = r["tokens_per_second"] / most
-                print(f"{model} {r['case']} {r['setting']}: {share:.0%} of the bf16 ceiling of {most:,.0f}")
+    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8"), blocks(records)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-H100_BF16_FLOPS = 794e12
-"""Measured here with 8192 x 8192 x 8192 products (bench/results say which machine)."""
-
 
 def product_parameters(shape: dict[str, Any]) -> int:
     """Weights that take part in matrix products: linear layers and head, not the embedding's look-up."""
