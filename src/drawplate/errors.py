@@ -100,3 +100,9 @@ def disk_refusal(path: Path, error: Exception) -> StorageError:
         safe="What was written before it is complete.",
         next_step="Free some space on that disk, then start again." if full else "Look after that disk.",
     )
+
+
+def reason_of(error: Exception) -> str:
+    """What a library says is wrong, as the end of a sentence: its first line, or an error's name."""
+    lines = str(error).splitlines()
+    return (lines[0].rstrip(" .:") if lines else "") or type(error).__name__

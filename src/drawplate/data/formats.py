@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from drawplate.data.html import html_to_text
+from drawplate.errors import reason_of
 from drawplate.units import GIB, KIB, format_bytes
 
 MAX_FILE_BYTES = 4 * GIB
@@ -137,7 +138,7 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[RowOrProblem]
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        raise FileRefused(f"not a readable parquet file: {str(error).splitlines()[0]}") from None
+        raise FileRefused(f"not a readable parquet file: {reason_of(error)}") from None
 
 
 def row_reader(path: Path, columns: tuple[str, ...]) -> Callable[[], Iterator[RowOrProblem]] | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from drawplate.data.formats import RowOrProblem
-from drawplate.errors import DataError, NeedsNetwork
+from drawplate.errors import DataError, NeedsNetwork, reason_of
 
 PROBE_SECONDS = 3.0
 
@@ -33,13 +33,13 @@ def dataset_rows(name: str, split: str) -> Iterator[RowOrProblem]:
             rows = datasets.load_dataset(name, split=split)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise NeedsNetwork(
-            f"The dataset {name} is not on this machine and could not be fetched: {_first_line(error)}",
+            f"The dataset {name} is not on this machine and could not be fetched: {reason_of(error)}.",
             safe="Nothing was loaded or written.",
             next_step=f"With network: python -c \"import datasets; datasets.load_dataset('{name}', split='{split}')\"",
         ) from None
     except Exception as error:  # a builder may raise anything for files it cannot read
         raise DataError(
-            f"The dataset {name} cannot be read: {_first_line(error)}",
+            f"The dataset {name} cannot be read: {reason_of(error)}.",
             safe="Nothing was written.",
             next_step="Check data.dataset and data.dataset_split, or download its files and name them in data.files.",
         ) from None
@@ -72,7 +72,3 @@ def _reachable(endpoint: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

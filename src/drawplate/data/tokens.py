@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from drawplate.errors import DataError, IntegrityError
+from drawplate.errors import DataError, IntegrityError, reason_of
 from drawplate.records import Document, Sequence, TokenLedger
 
 Tokenizer = Any
@@ -62,10 +62,11 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises anything from OSError to a Rust panic for a broken tokenizer.json
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(" .:")
         there = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
         raise DataError(
-            f"The tokenizer in {folder} cannot be read: {reason}." if there else f"{folder} holds no tokenizer.",
+            f"The tokenizer in {folder} cannot be read: {reason_of(error)}."
+            if there
+            else f"{folder} holds no tokenizer.",
             safe="Nothing was changed.",
             next_step="The folder needs tokenizer.json and tokenizer_config.json; copy them from the base model.",
         ) from None
