@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import drawplate.speed as speed
+from drawplate.attention_rates import SHAPE, AttentionRates
 from drawplate.device import machine
 from drawplate.plan.gpus import typical_speed
 from drawplate.recipe import cache_folder
@@ -77,3 +79,18 @@ def test_a_host_that_is_called_away_for_a_moment_is_not_a_slow_one(monkeypatch: 
 
     monkeypatch.setattr(speed.time, "perf_counter", interrupted)
     assert speed._launch_seconds(CPU) < 1e-3
+
+
+def test_attention_is_timed_there_and_back() -> None:
+    timed: list[float] = []
+
+    def seconds(call: Callable[[], object]) -> float:
+        call()
+        timed.append(2.0)
+        return 2.0
+
+    rates = AttentionRates(seconds, CPU, torch.float32)
+    documents, heads, tokens, size = SHAPE["cpu"]
+    assert rates.of_long_documents() == 3.5 * 4 * documents * heads * size * tokens**2 / 2 / 2.0
+    assert rates.by_length(packed=True) == (), "on a CPU packed documents are attended to one by one"
+    assert len(timed) == 1

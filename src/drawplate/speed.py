@@ -26,6 +26,7 @@ import pynvml
 import torch
 import torch.nn.functional as F
 
+from drawplate.attention_rates import AttentionRates
 from drawplate.device import machine, memory_sample
 from drawplate.kernels.four_bits import dequantize
 from drawplate.overheads import CPU_RUNTIME_HOST_BYTES, RUNTIME_HOST_BYTES, STEP_CONTEXT_BYTES
@@ -33,16 +34,16 @@ from drawplate.recipe import cache_folder
 from drawplate.records import DeviceSpeed, Machine, from_json, to_json
 from drawplate.units import MIB
 
-VERSION = 5
+VERSION = 6
 PRODUCT_ROWS = {"cuda": (256, 1024, 4096, 16384), "cpu": (64, 256, 1024)}
 PRODUCT_WEIGHTS = {"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": ((192, 576), (1536, 576), (2048, 2048))}
-ATTENTION_SHAPE = {"cuda": (4, 32, 2048, 128), "cpu": (1, 8, 256, 64)}
 COPIED_BYTES = {"cuda": 512 * MIB, "cpu": 64 * MIB}
 DEQUANTIZED_SHAPE = {"cuda": (16384, 8192), "cpu": (1024, 1024)}
 """Large enough on a GPU that it takes longer than launching it."""
 WARM_UP_SECONDS = {"cuda": 0.3, "cpu": 0.02}
 TIMED_SECONDS = {"cuda": 0.03, "cpu": 0.02}
 FEWEST_CALLS = 6
+ROUND_SECONDS, MOST_CALLS = 2e-3, 64
 LAUNCHES, LAUNCH_ROUNDS = 300, 10
 
 
@@ -83,14 +84,14 @@ def probe(device: torch.device, dtype: torch.dtype, here: Machine) -> DeviceSpee
         to_device, to_host = _bus_rates(timer) if device.type == "cuda" else (memory_rate / 2, memory_rate / 2)
         dequantize_rate = _dequantize_rate(timer, dtype)
         launch_seconds = _launch_seconds(device)
-    attention_rate = _attention_rate(timer, dtype)
+    attend = AttentionRates(timer.seconds, device, dtype)
     on_gpu = device.type == "cuda"
     taken = memory_sample().process_bytes - before
     return DeviceSpeed(
         name=here.device_name or here.cpu,
         source=f"measured with torch {torch.__version__} in {str(dtype).removeprefix('torch.')}",
         product_rates=rates,
-        attention_rate=attention_rate,
+        attention_rate=attend.of_long_documents(),
         memory_rate=memory_rate,
         to_device_rate=to_device,
         to_host_rate=to_host,
@@ -100,6 +101,8 @@ def probe(device: torch.device, dtype: torch.dtype, here: Machine) -> DeviceSpee
         l2_cache_bytes=torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 0,
         loading_host_bytes=max(0, taken) if on_gpu else 0,
         runtime_host_bytes=RUNTIME_HOST_BYTES if on_gpu else CPU_RUNTIME_HOST_BYTES,
+        row_attention=attend.by_length(packed=False),
+        packed_attention=attend.by_length(packed=True),
     )
 
 
@@ -161,19 +164,23 @@ class _Timer:
             self.synchronize()
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """The middle one of as many calls as fill a moment; on a CPU the fastest, which others disturb least."""
+        """The middle one of as many calls as fill a moment; on a CPU the fastest, which others disturb least.
+
+        A GPU is waited for after some calls, so many that the wait and the first launch do not count."""
         call()
-        self.synchronize()
+        calls = 1 if self.kind == "cpu" else min(MOST_CALLS, max(4, int(ROUND_SECONDS / self._round(call, 4))))
         times: list[float] = []
+        while sum(times) * calls < TIMED_SECONDS[self.kind] or len(times) < FEWEST_CALLS:
+            times.append(self._round(call, calls))
+        return median(times) if self.kind == "cuda" else min(times)
+
+    def _round(self, call: Callable[[], object], calls: int) -> float:
+        self.synchronize()
         began = time.perf_counter()
-        while sum(times) < TIMED_SECONDS[self.kind] or len(times) < FEWEST_CALLS:
-            for _ in range(4 if self.kind == "cuda" else 1):
-                call()
-            self.synchronize()
-            now = time.perf_counter()
-            times.append(now - began)
-            began = now
-        return median(times) / 4 if self.kind == "cuda" else min(times)
+        for _ in range(calls):
+            call()
+        self.synchronize()
+        return (time.perf_counter() - began) / calls
 
 
 def _product_rates(timer: _Timer, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
@@ -189,18 +196,6 @@ def _product_rates(timer: _Timer, dtype: torch.dtype) -> tuple[tuple[float, floa
             seconds = timer.seconds(lambda x=x_MI[:m], w=weight_OI: F.linear(x, w))  # type: ignore[misc]
             found.setdefault(2.0 * m * o * i, []).append(2.0 * m * o * i / seconds)
     return tuple((flops, sum(rates) / len(rates)) for flops, rates in sorted(found.items()))
-
-
-def _attention_rate(timer: _Timer, dtype: torch.dtype) -> float:
-    b, h, t, d = ATTENTION_SHAPE[timer.kind]
-    q, k, v = (torch.randn(b, h, t, d, device=timer.device, dtype=dtype, requires_grad=True) for _ in range(3))
-
-    def both_ways() -> None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        torch.autograd.grad(out, [q, k, v], out.detach())
-
-    forward_flops = 4 * b * h * t * t * d / 2
-    return 3.5 * forward_flops / timer.seconds(both_ways)
 
 
 def _memory_rate(timer: _Timer) -> float:

@@ -262,3 +262,19 @@ def test_an_h100_is_predicted_within_a_tenth(
     choice = choice_of(activations=activations, precision=precision, dequantize="product")
     predicted = step_cost(MODEL, choice, work_of(tokens, length), probed)
     assert predicted.tokens_per_second == pytest.approx(tokens_per_second, rel=0.1)
+
+
+@pytest.mark.parametrize(("documents", "length", "seconds"), [(16, 512, 0.0243), (4, 512, 0.0085), (28, 137, 0.0109)])
+def test_short_packed_documents_are_attended_to_at_the_rate_of_their_own_kernels(
+    documents: int, length: int, seconds: float
+) -> None:
+    """Kernels of attention in a 3B's micro-step (bench/results/profile-packed-large-h100.json and others).
+    The rate of long documents is assumed."""
+    probed = replace(H100, packed_attention=((512.0, 1.04e14), (2048.0, 2.2e14)))
+    work = replace(work_of(documents * length, length), squares=float(documents * length**2))
+    choice = replace(choice_of(activations="keep", precision="bf16"), packing=True)
+    units = units_of(MODEL, choice, work, probed)
+    predicted = MODEL.layers * (units.forward.attention + units.backward.attention)
+    assert predicted == pytest.approx(seconds, rel=0.35)
+    padded = units_of(MODEL, replace(choice, packing=False), work, probed)
+    assert padded.forward.attention < units.forward.attention

@@ -155,9 +155,18 @@ def _in_precision(choice: Choice, products: float, rounded: float, speed: Device
 def attention_seconds(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed) -> float:
     """A layer's causal attention forward: 4 * H * sum(length^2) / 2 FLOPs, at a rate that short documents do not reach.
 
-    Packed documents see only themselves, so a row costs the sum of their squares and not the square of their sum.
+    Packed documents see only themselves, so a row costs the sum of their squares and not the square of their sum. A
+    position takes a + b * length: what is read and written of it, and products with what it sees; both follow from the
+    rates of a short and a long document.
     """
     length = work.squares / max(work.positions, 1.0)
+    measured = speed.packed_attention if choice.packing else speed.row_attention
+    if len(measured) == 2:
+        (short, short_rate), (long, long_rate) = measured
+        each_short, each_long = short / short_rate, long / long_rate
+        slope = (each_long - each_short) / (long - short)
+        each = max(each_short + slope * (length - short), length / long_rate)
+        return 2.0 * model.hidden * work.positions * each
     probed = PROBED_DOCUMENT[choice.device]
     reached = length / (length + SHORT_DOCUMENT) * (probed + SHORT_DOCUMENT) / probed
     return 2.0 * model.hidden * work.squares / (speed.attention_rate * max(reached, 0.05))

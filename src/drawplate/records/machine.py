@@ -45,6 +45,8 @@ class DeviceSpeed:
         source: how the figures were come by.
         product_rates: (FLOPs of one matrix product, FLOP/s it ran at), by rising size, in the arithmetic's dtype.
         attention_rate: FLOP/s of causal attention, forward and backward together, the masked half not counted.
+        row_attention: (tokens of a document, FLOP/s of the same), two of them, each document in a row of its own.
+        packed_attention: the same with several documents in a row, which other kernels do.
         memory_rate: bytes per second read or written on the device.
         to_device_rate, to_host_rate: bytes per second between page-locked host memory and the device.
         dequantize_rate: 4-bit weights per second, double quantization included.
@@ -68,3 +70,5 @@ class DeviceSpeed:
     l2_cache_bytes: int = 50 * MIB
     loading_host_bytes: int = 0
     runtime_host_bytes: int = 0
+    row_attention: tuple[tuple[float, float], ...] = ()
+    packed_attention: tuple[tuple[float, float], ...] = ()
