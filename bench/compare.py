@@ -32,11 +32,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from bench.about import machine  # noqa: E402
+from bench.peers import suite  # noqa: E402
 from bench.peers.cases import CACHE, MAIN, MISSION, OTHERS, PRODUCTS, REFERENCE, Job, jobs_of, parse_case, settings  # noqa: E402
 from bench.peers.entries import results_of  # noqa: E402
 from bench.peers.process import Process  # noqa: E402
 from bench.peers.run import Run, Task, call_material  # noqa: E402
-from bench.peers.suite import GATE_CASE, long_part, main_part  # noqa: E402
 from bench.peers.table import table  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger_kernel", "unsloth", "unsloth_zoo", "trl")
@@ -60,7 +60,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     systems = sorted({s.system for s in MAIN + OTHERS})
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--suite", default="", help="main, long, or main,long: bench/peers/suite.py; --model to --only")
+    parser.add_argument(
+        "--suite", default="", help="main, long-3b, long-8b, or several with commas; instead of --model to --only"
+    )
     parser.add_argument("--model", default="3b", help="a shape of bench/shapes.py")
     parser.add_argument("--layers", type=int, help="cut the models short")
     parser.add_argument("--cases", default="7x512,2x2048,7x2048")
@@ -72,7 +74,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--together", type=int, default=1, help="jobs of a group: they are proven side by side")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="timed, in each round")
-    parser.add_argument("--gate-case", help=f"default: {GATE_CASE} of a suite, else the first case")
+    parser.add_argument("--gate-case", help=f"default: {suite.GATE_CASE} of a suite, else the first case")
     parser.add_argument("--gate-steps", type=int, default=4)
     parser.add_argument("--seconds", type=float, help="begin no further case after this time")
     parser.add_argument("--work", type=Path, default=Path("/tmp/drawplate-compare"))
@@ -82,10 +84,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def groups_of(asked: argparse.Namespace) -> list[list[Job]]:
     """The jobs that were asked for."""
-    parts = asked.suite.split(",") if asked.suite else []
-    if parts:
-        found = main_part() if "main" in parts else []
-        return [*found, *(long_part(by_itself="main" not in parts) if "long" in parts else [])]
+    if asked.suite:
+        return suite.groups_of(asked.suite.split(","))
     budgets = [None if b == "full" else float(b) for b in asked.budgets.split(",")]
     chosen = [s for s in settings(asked.systems.split(","), budgets) if s == MISSION or re.search(asked.only, s.label)]
     cases = asked.cases.split(",")
@@ -108,7 +108,7 @@ def main() -> int:
     task = Task(
         work=asked.work,
         material={shape: material_of(asked, shape) for shape in dict.fromkeys(job.shape for job in jobs)},
-        gate_case=asked.gate_case or (GATE_CASE if asked.suite else asked.cases.split(",")[0]),
+        gate_case=asked.gate_case or (suite.GATE_CASE if asked.suite else asked.cases.split(",")[0]),
         gate_steps=asked.gate_steps,
         rounds=asked.rounds,
         steps=asked.steps,
@@ -144,7 +144,9 @@ def measure(task: Task, groups: Sequence[Sequence[Job]], out: Path, layers: int 
             results=[entry for processes in models.values() for entry in results_of(processes, task.yardstick)],
             logs={p.out.name: p.log() for p in everyone if p.out.is_dir()},
         )
-        out.write_text(json.dumps(record, indent=1))
+        partial = out.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1))
+        partial.replace(out)
         print(f"{line}\n{time.monotonic() - began:.0f} s so far", flush=True)
 
     out.parent.mkdir(parents=True, exist_ok=True)

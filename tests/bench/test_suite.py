@@ -5,8 +5,11 @@ import argparse
 import pytest
 
 from bench.compare import groups_of
+from bench.peers import suite
 from bench.peers.cases import MISSION, REFERENCE, Job
-from bench.peers.suite import LONG, PACKED, PADDED, SMALL, long_part, main_part
+from bench.peers.suite import LONG, PACKED, PADDED, SMALL
+
+EVERYTHING = ["main", "long-3b", "long-8b"]
 
 
 def timed(groups: list[list[Job]]) -> list[tuple[str, str, float | None, str]]:
@@ -15,8 +18,8 @@ def timed(groups: list[list[Job]]) -> list[tuple[str, str, float | None, str]]:
     ]
 
 
-def test_both_parts_time_every_case_of_the_goals_once() -> None:
-    runs = timed(main_part() + long_part(by_itself=False))
+def test_the_parts_time_every_case_of_the_goals_once() -> None:
+    runs = timed(suite.groups_of(EVERYTHING))
     assert len(runs) == len(set(runs))
     for shape, budget in (("3b", None), ("8b", None), ("3b", 6), ("8b", 8)):
         for case in (*SMALL, LONG):
@@ -30,11 +33,11 @@ def test_both_parts_time_every_case_of_the_goals_once() -> None:
     assert len(packing) == 4
 
 
-@pytest.mark.parametrize("groups", [main_part(), long_part(by_itself=True), main_part() + long_part(by_itself=False)])
-def test_whatever_is_timed_stands_behind_the_gate(groups: list[list[Job]]) -> None:
+@pytest.mark.parametrize("parts", [["main"], ["long-3b"], ["long-8b"], EVERYTHING])
+def test_whatever_is_timed_stands_behind_the_gate(parts: list[str]) -> None:
     """Each setting takes the gate's steps, and the reference and the yardstick prove every case before it is timed."""
     done: set[tuple[str, str, str]] = set()
-    for group in groups:
+    for group in suite.groups_of(parts):
         for job in group:
             done |= {(job.shape, job.setting.label, case) for case in job.cases}
             done |= {(job.shape, job.setting.label, "curve")} if job.curve else set()
@@ -44,6 +47,11 @@ def test_whatever_is_timed_stands_behind_the_gate(groups: list[list[Job]]) -> No
                 assert (job.shape, REFERENCE.label, case) in done
                 assert (job.shape, MISSION.label, case) in done or case == PACKED
             assert all((job.shape, s.label, "curve") in done for s in (job.setting, REFERENCE, MISSION))
+
+
+def test_an_unknown_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="longest"):
+        suite.groups_of(["main", "longest"])
 
 
 def test_a_planned_setting_has_a_process_for_each_case_of_the_command_line() -> None:
