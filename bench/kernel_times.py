@@ -2,7 +2,7 @@
 
     python bench/kernel_times.py OUT.json [NAME ...]
 
-NAME is `loss`, `fp8`, `gated` or `four_bits`; all by default. A case whose error against float32 is more than 1.25
+NAME is `loss`, `fp8` or `four_bits`; all by default. A case whose error against float32 is more than 1.25
 times that of plain torch in the same dtype gets no time. Times are medians over runs of a warmed-up call.
 
 `loss`: the head's cross-entropy with its gradient, kernels against plain torch between the same two products, and those
@@ -12,9 +12,6 @@ two products alone.
 one scale a tensor, and what rounding x to fp8 takes, compiled; and the same with sums promoted to float32 on the way
 (`slow`), with both errors against float32 products of the same rounded numbers.
 
-`gated`: the activation of a gated block in fp8, forward and backward, as kernels in several launch shapes and as the
-compiler makes it of plain torch.
-
 `four_bits`: dequantizing an NF4 matrix.
 """
 
@@ -23,7 +20,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +154,7 @@ def loss_times(tokens: int, hidden: int) -> list[dict[str, Any]]:
 
 def fp8_cases() -> list[dict[str, Any]]:
     """Milliseconds of the products of 3B and 8B layers."""
-    from drawplate.kernels.gated_fp8 import FP8, fp8_rows
+    from drawplate.kernels.fp8_rows import FP8, fp8_rows
 
     rounding = torch.compile(fp8_rows, dynamic=False)
     one = torch.ones((), device="cuda")
@@ -195,39 +191,6 @@ def fp8_cases() -> list[dict[str, Any]]:
     return results
 
 
-def gated_cases() -> list[dict[str, Any]]:
-    """Milliseconds of the activation of 3B's and 8B's blocks, and the launch shapes that were tried."""
-    from drawplate.kernels import gated_fp8, gated_fp8_triton
-
-    results: list[dict[str, Any]] = []
-    twins = {
-        "forward": torch.compile(lambda g, u: gated_fp8.gated(g, u, "torch"), dynamic=False),
-        "backward": torch.compile(lambda *given: gated_fp8.gated_backward(*given, "torch"), dynamic=False),
-    }
-    before = gated_fp8_triton.COLUMNS_A_WARP, gated_fp8_triton.MOST_REGISTERS
-    for columns, tokens in ((8192, 4096), (8192, 14336), (14336, 3584), (14336, 4096)):
-        grad, gate, up = (torch.randn(tokens, columns, device="cuda").bfloat16() for _ in range(3))
-        scales = [torch.rand(columns, device="cuda") for _ in range(2)]
-        given = {"forward": (gate, up), "backward": (grad, gate, up, *scales)}
-        kernels = {"forward": gated_fp8_triton.gated, "backward": gated_fp8_triton.gated_backward}
-        times: dict[str, Any] = {f"{w}_compiled_ms": milliseconds(partial(twins[w], *given[w])) for w in given}
-        for way, kernel in kernels.items():
-            ours, theirs = kernel(*given[way]), twins[way](*given[way])
-            times[f"{way}_error"] = relative(ours[0].float() * ours[1], theirs[0].float() * theirs[1])
-        for columns_a_warp, registers in ((256, 64), (512, 64), (512, 128), (1024, 64), (1024, 128), (1024, 255)):
-            gated_fp8_triton.COLUMNS_A_WARP, gated_fp8_triton.MOST_REGISTERS = columns_a_warp, registers
-            for way, kernel in kernels.items():
-                name = f"{way}_{columns_a_warp}_{registers}_ms"
-                try:
-                    times[name] = milliseconds(partial(kernel, *given[way]))
-                except RuntimeError as error:  # too many threads or registers
-                    times[name] = str(error)[:80]
-        gated_fp8_triton.COLUMNS_A_WARP, gated_fp8_triton.MOST_REGISTERS = before
-        results.append({"kernel": "gated", "columns": columns, "tokens": tokens, **times})
-        print(json.dumps(results[-1]), flush=True)
-    return results
-
-
 def four_bits_cases() -> list[dict[str, Any]]:
     """Milliseconds and weights per second of dequantizing a large matrix of a 3B and an 8B."""
     from drawplate.kernels.four_bits import dequantize
@@ -248,7 +211,6 @@ def four_bits_cases() -> list[dict[str, Any]]:
 CASES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "loss": loss_cases,
     "fp8": fp8_cases,
-    "gated": gated_cases,
     "four_bits": four_bits_cases,
 }
 

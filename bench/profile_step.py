@@ -2,10 +2,10 @@
 
     python bench/profile_step.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:FLAG...] ...
 
-The cases are those of bench/streaming.py, with two flags more: `unjoined` leaves gated blocks to the compiler, `packed`
-puts the rows into one, a document each. All run in this process, and the sizes of one share a loaded model. Each
-gives the median seconds of a micro-step (forward, loss, backward; no optimizer) without the profiler, the seconds in
-which the GPU ran anything, seconds by kind of kernel and by kernel, and the host's functions by own time.
+The cases are those of bench/streaming.py, with one flag more: `packed` puts the rows into one, a document each. All
+run in this process, and the sizes of one share a loaded model. Each gives the median seconds of a micro-step (forward,
+loss, backward; no optimizer) without the profiler, the seconds in which the GPU ran anything, seconds by kind of kernel
+and by kernel, and the host's functions by own time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ KINDS = {
     "transposes for fp8": ("_transposed",),
     "loss": ("absorb_tile", "scale_moved_rows", "copy_target_rows"),
     "fused by the compiler": ("triton_",),
-    "gated block's activation": ("_gated",),
     "dequantizing": ("_dequantize",),
     "adapter's dropped products": ("_down", "_up", "_grad_a"),
     "copy": ("memcpy", "memset"),
@@ -40,12 +39,9 @@ RUNS = 5
 def main() -> None:
     """Profile every case and write one JSON file."""
     from bench.streaming import load_case, record, train_batch
-    from drawplate.model import frozen_layer
 
     out, results = Path(sys.argv[1]), []
-    joined = frozen_layer.join_gated_blocks
     for case in sys.argv[2:]:
-        frozen_layer.join_gated_blocks = (lambda layer: None) if "unjoined" in case else joined
         model, sizes = load_case(case)
         for size in sizes:
             batch = packed_batch(model, size) if "packed" in case else train_batch(model, size)

@@ -35,7 +35,7 @@ Rounding = Callable[[Tensor], Tensor]
 
 def fp8_rows(x_NK: Tensor) -> Tensor:
     """e4m3 with a scale a row, as Drawplate's products."""
-    from drawplate.kernels.gated_fp8 import fp8_rows
+    from drawplate.kernels.fp8_rows import fp8_rows
 
     rounded_NK, scale_N1 = fp8_rows(x_NK)
     return rounded_NK.float() * scale_N1

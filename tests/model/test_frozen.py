@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from drawplate.kernels.gated_fp8 import fp8_rows
+from drawplate.kernels.fp8_rows import fp8_rows
 from drawplate.model.frozen import FrozenLinear, Group, _FrozenLinear, _LoraLinears
 from drawplate.model.storage import FP8_KINDS, Storage
 from tests.tiny import a_weight

@@ -12,7 +12,7 @@ from bitsandbytes.nn import Int8Params
 from torch import Tensor, nn
 
 from drawplate.errors import EnvironmentProblem, UsageError
-from drawplate.kernels.gated_fp8 import fp8_rows
+from drawplate.kernels.fp8_rows import fp8_rows
 from drawplate.model.assemble import require_fp8_units
 from drawplate.model.causal_lm import Placement
 from drawplate.model.storage import Storage

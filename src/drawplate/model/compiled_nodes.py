@@ -30,7 +30,6 @@ _EXTERN_WORDS = (
     "frozen_product",
     "adapted_products",
     "dropped_",
-    "gated_",
     "bitsandbytes",
     "convolution",
     "sort",

@@ -13,7 +13,6 @@ from drawplate.model.adapter import scaling_of
 from drawplate.model.causal_lm import Placement
 from drawplate.model.checkpoint_names import CheckpointNames
 from drawplate.model.frozen import WHOLE, FrozenLinear, Group
-from drawplate.model.gated_block import join_gated_blocks
 from drawplate.model.storage import Storage
 from drawplate.model.tables import computed_tables
 
@@ -42,7 +41,6 @@ def freeze_linears(layer: nn.Module, path: str, storage: Storage, config: LoraCo
             group = [m for m in found if isinstance(m, FrozenLinear) and m.rank]
             if len(group) > 1 and len({m.in_features for m in group}) == 1:
                 Group(group)
-    join_gated_blocks(layer)
 
 
 def stored_specs(layer: nn.Module, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

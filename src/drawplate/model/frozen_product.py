@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drawplate.kernels.gated_fp8 import fp8_rows
+from drawplate.kernels.fp8_rows import fp8_rows
 from drawplate.kernels.transposed import transposed as transpose_of
 from drawplate.model.storage import FP8_KINDS, Storage
 

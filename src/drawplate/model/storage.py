@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drawplate.kernels import four_bits
-from drawplate.kernels.gated_fp8 import FP8, fp8_rows
+from drawplate.kernels.fp8_rows import FP8, fp8_rows
 from drawplate.kernels.transposed import transposed as transpose_of
 
 BLOCK = four_bits.BLOCK

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from drawplate.model.frozen import FrozenLinear
-from drawplate.model.gated_block import GatedBlock
 
 
 def unused_products(layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
@@ -81,12 +80,8 @@ def _marked(layer: nn.Module) -> dict[str, list[Node]]:
     """From now on each linear layer is one known node of the graph; these nodes by the layer's path."""
     made: dict[str, list[Node]] = {}
     for path, module in layer.named_modules():
-        product: Any = module
-        if isinstance(module, GatedBlock):
-            path, product = f"{path}.down_proj", module.down_proj
-        elif not isinstance(module, (nn.Linear, FrozenLinear)):
-            continue
-        object.__setattr__(module, "forward", _node(made.setdefault(path, []), product.out_features))
+        if isinstance(module, (nn.Linear, FrozenLinear)):
+            object.__setattr__(module, "forward", _node(made.setdefault(path, []), module.out_features))
     return made
 
 
