@@ -13,6 +13,7 @@ from drawplate.footprints import TRIAL, Mode, Trace
 from drawplate.model import body_footprint, footprint, recorder
 from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import Anatomy, build_anatomy
+from drawplate.model.compiled_kernels import kernels_of
 from drawplate.model.compiled_nodes import same_places
 from drawplate.model.footprint import layer_shapes, outer_footprints
 from drawplate.model.support import walk
@@ -160,3 +161,24 @@ def test_an_uncompiled_layer_keeps_its_input_only_where_a_norm_needs_no_copy_of_
     anatomy = anatomy_of("llama")
     kinds, _ = layer_shapes(anatomy, lora_config(LoraSection(r=4, lora_alpha=8), anatomy, "x", None))
     assert kinds[0].footprints[Mode("cuda", dtype, False, "", False, False, False)].keeps_input == kept
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_launches_that_read_the_same_go_together_whatever_lies_between(waits: bool) -> None:
+    """As torch 2.11 compiles a recomputed layer's backward on an H100: gate times up is made with their gradients,
+    although an adapter's gradient that reads it comes before those in the graph."""
+    graph, value = fx.Graph(), torch.empty(8, 8, device="meta")
+    mul, mm = torch.ops.aten.mul.Tensor, torch.ops.aten.mm.default
+    gate, other = graph.placeholder("gate"), graph.placeholder("other")
+    early = graph.call_function(mul, (gate, gate))
+    reader = graph.call_function(mm, (early, other))
+    beside = graph.call_function(mm, (other, other))
+    late = graph.call_function(mul, (gate, reader if waits else beside))
+    ends = [graph.call_function(mm, (late, other)), reader, beside]
+    for node in graph.nodes:
+        node.meta["val"] = value
+    kernels = kernels_of(list(graph.nodes), set(ends))
+    together = [set(kernel.writes) for kernel in kernels if kernel.generated]
+    assert together == ([{early}, {late}] if waits else [{early, late}])
+    for i, kernel in enumerate(kernels):
+        assert not kernel.reads & {node for later in kernels[i:] for node in later.writes}

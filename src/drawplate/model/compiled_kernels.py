@@ -78,7 +78,43 @@ def kernels_of(nodes: list[fx.Node], wanted: set[fx.Node]) -> list[Kernel]:
             made_by |= dict.fromkeys(kernels[i].writes, home)
             kernels[home].reads_of = kernels[i].reads_of | kernels[home].reads_of
             kernels[i] = Kernel({}, 0, generated=False)
-    return [kernel for kernel in kernels if kernel.reads_of]
+    return _side_by_side([kernel for kernel in kernels if kernel.reads_of])
+
+
+def _side_by_side(kernels: list[Kernel]) -> list[Kernel]:
+    """Launches that read the same buffers go together, whatever lies between, unless one waits for the other."""
+    for kernel in list(kernels):
+        for other in kernels[: next(i for i, each in enumerate(kernels) if each is kernel)]:
+            alike = kernel.generated and other.generated and other.size == kernel.size and other.reads & kernel.reads
+            if not alike or _waits(kernel, other, kernels):
+                continue
+            kernel.reads_of = other.reads_of | kernel.reads_of
+            kernels.remove(other)
+            kernels[:] = _in_order(kernels)
+    return kernels
+
+
+def _waits(kernel: Kernel, other: Kernel, kernels: list[Kernel]) -> bool:
+    """Whether a launch needs what an earlier one makes, if only by way of others."""
+    after = set(other.writes)
+    for each in kernels[next(i for i, each in enumerate(kernels) if each is other) + 1 :]:
+        if each.reads & after:
+            if each is kernel:
+                return True
+            after |= set(each.writes)
+    return False
+
+
+def _in_order(kernels: list[Kernel]) -> list[Kernel]:
+    """Each after those that make what it reads, else as they are."""
+    made, left = {node for kernel in kernels for node in kernel.writes}, list(kernels)
+    order: list[Kernel] = []
+    while left:
+        ready = next(kernel for kernel in left if not kernel.reads & made)
+        left.remove(ready)
+        made -= set(ready.writes)
+        order.append(ready)
+    return order
 
 
 def _realized(nodes: list[fx.Node], buffers: set[fx.Node]) -> Iterator[fx.Node]:
