@@ -242,6 +242,7 @@ def test_every_card_has_a_source_and_figures_in_their_order() -> None:
 @pytest.mark.parametrize(
     ("activations", "precision", "tokens", "length", "tokens_per_second"),
     [
+        ("recompute", "bf16", 8192, 2048, 28091),
         ("keep", "bf16", 4096, 2048, 36640),
         ("keep", "nf4", 2048, 2048, 30768),
         ("keep", "fp8", 14336, 2048, 48895),
