@@ -32,11 +32,13 @@ Trace = tuple[tuple[str, Line | None], ...]
 
 Names with a meaning: `out` is returned, `grad_in` is the gradient to the input, `grad:0` ... those to trained tensors.
 `grad_out` is the gradient that comes in, where the part itself lets go of it.
+Names that begin with `WEIGHT` are those of a layer's weights, dequantized before it is called.
 Names that begin with `TRIAL` are copies which the compiler makes while it tries a kernel that writes in place; they are
 there only the first time that the kernel runs.
 """
 
 TRIAL = "trial "
+WEIGHT = "w"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from drawplate.footprints import Footprint, Trace
+from drawplate.footprints import WEIGHT, Footprint, Trace
 from drawplate.model.compiled_nodes import outputs_of, root_of
 from drawplate.model.compiled_walk import Walk
 from drawplate.model.frozen import WHOLE
@@ -202,13 +202,18 @@ def _traced_forward(graph: fx.GraphModule, weights: tuple[Trace, dict[str, str]]
     """The layer is dequantized, called, and the weights are let go of unless they are among what is kept."""
     made, blocks = weights
     recorder, outputs = Recorder(), outputs_of(graph)
-    recorder.events += [(f"w{name}", line) for name, line in made]
+    recorder.events += [(f"{WEIGHT}{name}", line) for name, line in made]
     walk = Walk(
-        graph, {name: f"w{block}" for name, block in blocks.items()}, outputs, recorder, stored, release_inputs=False
+        graph,
+        {name: f"{WEIGHT}{block}" for name, block in blocks.items()},
+        outputs,
+        recorder,
+        stored,
+        release_inputs=False,
     )
     walk.run()
     kept = {walk.names.get(root_of(node)) for node in outputs}
     for block in blocks.values():
-        if f"w{block}" not in kept:
-            recorder.give(f"w{block}")
+        if f"{WEIGHT}{block}" not in kept:
+            recorder.give(f"{WEIGHT}{block}")
     return walk

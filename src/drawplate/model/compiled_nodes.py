@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from drawplate.footprints import Line
 from drawplate.model.recorder import kernel_lines, line_of
+from drawplate.model.storage import PLAIN_DTYPES
 
 _VIEWS = {
     "view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select", "alias", "detach",
@@ -60,6 +61,22 @@ def buffers_read(node: fx.Node, buffers: set[fx.Node]) -> set[fx.Node]:
         else:
             waiting += source.all_input_nodes
     return found
+
+
+def in_order_of_loads(node: fx.Node, buffers: set[fx.Node]) -> list[fx.Node]:
+    """Some of the buffers that a kernel reads, as its expression comes to them: from left to right, depth first."""
+    found, seen = dict[fx.Node, None](), set[fx.Node]()
+
+    def visit(reader: fx.Node) -> None:
+        for source in reader.all_input_nodes:
+            if source in buffers:
+                found[source] = None
+            elif source not in seen and source.op != "placeholder":
+                seen.add(source)
+                visit(source)
+
+    visit(node)
+    return list(found)
 
 
 def same_places(source: fx.Node, node: fx.Node, buffers: set[fx.Node]) -> bool:
@@ -154,8 +171,8 @@ def workspace_of(node: fx.Node, stored: str) -> list[Line]:
     """What a library's kernel takes beside what it returns."""
     values: list[Any] = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
     if "adapted_products" in str(node.target):  # one weight at a time
-        inputs, lora_Bs = values[0], values[5]
-        if not stored:
+        inputs, precision, lora_Bs = values[0], values[2], values[5]
+        if precision in PLAIN_DTYPES:  # dequantized before the layer was called
             return []
         most = max(lora_B.meta["val"].shape[0] for lora_B in lora_Bs) * inputs.shape[-1] * inputs.element_size()
         return [Line(most, 0)] * (2 if stored == "int8" else 1)

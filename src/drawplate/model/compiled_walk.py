@@ -18,6 +18,7 @@ from drawplate.model.compiled_kernels import Kernel, kernels_of
 from drawplate.model.compiled_nodes import (
     begins_with_scratch,
     dtype_of,
+    in_order_of_loads,
     is_planned,
     line_of_node,
     root_of,
@@ -134,12 +135,15 @@ class Walk:
 
     def _replaced(self, node: fx.Node, at: int, dying: set[fx.Node]) -> fx.Node | None:
         line, kernel = line_of_node(node), self._kernels[at]
-        for source in sorted(kernel.reads_of[node] & dying, key=lambda n: n.name):
+        reads = kernel.reads_of[node]
+        for source in in_order_of_loads(node, reads):
+            if source not in dying:
+                continue
             later = [reads for each in self._kernels[at + 1 :] for reads in each.reads_of.values()]
             beside = [reads for other, reads in kernel.reads_of.items() if other not in kernel.before(node)]
             readers = sum(source in reads for reads in (*beside, *later))
             alone = readers == 1 and self._views_of[self.names[source]] <= 1
-            if alone and line_of_node(source) == line and same_places(source, node, kernel.reads_of[node]):
+            if alone and line_of_node(source) == line and same_places(source, node, reads):
                 return source
         return None
 

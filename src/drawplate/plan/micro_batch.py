@@ -157,9 +157,10 @@ class MicroBatch:
                     device.take(
                         "return buffers of offloaded inputs", ("return", i), rows.tokens * self.model.hidden * self.size
                     )
-        self.stage.product_workspace("backward")
-        if not keeps:
-            self.stage.run(part.forward, line, prefix, rows, sparing=False)
+        if keeps:
+            self.stage.product_workspace("backward")
+        else:
+            self.stage.run(part.forward, line, prefix, rows, sparing=False, multiplies="backward")
         self.stage.run(part.backward, line, prefix, rows)
         for j in range(len(self.stage.trained[layer])):
             self._accumulate((*prefix, f"grad:{j}"), ("new", layer, j))

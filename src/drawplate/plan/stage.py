@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drawplate.footprints import TRIAL, Trace
+from drawplate.footprints import TRIAL, WEIGHT, Trace
 from drawplate.plan.allocator import CachingAllocator, ProcessMemory
 from drawplate.plan.blocks import Device, Name
 from drawplate.plan.rows import Rows
@@ -33,8 +33,12 @@ class Stage:
         self._tried: set[tuple[int, Rows]] = set()
         self._resolved: dict[tuple[int, Rows], tuple[Trace, list[tuple[str, int | None, bool]]]] = {}
 
-    def run(self, trace: Trace, line: str, prefix: Name, rows: Rows, *, sparing: bool = True) -> None:
-        """Replay a trace, its blocks under a prefix. A compiled layer's kernels are tried when they first run."""
+    def run(
+        self, trace: Trace, line: str, prefix: Name, rows: Rows, *, sparing: bool = True, multiplies: str = ""
+    ) -> None:
+        """Replay a trace, its blocks under a prefix. A compiled layer's kernels are tried when they first run.
+
+        The thread that `multiplies` does so once it has made the first block that is not a dequantized weight."""
         device, left = self.device, self._left.setdefault(prefix, {})
         tried = self.choice.device != "cuda" or (id(trace), rows) in self._tried
         self._tried.add((id(trace), rows))
@@ -55,6 +59,9 @@ class Stage:
             else:
                 device.take(line, full, size)
                 left[full] = None
+                if multiplies and not name.startswith(WEIGHT):
+                    self.product_workspace(multiplies)
+                    multiplies = ""
 
     def _try(self, copies: list[int], *, sparing: bool) -> None:
         """Variants of a kernel are run and timed, each on copies of what it writes in place.
