@@ -1,13 +1,13 @@
 """What the plan chooses and predicts against what a GPU does: seconds of steps on random weights of real shapes.
 
-    python bench/plan_choice.py OUT.json [sweep=SHAPE:GIB,GIB,...] ... [SHAPE:GIB,GIB,...] ... [seconds=N]
+    python bench/plan_choice.py OUT.json [sweep=SHAPE:GIB,GIB,...] ... [SHAPE:GIB,GIB,...] ... [seconds=N] [rivals=N]
     python bench/plan_choice.py --again CHOSEN.json OUT.json [OTHER.json]     predicted once more (no GPU)
 
 Asks the plan what it would do with each budget, in the order given, and takes optimizer steps of two packed
 micro-batches each. For the budgets of `sweep` it also measures the most promising of all other choices that fit: of
 each precision, place of the weights, policy for activations and micro-batch the fastest, as far as they are predicted
-to be within an eighth of the best, not more than RIVALS and not more than ALIKE that differ in the micro-batch alone.
-What is compared are tokens/s of a whole step: its micro-batches as measured, and the update.
+to be within an eighth of the best, not more than `rivals` (10), and not more than ALIKE that differ in the micro-batch
+alone. What is compared are tokens/s of a whole step: its micro-batches as measured, and the update.
 
 Cases share a process and nothing else; `seconds` ends it before a time limit does, and the file is written after every
 case. `--again` predicts what CHOSEN.json measured with the formulas of today, with OTHER.json's launch of a small
@@ -38,7 +38,7 @@ from bench.random_models import random_model, random_sequences  # noqa: E402
 DOCUMENT_TOKENS = 512
 STEP_DOCUMENTS = 256
 MICRO_BATCHES = 2
-RIVALS, ALIKE, RIVAL_SECONDS = 10, 3, 1.125
+RIVALS, ALIKE, RIVAL_SECONDS = "10", 3, 1.125
 """At most so many rivals, so many of them alike but for the micro-batch, within so many times the best's seconds."""
 QUIET_LAUNCH_SECONDS, PROBES = 15e-6, 4
 LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -236,7 +236,7 @@ def described(found: Any, layers: int) -> dict[str, Any]:
 Case = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 
-def cases_of(arguments: list[str], speed: Any) -> Iterator[Case]:
+def cases_of(arguments: list[str], speed: Any, most_rivals: int) -> Iterator[Case]:
     """Every budget of every argument, in order: what is measured, and how."""
     searches: dict[str, tuple[Any, Any]] = {}
     seen: dict[tuple[str, Any], float] = {}
@@ -246,7 +246,7 @@ def cases_of(arguments: list[str], speed: Any) -> Iterator[Case]:
         if shape not in searches:
             searches[shape] = search_over(shape, speed)
         for gib in (float(n) for n in sizes.split(",")):
-            for case in budget_cases(shape, gib, searches[shape], rivals=kind == "sweep"):
+            for case in budget_cases(shape, gib, searches[shape], most_rivals if kind == "sweep" else 0):
                 facts, found, call = case
                 if found is not None and (shape, found.choice) in seen:
                     yield facts, lambda gib=seen[shape, found.choice]: {"same_as_gib": gib}  # type: ignore[misc]
@@ -256,7 +256,7 @@ def cases_of(arguments: list[str], speed: Any) -> Iterator[Case]:
                 yield facts, call
 
 
-def budget_cases(shape: str, gib: float, searched: tuple[Any, Any], *, rivals: bool) -> Iterator[tuple[Any, Any, Any]]:
+def budget_cases(shape: str, gib: float, searched: tuple[Any, Any], rivals: int) -> Iterator[tuple[Any, Any, Any]]:
     """The choice within a budget, and its rivals where asked for: facts, what was found, and how to measure it."""
     from drawplate.plan.choose import fastest
 
@@ -266,7 +266,7 @@ def budget_cases(shape: str, gib: float, searched: tuple[Any, Any], *, rivals: b
     if best is None:
         yield {"shape": shape, "gib": gib, "kind": "choice"}, None, lambda: {"does_not_fit": True}
         return
-    for found in [best, *(rivals_of(search, budget, best) if rivals else ())]:
+    for found in [best, *(rivals_of(search, budget, best)[:rivals] if rivals else ())]:
         kind = "choice" if found is best else "rival"
         facts = {"shape": shape, "gib": gib, "kind": kind, **described(found, search.model.layers)}
         yield facts, found, lambda f=found: measure_found(shape, search, f)
@@ -293,7 +293,7 @@ def rivals_of(search: Any, budget: Any, best: Any) -> list[Any]:
         kinds[work[:3]] += 1
         if kinds[work[:3]] <= ALIKE:
             chosen.append(other)
-    return chosen[:RIVALS]
+    return chosen
 
 
 def same_work(found: Any, layers: int) -> tuple[str, ...]:
@@ -347,13 +347,14 @@ def main() -> None:
     if sys.argv[1] == "--again":
         other = Path(sys.argv[4]) if len(sys.argv) > 4 else None
         return predict_again(Path(sys.argv[2]), Path(sys.argv[3]), other)
-    out, arguments = Path(sys.argv[1]), [a for a in sys.argv[2:] if not a.startswith("seconds=")]
-    limit = next((float(a[8:]) for a in sys.argv[2:] if a.startswith("seconds=")), float("inf"))
+    out, arguments = Path(sys.argv[1]), [a for a in sys.argv[2:] if ":" in a]
+    options = dict(a.split("=") for a in sys.argv[2:] if ":" not in a)
+    limit, most_rivals = float(options.get("seconds", "inf")), int(options.get("rivals", RIVALS))
     began = time.monotonic()
     speed, launches = quiet_probe(torch.device("cuda", 0))
     result = about() | {"probed_launch_seconds": launches, "speed": to_json(speed), "results": []}
     print(json.dumps(result["speed"]), flush=True)
-    for facts, call in cases_of(arguments, speed):
+    for facts, call in cases_of(arguments, speed, most_rivals):
         if time.monotonic() - began > limit:
             break
         measured = {**facts, **emptied(call)}

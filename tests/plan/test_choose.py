@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from drawplate.errors import DoesNotFit, UsageError
 from drawplate.plan.budget import DEVICE_MARGIN, HOST_MARGIN
-from drawplate.plan.choose import CorpusShape, Obstacles, Situation, choose, choose_compute_dtype, choose_max_length
+from drawplate.plan.choose import (
+    PRECISION_TOLERANCE,
+    CorpusShape,
+    Obstacles,
+    Situation,
+    choose,
+    choose_compute_dtype,
+    choose_max_length,
+)
 from drawplate.plan.gpus import gpu_named
 from drawplate.plan.ledger import ModelShape
 from drawplate.prepare import policies_of, tiers_of
@@ -338,7 +346,7 @@ def test_the_frontier_rises_and_ends_where_more_is_of_no_use() -> None:
     assert 6 <= len(points) <= 14
     budgets, speeds = [p.vram_bytes for p in points], [p.tokens_per_second for p in points]
     assert budgets == sorted(set(budgets))
-    assert all(b >= a / 1.05 for a, b in itertools.pairwise(speeds)), "a better precision may cost 5 %"
+    assert all(b >= a / PRECISION_TOLERANCE for a, b in itertools.pairwise(speeds)), "a better precision may cost that"
     assert all(p.device_bytes * (1 + DEVICE_MARGIN) <= p.vram_bytes for p in points)
     with pytest.raises(DoesNotFit):
         plan_of(recipe_of(train={"effective_batch_size": 64}, memory={"vram": points[0].vram_bytes * 9 // 10}))
