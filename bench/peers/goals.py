@@ -1,4 +1,4 @@
-"""The goals of the comparison and what was reached, as Markdown: ratios of what one run measured. No torch here."""
+"""The goals of the comparison and what was reached, as Markdown: ratios of what one run measured."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a job will hold of the card, roughly: so that processes which prove themselves side by side find room.
 
 Fitted to what was measured on the H100, 5 to 10 % on the safe side. An estimate that is too small costs a second try
-alone; one that is too large costs waiting. No figure of a result depends on it. No torch here.
+alone; one that is too large costs waiting. No figure of a result depends on it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A comparison's groups, one after the other: prove side by side, time one at a time, stop; no torch here."""
+"""A comparison's groups, one after the other: prove side by side, time one at a time, stop."""
 
 from __future__ import annotations
 
