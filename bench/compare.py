@@ -60,9 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     systems = sorted({s.system for s in MAIN + OTHERS})
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--suite", default="", help="main, long-3b, long-8b, or several with commas; instead of --model to --only"
-    )
+    parser.add_argument("--suite", default="", help="main or long, instead of --model to --only")
     parser.add_argument("--model", default="3b", help="a shape of bench/shapes.py")
     parser.add_argument("--layers", type=int, help="cut the models short")
     parser.add_argument("--cases", default="7x512,2x2048,7x2048")
@@ -85,7 +83,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def groups_of(asked: argparse.Namespace) -> list[list[Job]]:
     """The jobs that were asked for."""
     if asked.suite:
-        return suite.groups_of(asked.suite.split(","))
+        return suite.groups_of(asked.suite)
     budgets = [None if b == "full" else float(b) for b in asked.budgets.split(",")]
     chosen = [s for s in settings(asked.systems.split(","), budgets) if s == MISSION or re.search(asked.only, s.label)]
     cases = asked.cases.split(",")
@@ -120,8 +118,13 @@ def main() -> int:
 
 def material_of(asked: argparse.Namespace, shape: str) -> Callable[[], None]:
     """Makes a model's folder."""
-    folder = asked.work / shape
-    return lambda: call_material(asked.work, f"make_material(Path({str(folder)!r}), {shape!r}, {asked.layers!r})")
+    call = f"make_material(Path({str(asked.work / shape)!r}), {shape!r}, {asked.layers!r})"
+
+    def make() -> None:
+        if call_material(asked.work, call).wait():
+            raise RuntimeError(f"could not make a model of shape {shape}")
+
+    return make
 
 
 def measure(task: Task, groups: Sequence[Sequence[Job]], out: Path, layers: int | None = None) -> dict[str, Any]:

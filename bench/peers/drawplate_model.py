@@ -70,11 +70,14 @@ class DrawplatePeer:
         self._forget_graphs()
         self.model.runner.policies[:] = ["recompute"] * (self.layers - count) + ["keep"] * count
 
-    def prepare(self, case: Case, two_steps: Any) -> dict[str, Any]:
-        """Plan or fit for a case; what was decided. A case is a run of its own: shapes of another do not widen its."""
+    def enter(self, case: Case) -> None:
+        """Before steps on a case, which is a run of its own: shapes of another do not widen its rows."""
         if case.name != self._case and hasattr(self, "model"):
             self.model._bounds["training"] = ShapeBounds()
         self._case = case.name
+
+    def prepare(self, case: Case, two_steps: Any) -> dict[str, Any]:
+        """Plan or fit for a case; what was decided."""
         if self.setting.options.get("keep") == "fit":
             kept = fit_kept_layers(self, two_steps, lambda: cap_allocator(int((self.setting.budget_gib or 0) * 2**30)))
             return {"decided": {"kept_layers": kept}}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.peers.cases import CACHE, MISSION, REFERENCE, Job, Setting
+from bench.peers.cases import MISSION, Job, Setting
 from bench.peers.entries import failed
 from bench.peers.needs import Room, needed
 from bench.peers.process import Process, environment_of
@@ -63,11 +63,14 @@ class Run:
         self.room = Room(card_bytes)
         self.made: dict[str, Future[None]] = {}
         self.imported: dict[int, Future[None]] = {}
+        self.probe: subprocess.Popen[bytes] | None = None
 
     def all_groups(self) -> None:
         """Prove, time, stop; each group imports while the one before it proves itself."""
         with ThreadPoolExecutor() as pool, ThreadPoolExecutor(1) as maker:
             self._import(pool, self.groups[0])
+            if any(process.setting.options.get("plan") for process in self.everyone):
+                self.probe = call_material(self.task.work, "import drawplate.speed; sys.stdin.read(); measure_device()")
             self._make(maker)
             self.told("material made")
             for group, following in zip(self.groups, [*self.groups[1:], []], strict=True):
@@ -87,6 +90,8 @@ class Run:
             for process in self.everyone:
                 if id(process) in self.imported:
                     self._stop(process)
+            if self.probe:
+                self.probe.kill()
 
     def _make(self, maker: ThreadPoolExecutor) -> None:
         """One model after another; the first must be there before anything else begins."""
@@ -96,10 +101,11 @@ class Run:
 
     def _measure_device(self, group: Sequence[Process]) -> None:
         """As planners will know it; while everybody waits, and once."""
-        if any(p.setting.options.get("plan") for p in group) and not (self.task.work / CACHE / "speed").is_dir():
+        if any(p.setting.options.get("plan") for p in group) and self.probe and self.probe.poll() is None:
             for process in group:
                 self.imported[id(process)].result()
-            call_material(self.task.work, "measure_device()")
+            assert self.probe
+            self.probe.communicate(b"now")
 
     def _import(self, pool: ThreadPoolExecutor, group: Sequence[Process]) -> None:
         def imports(process: Process) -> None:
@@ -121,8 +127,8 @@ class Run:
             process.curve = self._ask(process, self.task.gate_case, "curve", self.task.gate_case, self.task.gate_steps)
         for case in process.job.cases:
             process.warm[case] = self._ask(process, case, "warm", case)
-        if process.setting == REFERENCE and not any("memory" in answer for answer in process.warm.values()):
-            self._stop(process)
+        if not process.job.timed and not any("memory" in answer for answer in [process.curve, *process.warm.values()]):
+            self._stop(process)  # a yardstick leaves, and its memory serves others
 
     def _ask(self, process: Process, case: str, *command: object) -> dict[str, Any]:
         job = process.job
@@ -165,7 +171,7 @@ def _progress(process: Process) -> str:
     return curve or "; ".join(f"{case} {failed(warm) or 'ran'}" for case, warm in process.warm.items())
 
 
-def call_material(work: Path, call: str) -> None:
-    """In a process of its own: its memory must be free again before anybody is measured."""
-    code = f"from pathlib import Path; from bench.peers.material import *; {call}"
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment_of(work))
+def call_material(work: Path, call: str) -> subprocess.Popen[bytes]:
+    """Begun in a process of its own: its memory must be free again before anybody is measured."""
+    code = f"import sys; from pathlib import Path; from bench.peers.material import *; {call}"
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment_of(work))

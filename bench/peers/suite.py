@@ -1,14 +1,11 @@
 """The cases of the goals' table (docs/benchmark.md) as groups of jobs for one card, the most telling first.
 
 A group's processes prove themselves side by side and then have their steps timed in turns, so what is compared stands
-in one group. `main_part` takes some eight minutes. `long_part` are micro-batches of 14,336 tokens: both models within
-their budgets, and the 8B, which needs the card for one process at a time, so that its rounds do not alternate.
+in one group. `main` takes some nine minutes, `long` eight: micro-batches of 14,336 tokens within the budgets, and of
+the 8B on the whole card, which it needs for one process at a time, so that its rounds do not alternate.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from functools import partial
 
 from bench.peers.cases import MAIN, MISSION, REFERENCE, UNSLOTH_KEPT, Job, Setting, jobs_of, within
 
@@ -33,7 +30,10 @@ def budgeted(shape: str) -> list[Setting]:
 
 
 def main_part() -> list[list[Job]]:
-    """3B on the whole card, packing too; 8B on the whole card; both within their budgets."""
+    """3B on the whole card, packing too; both within their budgets; 8B on the whole card.
+
+    The 8B's yardsticks are in the first group because there is room for them while others compile.
+    """
     everything = (*SMALL, LONG, PADDED)
     own = (GATE_CASE, PACKED, PADDED, *SMALL[1:], LONG)
     whole_3b = [
@@ -42,49 +42,33 @@ def main_part() -> list[list[Job]]:
         job("3b", UNSLOTH, (*SMALL, LONG)),
         job("3b", BF16, own),
         job("3b", FP8, own),
-    ]
-    whole_8b = [
-        job("8b", REFERENCE, SMALL, ()),
-        job("8b", MISSION, SMALL, (GATE_CASE,)),
-        *(job("8b", setting, SMALL) for setting in (UNSLOTH, BF16, FP8)),
+        *yardsticks("8b", SMALL),
     ]
     small = [found for shape in BUDGETS_GIB for found in jobs_of(shape, budgeted(shape), SMALL, GATE_CASE)]
-    return [whole_3b, whole_8b, small]
+    return [whole_3b, small, [job("8b", setting, SMALL) for setting in (UNSLOTH, BF16, FP8)]]
 
 
-def long_part(shape: str, *, by_itself: bool) -> list[list[Job]]:
-    """Micro-batches of 14,336 tokens: within the budget, and of the 8B on the whole card, one process at a time.
-
-    Args:
-        shape: of the model.
-        by_itself: nothing of `main_part` ran before, so settings and yardsticks take the gate's steps here.
-    """
-    within_budget = [long_job(shape, setting, by_itself) for setting in budgeted(shape)]
-    if shape != "8b":  # its yardsticks have proven the case in main_part
-        return [[*yardsticks(shape), *within_budget] if by_itself else within_budget]
-    alone = [[long_job(shape, setting, by_itself)] for setting in (UNSLOTH, BF16, FP8)]
-    return [yardsticks(shape, curve=by_itself), *alone, within_budget]
+def long_part() -> list[list[Job]]:
+    """Micro-batches of 14,336 tokens; all that they are measured by is proven here, too."""
+    within_budgets = [job(shape, setting, (LONG,)) for shape in BUDGETS_GIB for setting in budgeted(shape)]
+    alone = [[job("8b", setting, (LONG,))] for setting in (UNSLOTH, BF16, FP8)]
+    return [[*yardsticks("3b", (LONG,)), *yardsticks("8b", (LONG,))], within_budgets, *alone]
 
 
-def yardsticks(shape: str, *, curve: bool = True) -> list[Job]:
-    """What all others are measured by, on the long case."""
-    return [Job(shape=shape, setting=setting, cases=(LONG,), timed=(), curve=curve) for setting in (REFERENCE, MISSION)]
+def yardsticks(shape: str, cases: tuple[str, ...]) -> list[Job]:
+    """What all others are measured by."""
+    return [job(shape, setting, cases, ()) for setting in (REFERENCE, MISSION)]
 
 
-def long_job(shape: str, setting: Setting, curve: bool) -> Job:
-    """One process for the long case."""
-    return Job(shape=shape, setting=setting, cases=(LONG,), timed=(LONG,), curve=curve)
+PARTS = {"main": main_part, "long": long_part}
 
 
-def groups_of(parts: Sequence[str]) -> list[list[Job]]:
-    """The groups of some parts: main, long-3b, long-8b.
+def groups_of(part: str) -> list[list[Job]]:
+    """The groups of a part.
 
     Raises:
-        ValueError: an unknown part.
+        ValueError: there is no such part.
     """
-    makers = {"main": main_part} | {
-        f"long-{shape}": partial(long_part, shape, by_itself="main" not in parts) for shape in BUDGETS_GIB
-    }
-    if unknown := set(parts) - set(makers):
-        raise ValueError(f"unknown parts: {', '.join(sorted(unknown))}; there are {', '.join(makers)}")
-    return [group for part in makers if part in parts for group in makers[part]()]
+    if part not in PARTS:
+        raise ValueError(f"{part!r} is no part; there are {', '.join(PARTS)}")
+    return PARTS[part]()

@@ -101,6 +101,8 @@ class Worker:
 
         case, cuda, began = parse_case(name), torch.cuda.is_available(), time.monotonic()
         steps = [documents(case, step, self.vocab, self.corpus) for step in range(count)]
+        if hasattr(self.peer, "enter"):
+            self.peer.enter(case)
         if kept_gradient and hasattr(self.peer, "prepare") and name not in self.decided:
             self._prepare(case)
         elif self.setting.options.get("keep") == "fit":

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import threading
 
-from bench.peers.cases import MAIN, REFERENCE
+from bench.peers.cases import MAIN
 from bench.peers.needs import GIB, SPARE_BYTES, Room, needed
-from bench.peers.suite import BF16, UNSLOTH, budgeted, main_part
+from bench.peers.suite import BF16, UNSLOTH, budgeted, long_part, main_part
 
 H100_BYTES = 85_017_493_504
 
@@ -18,8 +18,8 @@ def test_needs_are_what_was_measured_on_an_h100_and_a_little_more() -> None:
 
 
 def test_a_timed_process_finds_room_beside_all_others_of_its_group() -> None:
-    for group in main_part():
-        alive = [job for job in group if job.setting != REFERENCE]
+    for group in [*main_part(), *long_part()]:
+        alive = [job for job in group if job.timed]
         idle = sum(needed(job.shape, job.setting) for job in alive)
         for job in alive:
             most = max((needed(job.shape, job.setting, case) for case in job.timed), default=0)

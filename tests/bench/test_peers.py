@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
-from bench.peers import drawplate_model, huggingface, material
+from bench.peers import drawplate_model, huggingface, material, worker
 from bench.peers.cases import REFERENCE, Setting, documents, parse_case
 from bench.peers.entries import gradient_error
 from bench.peers.gate import Curve, judge
@@ -70,3 +71,19 @@ def test_a_system_that_trains_other_tensors_is_refused(folder: Path) -> None:
     start.pop(next(iter(start)))
     with pytest.raises(ValueError, match="other tensors"):
         set_adapter(drawplate_model.load(folder, OWN), start)
+
+
+def test_a_timed_case_is_a_run_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """Rows are no wider than the case's own, whatever other case came before: packed rows are much wider."""
+    doer = worker.Worker({"setting": dataclasses.asdict(OWN), "folder": str(folder), "out": str(tmp_path)})
+    doer.imports()
+    doer.load()
+    padded, packed = "climate-padded-2-4", "climate-packed-512-4"
+    for case in (padded, packed):
+        doer.warm(case)
+    bounds = doer.peer.model._bounds
+    bounds["training"].width = 512  # as compiled steps would have left it
+    doer.time(packed, "1")
+    assert bounds["training"].width == 512
+    assert len(doer.time(padded, "1")["step_seconds"]) == 1
+    assert bounds["training"].width < 512

@@ -9,8 +9,6 @@ from bench.peers import suite
 from bench.peers.cases import MISSION, REFERENCE, Job
 from bench.peers.suite import LONG, PACKED, PADDED, SMALL
 
-EVERYTHING = ["main", "long-3b", "long-8b"]
-
 
 def timed(groups: list[list[Job]]) -> list[tuple[str, str, float | None, str]]:
     return [
@@ -19,7 +17,7 @@ def timed(groups: list[list[Job]]) -> list[tuple[str, str, float | None, str]]:
 
 
 def test_the_parts_time_every_case_of_the_goals_once() -> None:
-    runs = timed(suite.groups_of(EVERYTHING))
+    runs = timed([group for part in suite.PARTS for group in suite.groups_of(part)])
     assert len(runs) == len(set(runs))
     for shape, budget in (("3b", None), ("8b", None), ("3b", 6), ("8b", 8)):
         for case in (*SMALL, LONG):
@@ -33,11 +31,11 @@ def test_the_parts_time_every_case_of_the_goals_once() -> None:
     assert len(packing) == 4
 
 
-@pytest.mark.parametrize("parts", [["main"], ["long-3b"], ["long-8b"], EVERYTHING])
-def test_whatever_is_timed_stands_behind_the_gate(parts: list[str]) -> None:
+@pytest.mark.parametrize("part", suite.PARTS)
+def test_whatever_is_timed_stands_behind_the_gate(part: str) -> None:
     """Each setting takes the gate's steps, and the reference and the yardstick prove every case before it is timed."""
     done: set[tuple[str, str, str]] = set()
-    for group in suite.groups_of(parts):
+    for group in suite.groups_of(part):
         for job in group:
             done |= {(job.shape, job.setting.label, case) for case in job.cases}
             done |= {(job.shape, job.setting.label, "curve")} if job.curve else set()
@@ -51,7 +49,7 @@ def test_whatever_is_timed_stands_behind_the_gate(parts: list[str]) -> None:
 
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(ValueError, match="longest"):
-        suite.groups_of(["main", "longest"])
+        suite.groups_of("longest")
 
 
 def test_a_planned_setting_has_a_process_for_each_case_of_the_command_line() -> None:
