@@ -4,9 +4,10 @@
 
 A frozen product that is already rounded to bf16 lies on that grid; an adapter whose output is smaller than half a step
 of the grid vanishes when it is added, and a small update of a good model is that small. Added before the product is
-rounded (as a matrix product's third operand), it moves the rounding instead. SmolLM2-135M's real weights, some of the
-demo's documents, LoRA r=16 on all linear layers; AdamW takes its steps in fp32, and each adapter on the way is measured
-in fp32 and in both ways in bf16. Left out: dropout, 4-bit weights, the gradients' own rounding.
+rounded, as Drawplate does (model/frozen_product.py), it moves the rounding instead. SmolLM2-135M's real weights, some
+of the demo's documents, LoRA r=16 on all linear layers; AdamW takes its steps in fp32, and each adapter on the way is
+measured in fp32, in bf16 with its output added after rounding (as PEFT does), and in bf16 by Drawplate's own layers.
+Left out: dropout, 4-bit weights, the gradients' own rounding.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from bench.about import about  # noqa: E402
+from drawplate.data.batches import cut_padded  # noqa: E402
+from drawplate.model.adapter import lora_config  # noqa: E402
+from drawplate.model.assemble import assemble  # noqa: E402
+from drawplate.model.causal_lm import CausalLM, Placement  # noqa: E402
+from drawplate.model.storage import Storage  # noqa: E402
+from drawplate.recipe import LoraSection  # noqa: E402
 
 RANK, SCALE, DOCUMENTS = 16, 2.0, 6
 Adapter = dict[str, tuple[Tensor, Tensor]]
@@ -36,16 +43,13 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in model.get_submodule("model.layers").named_modules() if isinstance(m, nn.Linear)}
 
 
-def put(model: nn.Module, adapter: Adapter, *, before_rounding: bool) -> None:
-    """Every linear layer adds its adapter's output, before or after its own product is rounded."""
+def put(model: nn.Module, adapter: Adapter) -> None:
+    """Every linear layer adds its adapter's output to its own product, which is rounded already."""
     for name, linear in linears_of(model).items():
 
         def forward(x: Tensor, name: str = name, linear: nn.Linear = linear) -> Tensor:
             a, b = (factor.to(x.dtype) for factor in adapter[name])
-            added = SCALE * (x @ a.T) @ b.T
-            if before_rounding:
-                return torch.addmm(added.flatten(0, -2), x.flatten(0, -2), linear.weight.T).view(added.shape)
-            return F.linear(x, linear.weight) + added
+            return F.linear(x, linear.weight) + SCALE * (x @ a.T) @ b.T
 
         linear.forward = forward  # type: ignore[method-assign]
 
@@ -61,9 +65,37 @@ def nats_of(model: Any, documents: list[list[int]]) -> Tensor:
     return total / count
 
 
-def first_steps(folder: Path, documents: list[list[int]], rate: float, steps: int) -> list[dict[str, float]]:
+def drawplate_model(prepared: Any) -> CausalLM:
+    """The base model in Drawplate's layers in bf16, with an adapter like the others'."""
+    section = LoraSection(r=RANK, lora_alpha=RANK * SCALE, lora_dropout=0.0, target_modules="all-linear")
+    placement = Placement(storage=Storage("bf16"), compute_dtype=torch.bfloat16)
+
+    def config(anatomy: Any) -> Any:
+        return lora_config(section, anatomy, prepared.checkpoint.name, None)
+
+    return assemble(prepared.checkpoint, placement, config, seed=0)
+
+
+@torch.no_grad()
+def nats_by_drawplate(model: CausalLM, adapter: Adapter, sequences: list[Any]) -> float:
+    """Mean over the tokens, each document in a row of its own."""
+    for layer, tensors in enumerate(model.adapter.layers):
+        for name, trained in tensors.items():
+            linear, _, which = name.rpartition(".")
+            trained.copy_(adapter[f"{layer}.{linear}"][which == "lora_B"])
+    total = count = 0.0
+    for batch in cut_padded(sequences, 1, 8, 0):
+        total, count = total + model.sum_nats(batch)[0].item(), count + batch.counted_tokens
+    return total / count
+
+
+def first_steps(prepared: Any, rate: float, steps: int) -> list[dict[str, float]]:
     """Nats after 0, 1, ... steps in fp32, and of the same adapters in bf16, added after and before rounding."""
     from transformers import AutoModelForCausalLM
+
+    folder, sequences = prepared.checkpoint.folder, prepared.train.sequences[:DOCUMENTS]
+    documents = [sequence.input_ids.tolist() for sequence in sequences]
+    ours = drawplate_model(prepared)
 
     torch.manual_seed(0)
     exact, rounded = (
@@ -76,15 +108,15 @@ def first_steps(folder: Path, documents: list[list[int]], rate: float, steps: in
         a = torch.empty(RANK, linear.in_features).uniform_(-bound, bound)
         adapter[name] = (a.requires_grad_(), torch.zeros(linear.out_features, RANK, requires_grad=True))
     optimizer = torch.optim.AdamW([factor for pair in adapter.values() for factor in pair], lr=rate, weight_decay=0.0)
-    put(exact, adapter, before_rounding=False)
+    put(exact, adapter)
+    put(rounded, adapter)
     points = []
     for step in range(steps + 1):
         loss = nats_of(exact, documents)
         point = {"step": step, "fp32": loss.item()}
-        for name, before in (("bf16, added after rounding", False), ("bf16, added before rounding", True)):
-            put(rounded, adapter, before_rounding=before)
-            with torch.no_grad():
-                point[name] = nats_of(rounded, documents).item()
+        with torch.no_grad():
+            point["bf16, added after rounding"] = nats_of(rounded, documents).item()
+        point["bf16, Drawplate"] = nats_by_drawplate(ours, adapter, sequences)
         points.append(point)
         if step < steps:
             loss.backward()
@@ -104,10 +136,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     given = parser.parse_args()
     prepared = prepare(load_recipe(ROOT / "examples" / "climate-demo.yaml"))
-    documents = [sequence.input_ids.tolist() for sequence in prepared.train.sequences[:DOCUMENTS]]
     results: list[dict[str, Any]] = []
     for rate in given.rates:
-        results.append({"rate": rate, "nats": first_steps(prepared.checkpoint.folder, documents, rate, given.steps)})
+        results.append({"rate": rate, "nats": first_steps(prepared, rate, given.steps)})
         for point in results[-1]["nats"]:
             print(rate, point, flush=True)
         given.out.write_text(json.dumps({**about(), "results": results}, indent=1) + "\n")
