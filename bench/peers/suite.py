@@ -1,8 +1,8 @@
 """The cases of the goals' table (docs/benchmark.md) as groups of jobs for one card, the most telling first.
 
 A group's processes prove themselves side by side and then have their steps timed in turns, so what is compared stands
-in one group. `main` takes some nine minutes, `long` eight: micro-batches of 14,336 tokens within the budgets, and of
-the 8B on the whole card, which it needs for one process at a time, so that its rounds do not alternate.
+in one group. `whole` takes some seven minutes, `rest` nine, each with yardsticks of its own. An 8B at 14,336 tokens
+needs the card for one process at a time, so its rounds do not alternate.
 """
 
 from __future__ import annotations
@@ -29,30 +29,29 @@ def budgeted(shape: str) -> list[Setting]:
     return [s for s in within(BUDGETS_GIB[shape]) if s.name != "planned, nf4"]
 
 
-def main_part() -> list[list[Job]]:
-    """3B on the whole card, packing too; both within their budgets; 8B on the whole card.
-
-    The 8B's yardsticks are in the first group because there is room for them while others compile.
-    """
-    everything = (*SMALL, LONG, PADDED)
-    own = (GATE_CASE, PACKED, PADDED, *SMALL[1:], LONG)
+def whole_part() -> list[list[Job]]:
+    """3B, then 8B, on the whole card, but for what needs it alone."""
     whole_3b = [
-        job("3b", REFERENCE, (*everything, PACKED), ()),
-        job("3b", MISSION, everything, (GATE_CASE,)),
-        job("3b", UNSLOTH, (*SMALL, LONG)),
-        job("3b", BF16, own),
-        job("3b", FP8, own),
-        *yardsticks("8b", SMALL),
+        job("3b", REFERENCE, (*SMALL, LONG), ()),
+        job("3b", MISSION, (*SMALL, LONG), (GATE_CASE,)),
+        *(job("3b", setting, (*SMALL, LONG)) for setting in (UNSLOTH, BF16, FP8)),
+        *yardsticks("8b", SMALL),  # there is room for them while others compile
+    ]
+    return [whole_3b, [job("8b", setting, SMALL) for setting in (UNSLOTH, BF16, FP8)]]
+
+
+def rest_part() -> list[list[Job]]:
+    """Packing; both models within their budgets; 14,336 tokens: the 8B on the whole card, and within the budgets."""
+    everything = (*SMALL, LONG)
+    packing = [
+        *yardsticks("3b", (*everything, PADDED, PACKED)),
+        *yardsticks("8b", everything),
+        *(job("3b", setting, (GATE_CASE, PACKED, PADDED), (PACKED, PADDED)) for setting in (BF16, FP8)),
     ]
     small = [found for shape in BUDGETS_GIB for found in jobs_of(shape, budgeted(shape), SMALL, GATE_CASE)]
-    return [whole_3b, small, [job("8b", setting, SMALL) for setting in (UNSLOTH, BF16, FP8)]]
-
-
-def long_part() -> list[list[Job]]:
-    """Micro-batches of 14,336 tokens; all that they are measured by is proven here, too."""
-    within_budgets = [job(shape, setting, (LONG,)) for shape in BUDGETS_GIB for setting in budgeted(shape)]
     alone = [[job("8b", setting, (LONG,))] for setting in (UNSLOTH, BF16, FP8)]
-    return [[*yardsticks("3b", (LONG,)), *yardsticks("8b", (LONG,))], within_budgets, *alone]
+    long = [job(shape, setting, (LONG,)) for shape in BUDGETS_GIB for setting in budgeted(shape)]
+    return [packing, small, *alone, long]
 
 
 def yardsticks(shape: str, cases: tuple[str, ...]) -> list[Job]:
@@ -60,7 +59,7 @@ def yardsticks(shape: str, cases: tuple[str, ...]) -> list[Job]:
     return [job(shape, setting, cases, ()) for setting in (REFERENCE, MISSION)]
 
 
-PARTS = {"main": main_part, "long": long_part}
+PARTS = {"whole": whole_part, "rest": rest_part}
 
 
 def groups_of(part: str) -> list[list[Job]]:
