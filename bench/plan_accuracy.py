@@ -375,14 +375,19 @@ def probe() -> tuple[dict[str, int], dict[str, Any]]:
     found = run_apart("--one", case)
     if "error" in found:
         raise SystemExit(found["error"])
-    lines = run_apart("--predict", case, "{}")
-    held = lines["phases"]["baseline evaluation"]["host"]
-    around = {
-        "context_bytes": found["context"] or found["outside_allocator"],
-        "loading_host_bytes": found["load"]["host_bytes"] - found["base_bytes"] - held,
-        "runtime_host_bytes": found[f"step{STEPS - 1}"]["host_bytes"] - found["base_bytes"] - held,
+    return around_of(found, run_apart("--predict", case, "{}")), {"case": case, "measured": found}
+
+
+def around_of(found: dict[str, Any], predicted: dict[str, Any]) -> dict[str, int]:
+    """What a small run with nothing on the host takes beside the ledger's lines."""
+    base = found["base_bytes"]
+    return {
+        "context_bytes": found.get("context") or found["outside_allocator"],
+        "loading_host_bytes": found["load"]["host_bytes"] - base,
+        "runtime_host_bytes": found[f"step{STEPS - 1}"]["host_bytes"]
+        - base
+        - predicted["phases"]["baseline evaluation"]["host"],
     }
-    return around, {"case": case, "measured": found, "predicted": lines}
 
 
 def run_apart(*arguments: str) -> dict[str, Any]:
@@ -451,7 +456,9 @@ def measure_all(cases: list[str], out: Path, options: dict[str, str]) -> None:
 def predict_all(measured: Path, out: Path) -> None:
     """Predict every case of a file of measurements, write both, print the errors."""
     stored = json.loads(measured.read_text())
-    around = stored["around"]
+    probed = stored["probe"]
+    found = around_of(probed["measured"], predict(probed["case"], {}))
+    around = stored["around"] = {**found, "context_bytes": stored["around"]["context_bytes"]}
     for result in stored["results"]:
         if not result["error"]:
             base = {"base_bytes": result["measured"]["base_bytes"]}

@@ -1,4 +1,4 @@
-"""Predicted against measured peaks of device and host, from bench/results/plan-accuracy-*h100.json.
+"""Predicted against measured peaks of device and host, from bench/results/plan-accuracy-*.json.
 
 python bench/plot_plan.py docs/pictures/plan.png        (needs matplotlib)
 
@@ -22,17 +22,14 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 from bench.plan_accuracy import device_peak, errors  # noqa: E402 - the repository is not installed
 
 RESULTS = Path(__file__).resolve().parent / "results"
-KNOWN, NEW = "known while the ledger was made", "new to it"
+KNOWN, NEW = "H100, known while the ledger was made", "H200, new to it"
 FILES = {
     "plan-accuracy-h100.json": KNOWN,
     "plan-accuracy-new-h100.json": KNOWN,
-    "plan-accuracy-unseen-h100.json": NEW,
+    "plan-accuracy-unseen-h100.json": KNOWN,
+    "plan-accuracy-later-h100.json": KNOWN,
+    "plan-accuracy-h200.json": NEW,
 }
-MENDED_SINCE = (
-    "135m:bf16:resident:keep:2x2048:16:all:0:padded:eager",
-    "135m:nf4:resident:keep:6x512:16:all:0.05:packed:eager",
-)
-"""Runs of the last file after which the ledger was mended once more."""
 PLACES = {"device": (-1, 3), "host": (-5, 5)}
 """How far a prediction may be off, in percent."""
 COLOURS = {KNOWN: "#2a6fb0", NEW: "#b8460e"}
@@ -44,13 +41,12 @@ def points(files: list[tuple[dict[str, Any], str]], place: str) -> dict[str, lis
     for stored, name, result in [(file, name, result) for file, name in files for result in file["results"]]:
         if result["error"]:
             continue
-        group = KNOWN if result["case"] in MENDED_SINCE else name
         measured = {
             "device": device_peak(result["measured"], stored["around"]),
             "host": result["measured"]["host_peak"],
         }
         off = dict(zip(("device", "host"), errors(result, stored["around"]), strict=True))
-        found[group].append((measured[place] / 2**30, result["predicted"][place] / 2**30, off[place]))
+        found[name].append((measured[place] / 2**30, result["predicted"][place] / 2**30, off[place]))
     return found
 
 

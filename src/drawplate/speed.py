@@ -34,7 +34,7 @@ from drawplate.recipe import cache_folder
 from drawplate.records import DeviceSpeed, Machine, from_json, to_json
 from drawplate.units import MIB
 
-VERSION = 6
+VERSION = 7
 PRODUCT_ROWS = {"cuda": (256, 1024, 4096, 16384), "cpu": (64, 256, 1024)}
 PRODUCT_WEIGHTS = {"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": ((192, 576), (1536, 576), (2048, 2048))}
 COPIED_BYTES = {"cuda": 512 * MIB, "cpu": 64 * MIB}
@@ -112,7 +112,7 @@ def keep_overheads(device: torch.device, dtype: torch.dtype, *, context: int, ru
     Args:
         device, dtype: as for `measured_speed`.
         context: bytes of the device outside torch's allocator.
-        runtime_host: bytes of the host that libraries and compiler hold.
+        runtime_host: bytes of the host that libraries hold, the compiler not counted.
     """
     known = measured_speed(device, dtype)
     found = replace(known, context_bytes=context or known.context_bytes, runtime_host_bytes=max(0, runtime_host))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from drawplate.overheads import COMPILED_ADAPTER_HOST_BYTES, COMPILER_HOST_BYTES, ROWS_ATTENTION_HOST_BYTES
 from drawplate.plan.shape import DTYPE_BYTES, Choice, ModelShape, Surroundings
 from drawplate.plan.stage import TRAINED_BYTES
 from drawplate.plan.storage import Storage, layer_bytes
 
 LANDINGS = 2
-RUNTIME = "libraries and compiler"
+RUNTIME = "libraries"
 Row = tuple[str, int, str]
 """Name, bytes, formula."""
 
@@ -33,7 +34,7 @@ class HostLines:
 
     def evaluation(self) -> list[Row]:
         """What is held throughout."""
-        return self._held(self.around.runtime_host_bytes)
+        return [*self._held(self.around.runtime_host_bytes), *self._kernels()]
 
     def training(self) -> list[Row]:
         """Offloaded inputs besides, each in a page-locked block of its own."""
@@ -56,6 +57,18 @@ class HostLines:
         """In the run's order."""
         return [self.load(), self.evaluation(), self.training(), self.checkpoint(), self.evaluation()]
 
+    def _kernels(self) -> list[Row]:
+        """On a GPU, what comes with the kernels of a layer: the compiler's graphs, and a library."""
+        choice = self.choice
+        if choice.device != "cuda":
+            return []
+        adapted = max(sum(linear.rank > 0 for linear in kind.linears) for kind in self.model.kinds)
+        compiler = (COMPILER_HOST_BYTES + adapted * COMPILED_ADAPTER_HOST_BYTES) * choice.compiled
+        return [
+            ("compiler", compiler, "30 MiB, and 6 for each adapted linear layer of a decoder layer"),
+            ("attention over padded rows", ROWS_ATTENTION_HOST_BYTES * (not choice.packing), "a library, 50 MiB"),
+        ]
+
     def _held(self, runtime_bytes: int) -> list[Row]:
         model, choice, around = self.model, self.choice, self.around
         size = DTYPE_BYTES[choice.compute_dtype]
@@ -70,8 +83,9 @@ class HostLines:
             rows.append(("head, page-locked", table, "vocabulary x hidden x bytes"))
             if not model.tied:
                 rows.append(("embedding", table, "vocabulary x hidden x bytes"))
-            each = self._locked(choice.micro_batch_tokens * model.hidden * size)
-            rows.append(("embedded tokens", each * (choice.device == "cuda"), "tokens x hidden x bytes"))
+            each = choice.micro_batch_tokens * model.hidden * size
+            looked_up = (each + self._locked(each)) * (choice.device == "cuda")
+            rows.append(("embedded tokens", looked_up, "tokens x hidden x bytes, and again page-locked"))
         return rows
 
     def _locked(self, size: int) -> int:

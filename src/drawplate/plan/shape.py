@@ -166,7 +166,7 @@ class Surroundings:
         trial_bytes: of the device, taken by the compiler while it tries variants of a kernel: the size of the L2 cache.
         self_check: whether loading ends with the comparison of model/self_check.py.
         loading_host_bytes: of host memory that CUDA's libraries take by the end of loading.
-        runtime_host_bytes: the same by the end of the first step, the compiler's share included.
+        runtime_host_bytes: the same by the end of the first step, without the compiler's share.
     """
 
     base_bytes: int = 0

@@ -54,7 +54,7 @@ class DeviceSpeed:
         context_bytes: device memory that CUDA takes outside torch's allocator, once compiled steps have run.
         l2_cache_bytes: of the device.
         loading_host_bytes: host memory that CUDA and its libraries take by the end of loading.
-        runtime_host_bytes: the same by the end of the first step, the compiler's share included.
+        runtime_host_bytes: the same by the end of the first step, without the compiler's share.
     """
 
     name: str
