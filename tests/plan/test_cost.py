@@ -76,9 +76,11 @@ def test_streaming_is_free_above_the_tokens_that_docs_streaming_names_and_not_be
     assert 0 < waiting < copies
 
 
-def test_packed_documents_cost_the_sum_of_their_squares() -> None:
-    long, short = cost_of(work=work_of(length=2048)), cost_of(work=work_of(length=1024))
-    assert 1.5 < line(long, "attention") / line(short, "attention") < 2.0
+def test_packed_documents_cost_the_sum_of_their_squares_and_what_each_position_takes() -> None:
+    whole, long, short = (line(cost_of(work=work_of(length=n)), "attention") for n in (8192, 4096, 2048))
+    each = 2 * long - whole
+    assert 0 < each < short, "what does not grow with the length"
+    assert whole - long == pytest.approx(2 * (long - short))
 
 
 def test_a_small_micro_batch_waits_for_the_host_unless_it_is_captured() -> None:
@@ -259,8 +261,9 @@ def test_an_h100_is_predicted_within_a_tenth(
         memory_rate=2.8e12,
         dequantize_rate=6e11,
         launch_seconds=1.06e-5,
+        row_attention=(),
     )
-    choice = choice_of(activations=activations, precision=precision, dequantize="product")
+    choice = choice_of(activations=activations, precision=precision, dequantize="product", packing=False)
     predicted = step_cost(MODEL, choice, work_of(tokens, length), probed)
     assert predicted.tokens_per_second == pytest.approx(tokens_per_second, rel=0.1)
 

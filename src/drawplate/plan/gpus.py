@@ -20,6 +20,10 @@ PRODUCT_SHARE = 0.70
 SMALL_PRODUCT_SHARE = 0.12
 """Of a card's dense peak: reached by products of a large layer with thousands of tokens, and by very small ones."""
 ATTENTION_SHARE = 0.40
+ROW_ATTENTION_SHARES = ((512.0, 0.19), (2048.0, 0.39))
+"""The same of attention, by tokens of a document in a row of its own."""
+FLASH_2_SHARES = ((512.0, 0.086), (2048.0, 0.22))
+"""And of documents packed into a row, where the kernel that torch has for them is one for older cards."""
 MEMORY_SHARE = 0.85
 BUS_SHARE = 0.83
 DEQUANTIZE_BYTES = 6.0
@@ -64,7 +68,8 @@ B200 = f"NVIDIA DGX B200 product page, an eighth of the system, {_DATA_CENTER}/d
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card. Rates in TFLOP/s, dense; `bf16` 0 where the card has none; memory in nominal GiB, bandwidth in GB/s."""
+    """One card. Rates in TFLOP/s, dense; `bf16` 0 where the card has none; memory in nominal GiB, bandwidth in GB/s.
+    `newer_than_flash_2`: what torch attends to packed documents with was made for the cards before it."""
 
     name: str
     memory_gib: int
@@ -76,6 +81,7 @@ class Gpu:
     source: str
     lanes: int = 16
     ecc: bool = False
+    newer_than_flash_2: bool = False
 
     @property
     def bytes(self) -> int:
@@ -89,6 +95,7 @@ class Gpu:
         bus = _PCIE_BYTES[self.pcie] * self.lanes / 16 * BUS_SHARE
         memory = self.bandwidth * 1e9 * MEMORY_SHARE
         small, large = peak * SMALL_FLOPS_OF_PEAK, peak * LARGE_FLOPS_OF_PEAK
+        packed = FLASH_2_SHARES if self.newer_than_flash_2 else ROW_ATTENTION_SHARES
         return DeviceSpeed(
             name=self.name,
             source=f"published figures ({self.source}), at {PRODUCT_SHARE:.0%} of the peak",
@@ -102,6 +109,8 @@ class Gpu:
             context_bytes=CONTEXT_BYTES,
             loading_host_bytes=LOADING_HOST_BYTES,
             runtime_host_bytes=RUNTIME_HOST_BYTES,
+            row_attention=tuple((length, share * peak) for length, share in ROW_ATTENTION_SHARES),
+            packed_attention=tuple((length, share * peak) for length, share in packed),
         )
 
 
@@ -126,10 +135,10 @@ GPUS = (
     Gpu("RTX 6000 Ada", 48, 364, 364, 728, 960, 4, RTX_6000, ecc=True),
     Gpu("RTX 5080", 16, 112.6, 112.6, 225.1, 960, 5, BLACKWELL),
     Gpu("RTX 5090", 32, 209.5, 209.5, 419, 1792, 5, BLACKWELL),
-    Gpu("H100 PCIe", 80, 756, 756, 1513, 2000, 5, f"{H100} (PCIe)"),
-    Gpu("H100", 80, 989, 989, 1979, 3350, 5, f"{H100} (SXM)"),
-    Gpu("H200", 141, 989, 989, 1979, 4800, 5, f"{H200} (SXM)"),
-    Gpu("B200", 180, 2250, 2250, 4500, 7700, 5, B200),
+    Gpu("H100 PCIe", 80, 756, 756, 1513, 2000, 5, f"{H100} (PCIe)", newer_than_flash_2=True),
+    Gpu("H100", 80, 989, 989, 1979, 3350, 5, f"{H100} (SXM)", newer_than_flash_2=True),
+    Gpu("H200", 141, 989, 989, 1979, 4800, 5, f"{H200} (SXM)", newer_than_flash_2=True),
+    Gpu("B200", 180, 2250, 2250, 4500, 7700, 5, B200, newer_than_flash_2=True),
 )
 
 

@@ -32,9 +32,10 @@ HEAD_PASSES = {"cuda": 8, "cpu": 10}
 """Bytes moved per logit between the head's two products (model/loss.py): on a GPU one kernel reads a tile and writes
 its weights, 7.5 bytes as measured on an H100; a CPU's tile stays in its cache."""
 
-FP8_RATE, FP8_PASSES = 1.8, 3
-"""fp8 products against bf16's of the same size; and the bytes that scaling and rounding an element of their inputs
-takes, read in 16 bits and written in 8."""
+FP8_RATE, FP8_PASSES = 1.9, 3
+"""fp8 products against bf16's of the same size (1.9 to 2.0 by the kernels' times in profile-captured-h100.json and
+profile-packed-h100.json, bench/results); and the bytes that scaling and rounding an element of their inputs takes, read
+in 16 bits and written in 8."""
 
 TRANSPOSE_BYTES = 2.5
 """Bytes moved, in the time it takes, to transpose an fp8 weight for backward: read 1, write 1, not quite at the
@@ -165,7 +166,7 @@ def attention_seconds(model: ModelShape, choice: Choice, work: StepWork, speed: 
         (short, short_rate), (long, long_rate) = measured
         each_short, each_long = short / short_rate, long / long_rate
         slope = (each_long - each_short) / (long - short)
-        each = max(each_short + slope * (length - short), length / long_rate)
+        each = max(each_short + slope * (length - short), 0.0)
         return 2.0 * model.hidden * work.positions * each
     probed = PROBED_DOCUMENT[choice.device]
     reached = length / (length + SHORT_DOCUMENT) * (probed + SHORT_DOCUMENT) / probed
