@@ -19,7 +19,7 @@ from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.layers import RECOMPILE_LIMIT
+from drawplate.model.layer_functions import RECOMPILE_LIMIT
 from drawplate.model.residency import Residency
 from drawplate.model.storage import Storage
 from drawplate.model.weights import Checkpoint

@@ -10,7 +10,7 @@ from torch import fx
 from transformers import AutoConfig
 
 from drawplate.footprints import TRIAL, Mode, Trace
-from drawplate.model import body_footprint, footprint, recorder
+from drawplate.model import body_footprint, recorder, trial
 from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.compiled_kernels import kernels_of
@@ -76,7 +76,7 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_so_has_every_kind_of_layer_that_the_walk_lets_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (body_footprint, footprint, recorder):
+    for module in (body_footprint, trial, recorder):
         monkeypatch.setattr(module, "TRACED_TOKENS", 32)  # without their kernels, recurrent layers go token by token
     anatomy = build_anatomy(AutoConfig.for_model(name, **{**COMMON, "num_hidden_layers": 2, **UNUSUAL[name]}))
     section = LoraSection(r=4, lora_alpha=8, target_modules=["dt_proj" if name == "mamba" else "down_proj"])

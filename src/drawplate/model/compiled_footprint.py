@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,10 +22,7 @@ from drawplate.model.compiled_nodes import outputs_of, root_of
 from drawplate.model.compiled_walk import Walk
 from drawplate.model.frozen import WHOLE
 from drawplate.model.recorder import Recorder, line_of
-
-if TYPE_CHECKING:
-    from drawplate.model.footprint import Trial
-
+from drawplate.model.trial import Trial
 
 Halves = tuple[fx.GraphModule, fx.GraphModule]
 """A forward and a backward."""

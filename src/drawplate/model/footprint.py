@@ -15,7 +15,6 @@ while they run, but for the one that matters: attention's backward (`kernel_line
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -27,20 +26,20 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from drawplate.footprints import Footprint, LayerShape, LinearShape, Mode
 from drawplate.model import attention
 from drawplate.model.adapter import target_names
 from drawplate.model.anatomy import Anatomy
-from drawplate.model.body_footprint import arguments_of, device_of, measure_outer, walked
+from drawplate.model.body_footprint import measure_outer
 from drawplate.model.compiled_footprint import Graphs, compiled_footprint
-from drawplate.model.frozen import WHOLE, FrozenLinear
-from drawplate.model.frozen_layer import freeze_linears, stored_specs, trained_shapes
-from drawplate.model.layers import kind_of
-from drawplate.model.recorder import TRACED_TOKENS, Recorder, Watch
+from drawplate.model.frozen import FrozenLinear
+from drawplate.model.frozen_layer import trained_shapes
+from drawplate.model.layer_functions import kind_of
+from drawplate.model.recorder import Recorder, Watch
 from drawplate.model.storage import PLAIN_DTYPES, Storage
+from drawplate.model.trial import Trial, frozen_layer, unused_of
 
 PLAIN_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in PLAIN_DTYPES.items()}
 
@@ -74,7 +73,7 @@ def _layer_shape(anatomy: Anatomy, index: int, lora: LoraConfig, targets: set[st
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     weights = {id(module.weight) for module in linears.values()}
     others = [*layer.parameters(), *layer.buffers()]
-    trained = trained_shapes(_frozen_layer(anatomy, index, lora, Storage("bf16")), lora)
+    trained = trained_shapes(frozen_layer(anatomy, index, lora, Storage("bf16")), lora)
     return LayerShape(
         linears=tuple(
             LinearShape(
@@ -89,12 +88,6 @@ def _layer_shape(anatomy: Anatomy, index: int, lora: LoraConfig, targets: set[st
         trained=tuple(torch.Size(shape).numel() for shape in trained.values()),
         footprints=_Footprints(Measured(anatomy, index, lora)),
     )
-
-
-def unused_of(anatomy: Anatomy, index: int) -> tuple[str, ...]:
-    """The linear layers of a decoder layer that are not computed again for its backward."""
-    unused = walked(anatomy).unused
-    return unused[index] if unused else ()
 
 
 def outer_footprints(anatomy: Anatomy) -> tuple[Mapping[Mode, Footprint], Mapping[Mode, Footprint]]:
@@ -148,86 +141,10 @@ class Measured:
 
     def _trial(self, mode: Mode) -> Trial:
         storage = Storage(mode.stored or PLAIN_NAMES[mode.compute_dtype])
-        layer = _frozen_layer(self.anatomy, self.index, self.lora, storage)
+        layer = frozen_layer(self.anatomy, self.index, self.lora, storage)
         with unset_fake_temporarily():  # fills bitsandbytes' caches, with numbers
             storage.decode(list(storage.encode(torch.zeros(64, 64)).values()), (64, 64), torch.float32)
         return Trial.of(layer, self.anatomy, self.index, self.lora, mode)
-
-
-@dataclass
-class Trial:
-    """A layer and what it is called with, all without data.
-
-    Attributes:
-        layer: the decoder layer with frozen linear layers and our attention.
-        stored, trained, keys: its tensors by name.
-        unused: its linear layers that are not computed again for its backward.
-        hidden: its input, shape (1, TRACED_TOKENS, H).
-        arguments: what transformers' body passes along beside it: (args, kwargs).
-    """
-
-    layer: nn.Module
-    mode: Mode
-    stored: dict[str, Tensor]
-    trained: dict[str, Tensor]
-    keys: dict[str, Tensor]
-    unused: tuple[str, ...]
-    hidden: Tensor
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All of the layer's, those of a whole dequantized layer standing in for what they were made of."""
-        whole = {name: torch.empty_like(tensor) for name, tensor in self.whole().items()}
-        return {**self.stored, **whole, **self.trained, **self.keys}
-
-    def whole(self) -> dict[str, Tensor]:
-        """The layer's weights dequantized, where that is done before it is called; else none."""
-        if not self.mode.whole:
-            return {}
-        dtype, modules = self.hidden.dtype, self.layer.named_modules()
-        linears = {path: m for path, m in modules if isinstance(m, FrozenLinear) and m.storage.quantized}
-        return {f"{path}.{WHOLE}": m.dequantized(self.stored, path, dtype) for path, m in linears.items()}
-
-    def run(self, hidden: Tensor) -> Tensor:
-        """As the layer's runner calls it."""
-        return self.call({**self.stored, **self.whole(), **self.trained, **self.keys}, hidden, self.arguments)
-
-    @classmethod
-    def of(cls, layer: nn.Module, anatomy: Anatomy, index: int, lora: LoraConfig, mode: Mode) -> Trial:
-        """Everything a call of the frozen layer needs."""
-        device = device_of(mode)
-        dtype = getattr(torch, mode.compute_dtype)
-        hidden = torch.empty(1, TRACED_TOKENS, anatomy.config.hidden_size, dtype=dtype, device=device)
-        specs = stored_specs(layer, dtype)
-        adapted = [path for path, m in layer.named_modules() if isinstance(m, FrozenLinear) and m.rank]
-        shape = (1, TRACED_TOKENS) if mode.dropout else (0,)
-        return cls(
-            layer=layer,
-            mode=mode,
-            stored={n: torch.empty(s, dtype=d, device=device) for n, (s, d) in specs.items()},
-            trained={n: torch.empty(s, device=device) for n, s in trained_shapes(layer, lora).items()},
-            keys={f"{path}.dropout_key": torch.empty(shape, dtype=torch.int32, device=device) for path in adapted},
-            unused=unused_of(anatomy, index),
-            hidden=hidden,
-            arguments=arguments_of(anatomy, index, hidden, mode),
-        )
-
-    def call(self, tensors: dict[str, Tensor], hidden: Tensor, arguments: Any) -> Tensor:
-        """The layer's output."""
-        args, kwargs = arguments
-        out = functional_call(self.layer, tensors, (hidden, *args), kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-
-def _frozen_layer(anatomy: Anatomy, index: int, lora: LoraConfig, storage: Storage) -> nn.Module:
-    with unset_fake_temporarily():  # what an architecture keeps beside its parameters is not copied in that mode
-        layer = copy.deepcopy(anatomy.layers[index])
-    for module in layer.modules():
-        if (config := getattr(module, "config", None)) is not None:
-            config._attn_implementation = attention.NAME
-    freeze_linears(layer, f"{anatomy.layers_path}.{index}", storage, lora, target_names(lora, anatomy))
-    return layer.eval()
 
 
 def _eager_footprint(trial: Trial) -> Footprint:

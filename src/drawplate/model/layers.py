@@ -16,28 +16,22 @@ evaluation mode.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call
 
 from drawplate.model.adapter import Adapter
-from drawplate.model.compile_workers import end_with_this_process
 from drawplate.model.dropout import module_keys
 from drawplate.model.frozen import WHOLE, FrozenLinear
+from drawplate.model.layer_functions import Tensors, compiled_functions, functions, without_unused
 from drawplate.model.residency import Residency
 from drawplate.model.saved_inputs import InputStore
 
 POLICIES = ("keep", "recompute", "offload")
-RECOMPILE_LIMIT = 64
-"""Versions of a layer's function before the compiler gives up on it and runs it uncompiled, torch's own limit being 8:
-with and without gradients, dequantized whole or not, and a few shapes each of training and of measuring."""
-Tensors = dict[str, Tensor]
 
 
 @dataclass
@@ -89,9 +83,9 @@ class LayerRunner:
         self._no_whole = torch.empty(0, device=residency.device)  # of one dtype, or it would be compiled twice
         self._whole_dtype = whole_dtype
         self._quantized = [_quantized_linears(template) for template in templates]
-        made = _shared_functions if compiled else _functions
-        self._functions, self._eager = made(self.templates), _functions(self.templates)
-        less = [_without_unused(template) for template in self.templates]
+        made = compiled_functions if compiled else functions
+        self._functions, self._eager = made(self.templates), functions(self.templates)
+        less = [without_unused(template) for template in self.templates]
         self._again = self._functions if less == self.templates else made(less)
 
     def begin(self, token_keys_BT: Tensor | None) -> None:
@@ -252,55 +246,6 @@ class ExecutedLayer(nn.Module):
     def __getattr__(self, name: str) -> Any:
         # Bodies ask their layers for facts such as `attention_type`.
         return getattr(self._runner.templates[self._layer], name)
-
-
-def _call_of(template: nn.Module) -> Callable[..., Any]:
-    def call(tensors: Tensors, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return functional_call(template, tensors, (hidden, *args), kwargs)
-
-    return call
-
-
-def _functions(templates: Sequence[nn.Module]) -> list[Callable[..., Any]]:
-    return [_call_of(template) for template in templates]
-
-
-def _without_unused(template: nn.Module) -> nn.Module:
-    """The layer, with zeros for the outputs that its backward does not need."""
-    if all(m.computed_again for m in template.modules() if isinstance(m, FrozenLinear)):
-        return template
-    less = copy.deepcopy(template)
-    for module in less.modules():
-        if isinstance(module, FrozenLinear):
-            module.output_used = module.computed_again
-    return less
-
-
-def _shared_functions(templates: Sequence[nn.Module]) -> list[Callable[..., Any]]:
-    """One compiled function for each kind of layer; layers alike but for their index are one kind."""
-    end_with_this_process()
-    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    by_kind: dict[str, Callable[..., Any]] = {}
-    return [
-        by_kind.setdefault(kind, torch.compile(_call_of(template), dynamic=False))
-        for template in templates
-        for kind in [kind_of(template)]
-    ]
-
-
-def kind_of(template: nn.Module) -> str:
-    """A string equal for layers that compute the same function of their tensors."""
-    parts = []
-    for path, module in template.named_modules():
-        facts = {
-            k: v
-            for k, v in vars(module).items()
-            if k != "layer_idx" and not k.startswith("_") and isinstance(v, (int, float, str, bool, tuple, type(None)))
-        }
-        storage = module.storage if isinstance(module, FrozenLinear) else None
-        tensors = [(n, tuple(t.shape), t.dtype) for n, t in [*module.named_parameters(), *module.named_buffers()]]
-        parts.append(f"{path}:{type(module).__name__}:{sorted(facts.items(), key=str)}:{storage}:{tensors}")
-    return "\n".join(parts)
 
 
 def _quantized_linears(template: nn.Module) -> dict[str, FrozenLinear]:

@@ -27,7 +27,7 @@ from drawplate.errors import UsageError
 from drawplate.model import attention
 from drawplate.model.anatomy import Anatomy
 from drawplate.model.frozen import FrozenLinear
-from drawplate.model.layers import kind_of
+from drawplate.model.layer_functions import kind_of
 from drawplate.model.logits_path import require_known_logits
 from drawplate.model.unused_products import unused_products
 
