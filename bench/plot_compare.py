@@ -1,6 +1,6 @@
 """Tokens per second against peak GiB, every system, from results of bench/compare.py; and docs/benchmark.md's tables.
 
-python bench/plot_compare.py docs/pictures/compare.png bench/results/compare-3b-h100.json ...    (needs matplotlib)
+python bench/plot_compare.py docs/pictures/compare.png          (needs matplotlib)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from bench.peers.goals import DOCUMENT, blocks, filled  # noqa: E402
+from bench.peers.goals import DOCUMENT, GPU_RESULTS, blocks, filled  # noqa: E402
 from bench.peers.table import GIB, is_fp8  # noqa: E402
 
 LOOKS = {
@@ -52,8 +52,9 @@ def panel(axes: Any, results: list[dict[str, Any]], title: str) -> None:
             )
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
-    axes.set_ylim(bottom=0)
+    axes.set_xlim(3, 96)
+    axes.set_xticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
+    axes.set_ylim(0, 1.1 * max(r["tokens_per_second"] for r in results if "tokens_per_second" in r))
     axes.set_xlabel("peak reserved, GiB")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -74,7 +75,7 @@ def by_model(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def main() -> None:
     """Draw one picture, and write the tables into the document."""
-    picture, records = Path(sys.argv[1]), [json.loads(Path(p).read_text(encoding="utf-8")) for p in sys.argv[2:]]
+    picture, records = Path(sys.argv[1]), [json.loads(path.read_text(encoding="utf-8")) for path in GPU_RESULTS]
     models = by_model(records)
     panels = [(model, case) for model, results in models.items() for case in dict.fromkeys(r["case"] for r in results)]
     panels = [(model, case) for model, case in panels if "x" in case and systems_in(models[model], case) > 1]

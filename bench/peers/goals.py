@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.ceiling import ceiling
-from bench.peers.suite import BUDGETS_GIB, LONG, PACKED, PADDED, SMALL
-from bench.peers.table import best_within, is_fp8, ratios, table
+from bench.peers.suite import BUDGETS_GIB, LONG, PACKED, PADDED, PARTS, SMALL
+from bench.peers.table import best_within, is_fp8, table
 from bench.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT, CPU_RESULTS = ROOT / "docs" / "benchmark.md", ROOT / "bench" / "results" / "compare-cpu.json"
+GPU_RESULTS = [ROOT / "bench" / "results" / f"compare-{part}-h100.json" for part in PARTS]
 COLUMNS = tuple((shape, case) for shape in BUDGETS_GIB for case in (*SMALL, LONG))
 RATIO_GOALS = (
     ("Unsloth's best, whole card, bf16", "unsloth", False, False, 1.25),
@@ -29,17 +30,30 @@ CPU_GOALS = {"fp32": 1.3, "bf16": 2.5}
 
 
 def against_others(results: Sequence[dict[str, Any]]) -> str:
-    """Drawplate's tokens per second over a peer's, by model and case; bold where the goal is met."""
+    """Drawplate's tokens per second over a peer's, by model and case; bold where the goal is met.
+
+    Of medians, and in brackets of each one's fastest step: a busy host slows what is launched kernel by kernel.
+    """
     names = [f"{shape.upper()}, {case}" for shape, case in COLUMNS]
     lines = [f"| times the speed of | goal | {' | '.join(names)} |", "| --- " * (2 + len(names)) + "|"]
     for words, peer, within, fp8, goal in RATIO_GOALS:
         cells = []
         for shape, case in COLUMNS:
-            found = [r for r in results if r["model"] == shape and r["case"] == case]
-            ratio = [x[3] for x in ratios(found, peer, BUDGETS_GIB[shape] if within else None, fp8=fp8)]
-            cells.append(marked(ratio[0], goal) if ratio else "")
+            found = [r for r in results if r["model"] == shape and (r["system"] != "drawplate" or is_fp8(r) == fp8)]
+            best = best_within(found, case, BUDGETS_GIB[shape] if within else None)
+            own, other = best.get("drawplate"), best.get(peer)
+            if own and other:
+                ratio = own["tokens_per_second"] / other["tokens_per_second"]
+                cells.append(f"{marked(ratio, goal)} ({fastest(other) / fastest(own):.2f})")
+            else:
+                cells.append("")
         lines.append(f"| {words} | {goal:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def fastest(result: dict[str, Any]) -> float:
+    """Seconds of the shortest timed step."""
+    return min(seconds for answer in result["step_seconds"] for seconds in answer)
 
 
 def against_itself(record: dict[str, Any], cpu: dict[str, Any]) -> str:
@@ -70,7 +84,7 @@ def packing(results: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
 
 
 def ceiling_share(record: dict[str, Any]) -> float | None:
-    """Of the tokens per second that the products measured in the same run would allow; None where either is missing."""
+    """Of the tokens per second that the card's measured products would allow; None where either is missing."""
     shape, case = CEILING_CASE
     own = [r for r in record["results"] if r["model"] == shape and r["system"] == "drawplate" and not is_fp8(r)]
     best, rate = best_within(own, case, None).get("drawplate"), record.get("product_flops_per_second")
@@ -89,9 +103,11 @@ def blocks(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Name -> Markdown, of what DOCUMENT takes from the results; the CPU's are those of CPU_RESULTS."""
     cpu = json.loads(CPU_RESULTS.read_text(encoding="utf-8"))
     results = [result for record in records for result in record["results"]]
+    rate = next((r["product_flops_per_second"] for r in records if r.get("product_flops_per_second")), None)
+    joined = {"results": results, "product_flops_per_second": rate}
     return {
-        "goals": f"{against_others(results)}\n\n{against_itself({**records[0], 'results': results}, cpu)}",
-        "tables": "\n\n".join(map(table, records)),
+        "goals": f"{against_others(results)}\n\n{against_itself(joined, cpu)}",
+        "tables": table({**records[0], "results": results}),
     }
 
 

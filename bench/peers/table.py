@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 GIB = 2**30
@@ -58,23 +58,6 @@ def best_within(results: Iterable[dict[str, Any]], case: str, budget_gib: float 
         if r["system"] not in best or r["tokens_per_second"] > best[r["system"]]["tokens_per_second"]:
             best[r["system"]] = r
     return best
-
-
-def ratios(
-    results: Sequence[dict[str, Any]], peer: str, budget_gib: float | None, *, fp8: bool = False
-) -> list[tuple[str, float, float, float]]:
-    """(case, Drawplate's tokens/s, the peer's best, their ratio) for each case that both ran within the budget.
-
-    Drawplate's fp8 arithmetic is compared by itself: with `fp8` it alone, else everything but it.
-    """
-    found = []
-    kept = [r for r in results if r["system"] != "drawplate" or is_fp8(r) == fp8]
-    for case in dict.fromkeys(r["case"] for r in results):
-        best = best_within(kept, case, budget_gib)
-        if "drawplate" in best and peer in best:
-            own, other = best["drawplate"]["tokens_per_second"], best[peer]["tokens_per_second"]
-            found.append((case, own, other, own / other))
-    return found
 
 
 def is_fp8(result: dict[str, Any]) -> bool:

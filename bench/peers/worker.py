@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 BEGAN = time.monotonic()
-UNTIMED_STEPS = 2
-"""The first after memory was given back, and the one in which Drawplate captures its graphs."""
+UNTIMED_STEPS = 3
+"""The first after memory was given back, and those in which Drawplate captures its graphs, one a shape of rows."""
 MODULES = {
     "reference": "bench.peers.huggingface",
     "mission": "bench.peers.huggingface",

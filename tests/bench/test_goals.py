@@ -1,15 +1,29 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from bench.peers.goals import against_itself, against_others, ceiling_share, marked, packing
+import pytest
+
+from bench.peers.goals import (
+    DOCUMENT,
+    GPU_RESULTS,
+    against_itself,
+    against_others,
+    blocks,
+    ceiling_share,
+    filled,
+    marked,
+    packing,
+)
 from bench.peers.suite import PACKED, PADDED
 
 
 def run(system: str, setting: str, case: str, speed: float, *, budget: float | None = None, model: str = "3b") -> Any:
     held = (budget or 30) * 2**30
     facts = {"model": model, "system": system, "setting": setting, "case": case, "budget_gib": budget}
-    return {**facts, "tokens_per_second": speed, "process_device_bytes": held}
+    steps = [[100 / speed, 80 / speed], [100 / speed]]
+    return {**facts, "tokens_per_second": speed, "process_device_bytes": held, "step_seconds": steps}
 
 
 RESULTS = [
@@ -27,7 +41,13 @@ RESULTS = [
 def test_each_goal_has_its_ratios_and_bold_is_met() -> None:
     lines = against_others(RESULTS).splitlines()
     assert lines[0].startswith("| times the speed of | goal | 3B, 7x512 | 3B, 2x2048 | 3B, 7x2048 | 8B, 7x512 |")
-    assert [line.split(" | ")[2] for line in lines[2:]] == ["**1.25**", "1.50", "**1.30**", "", "**5.00**", "**6.00**"]
+    cells = [line.split(" | ")[2] for line in lines[2:]]
+    assert cells == ["**1.25** (1.25)", "1.50 (1.50)", "**1.30** (1.30)", "", "**5.00** (5.00)", "**6.00** (6.00)"]
+
+
+def test_fastest_steps_are_compared_beside_medians() -> None:
+    slowed = [{**r, "step_seconds": [[1.0, 4.0]]} if r["system"] == "unsloth" else r for r in RESULTS]
+    assert "**1.25** (0.62)" in against_others(slowed)
 
 
 def test_bold_is_what_reaches_its_goal_as_printed() -> None:
@@ -51,3 +71,15 @@ def test_the_share_of_the_ceiling_is_of_the_products_of_the_same_run() -> None:
     assert share is not None
     assert 0.69 < share < 0.71
     assert ceiling_share({"results": results}) is None
+
+
+def test_the_documents_tables_are_those_of_the_results() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    made = blocks([json.loads(path.read_text(encoding="utf-8")) for path in GPU_RESULTS])
+    assert filled(text, made) == text
+    assert filled(text, made | {"goals": "other"}) != text
+
+
+def test_a_block_without_a_place_is_refused() -> None:
+    with pytest.raises(ValueError, match="no place for goals"):
+        filled("no blocks here", {"goals": "text"})

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.peers.table import best_within, ratios, table
+from bench.peers.table import best_within, table
 
 GATE = {"difference": 0.001, "allowed": 0.02, "reason": "", "gradient_error": 0.1}
 
@@ -53,15 +53,3 @@ def test_a_budget_holds_the_whole_process_where_that_is_known() -> None:
     held = [result("unsloth", "nf4", 1.0, 5.5, process_device_bytes=int(5.5 * 2**30) + context)]
     assert not best_within(held, "7x512", 6)
     assert best_within(held, "7x512", 6.5)
-
-
-def test_a_ratio_compares_each_systems_best_within_the_budget() -> None:
-    assert ratios(RESULTS, "unsloth", None) == [("7x512", 40000.0, 30000.0, 40000 / 30000)]
-    assert ratios(RESULTS, "unsloth", 6) == [("7x512", 20000.0, 10000.0, 2.0)]
-    assert ratios(RESULTS, "liger", None) == []
-
-
-def test_fp8_is_compared_by_itself() -> None:
-    results = [*RESULTS, result("drawplate", "fp8, all kept", 60000.0, 30.0)]
-    assert ratios(results, "unsloth", None)[0][1] == 40000.0
-    assert ratios(results, "unsloth", None, fp8=True) == [("7x512", 60000.0, 30000.0, 2.0)]
