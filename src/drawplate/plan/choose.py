@@ -171,9 +171,8 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
 
 def fastest(search: Search, budget: Budget) -> Found | None:
     """The fastest that fits, where a lesser precision has to be 3 % faster than a better one; None where none fits."""
-    while won := _preferred(search, budget):
-        if found := search.confirmed(won, budget):
-            return found
+    if found := search.settled(budget, lambda: _preferred(search, budget)):
+        return found
     near = search.nearest(budget)  # the estimate by which it searches may be too careful
     return None if budget.excess(near.need) else near
 

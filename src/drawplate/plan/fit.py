@@ -31,6 +31,10 @@ class Fit:
     _estimates: dict[tuple[_Pattern, int], Need] = field(default_factory=dict)
     _shifts: dict[tuple[str, int, int, int], tuple[Need, tuple[int, int]]] = field(default_factory=dict)
 
+    def knows(self, choice: Choice) -> bool:
+        """Whether the ledger has been asked."""
+        return choice in self._exact
+
     def exact(self, choice: Choice) -> Need:
         """By the ledger."""
         if choice not in self._exact:

@@ -105,8 +105,13 @@ class Search:
             limit: seconds per token that it must stay below.
             tokens: of the micro-batch, if only those are to be looked at.
         """
-        while won := self.promising(precision, budget, limit=limit, tokens=tokens):
-            if found := self.confirmed(won, budget):
+        return self.settled(budget, lambda: self.promising(precision, budget, limit=limit, tokens=tokens))
+
+    def settled(self, budget: Budget, promising: Callable[[], Won | None]) -> Found | None:
+        """What is still promising once the ledger has been asked of it: each answer may mend the estimates."""
+        while won := promising():
+            known, found = self.fit.knows(won.choice), self.confirmed(won, budget)
+            if known and found:
                 return found
         return None
 
