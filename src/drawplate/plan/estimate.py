@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drawplate.footprints import TRIAL, Footprint, Trace
-from drawplate.plan.host import HostLines
+from drawplate.plan.host import HostLines, Row
 from drawplate.plan.micro_batch import RETURN_BUFFERS
 from drawplate.plan.rows import Rows, eval_rows_of, train_rows_of
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
@@ -31,14 +31,20 @@ def estimate(model: ModelShape, choice: Choice, around: Surroundings | None = No
     around, model = around or Surroundings(), sketched(model)
     moments = _Moments(model, choice, around)
     places = [moments.loading(), moments.evaluation(), moments.training()]
-    host = [sum(size for _, size, _ in rows) for rows in HostLines(model, choice, around).phases()]
+    lines = HostLines(model, choice, around)
     if choice.device == "cpu":  # one place: the moments of both sides fall together
-        return 0, max(sum(place) + rest for place, rest in zip(places, (host[0], host[1], host[3]), strict=True))
+        rest = (lines.load(), lines.evaluation(), lines.checkpoint())
+        return 0, max(sum(place) + _total(rows) for place, rows in zip(places, rest, strict=True))
+    host = max(_total(lines.load()), _total(lines.checkpoint()))  # what is held at a checkpoint, other phases hold too
     transient, held = max(places, key=sum)
     share = GAP_SHARE if (transient, held) != places[0] else 0.0  # loading goes one tensor at a time
     gaps = int(share * transient) + GRANULE + SMALL_POOL
     trial = around.trial_bytes if choice.compiled else 0
-    return held + transient + trial + gaps + around.context_bytes, max(host)
+    return held + transient + trial + gaps + around.context_bytes, host
+
+
+def _total(rows: list[Row]) -> int:
+    return sum(size for _, size, _ in rows)
 
 
 @dataclass(frozen=True)

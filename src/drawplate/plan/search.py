@@ -200,7 +200,7 @@ class Search:
         fewest, most = candidate.fewest, candidate.most
         if fits(most):  # where all keep theirs nothing is recomputed, which may be the smaller peak
             return (most, fewest) if most > fewest and fits(fewest) else (most,)
-        if most == fewest:
+        if most == fewest or not fits(fewest):
             return ()
         low = fewest if fast(fewest) else _smallest(fewest + 1, most, fast)
         if not fits(low):
