@@ -78,17 +78,15 @@ def search_over(shape: str, speed: Any) -> tuple[Any, Any]:
     return search, lambda device_bytes: replace(situation.budget, device_bytes=device_bytes)
 
 
-def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
-    """Predicted and measured tokens/s and peak of one choice within a budget."""
+def placement_of(choice: Any, model: Any) -> Any:
+    """Where a choice puts the layers, as a run does."""
     import torch
 
-    from drawplate.data.batches import cut_packed
     from drawplate.model.causal_lm import Placement
     from drawplate.model.storage import Storage
-    from drawplate.plan.cost import step_cost
     from drawplate.prepare import policies_of, tiers_of
 
-    choice, layers, work = found.choice, search.model.layers, found.batch.work
+    layers = model.layers
     counts = SimpleNamespace(
         dequantized_layers=choice.dequantized_layers,
         device_layers=choice.device_layers,
@@ -97,7 +95,7 @@ def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
         policy=choice.policy,
         layers=layers,
     )
-    placement = Placement(
+    return Placement(
         device=torch.device("cuda", 0),
         storage=Storage(choice.precision),
         compute_dtype=torch.bfloat16,
@@ -107,10 +105,18 @@ def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
         head_rows=choice.head_rows,
         compiled=choice.compiled,
         dequantize=choice.dequantize,
-        graphs=choice.captured(search.model),
+        graphs=choice.captured(model),
     )
+
+
+def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
+    """Predicted and measured tokens/s and peak of one choice within a budget."""
+    from drawplate.data.batches import cut_packed
+    from drawplate.plan.cost import step_cost
+
+    choice, work = found.choice, found.batch.work
     began = time.monotonic()
-    model = random_model(shape, placement, {**LORA, "lora_alpha": 32, "lora_dropout": 0.0})
+    model = random_model(shape, placement_of(choice, search.model), {**LORA, "lora_alpha": 32, "lora_dropout": 0.0})
     loaded = time.monotonic() - began
     documents = [DOCUMENT_TOKENS] * (MICRO_BATCHES * choice.micro_batch_tokens // DOCUMENT_TOKENS)
     batches = cut_packed(random_sequences(documents, search.model.vocab), choice.micro_batch_tokens, 16, 0)

@@ -122,7 +122,7 @@ def _frontier(situation: Situation, search: Search) -> tuple[FrontierPoint, ...]
 
 def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, batch: StepBatch) -> Search:
     """The search over what the recipe leaves open."""
-    recipe, machine, model = situation.recipe, situation.machine, situation.model
+    recipe, model = situation.recipe, situation.model
     again = recipe.train.gradient_checkpointing
     compile_, activations = recipe.model.compile, recipe.memory.activations
     if activations == "auto" and again != "auto":
@@ -131,31 +131,13 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
     if situation.obstacles.streaming:
         weights = "device" if weights == "auto" else weights
         activations = "keep" if activations == "auto" else activations
-    fixed = Choice(
-        precision="",
-        double_quant=situation.double_quant,
-        compute_dtype=compute_dtype,
-        device=machine.device,  # type: ignore[arg-type]
-        dequantized_layers=0,
-        device_layers=model.layers,
-        kept_layers=0,
-        policy="recompute",
-        micro_batch_tokens=0,
-        longest=max(corpus.lengths),
-        packing=batch.packing,
-        dropout=recipe.lora.lora_dropout,
-        eval_rows=given(recipe.evaluation.per_device_eval_batch_size),
-        eval_tokens=(given(recipe.evaluation.per_device_eval_batch_size) or 0) * batch.row_tokens or None,
-        optimizer="adamw_8bit" if recipe.train.optim == "adamw_8bit" else "adamw",
-        adapter="host" if recipe.memory.adapter == "host" and machine.device == "cuda" else "device",
-    )
     space = Space(
         precisions=precisions_of(situation, compute_dtype),
         batches=micro_batches_of(situation, corpus, batch),
         weights=weights,
         activations=activations,
         compiled=False if compile_ == "auto" and batch.packing and attends_one_by_one(situation) else compile_,
-        fixed=fixed,
+        fixed=_fixed(situation, corpus, compute_dtype, batch),
     )
     speed = situation.known_speed
     around = Surroundings(
@@ -167,6 +149,30 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
         runtime_host_bytes=speed.runtime_host_bytes,
     )
     return Search(model, speed, space, Fit(model, around))
+
+
+def _fixed(situation: Situation, corpus: CorpusShape, compute_dtype: str, batch: StepBatch) -> Choice:
+    """What does not vary, in a choice's words."""
+    recipe, machine = situation.recipe, situation.machine
+    eval_rows = given(recipe.evaluation.per_device_eval_batch_size)
+    return Choice(
+        precision="",
+        double_quant=situation.double_quant,
+        compute_dtype=compute_dtype,
+        device=machine.device,  # type: ignore[arg-type]
+        dequantized_layers=0,
+        device_layers=situation.model.layers,
+        kept_layers=0,
+        policy="recompute",
+        micro_batch_tokens=0,
+        longest=max(corpus.lengths),
+        packing=batch.packing,
+        dropout=recipe.lora.lora_dropout,
+        eval_rows=eval_rows,
+        eval_tokens=(eval_rows or 0) * batch.row_tokens or None,
+        optimizer="adamw_8bit" if recipe.train.optim == "adamw_8bit" else "adamw",
+        adapter="host" if recipe.memory.adapter == "host" and machine.device == "cuda" else "device",
+    )
 
 
 def fastest(search: Search, budget: Budget) -> Found | None:
