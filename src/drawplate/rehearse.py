@@ -161,7 +161,7 @@ def _untouched(model: CausalLM) -> Iterator[None]:
 
 
 def _learn(prepared: Prepared, phase: RehearsedPhase) -> None:
-    """What CUDA, its libraries and the compiler hold after a step is kept for the next plan on this machine.
+    """What CUDA and its libraries hold after a step is kept for the next plan on this machine.
 
     The host's share is what is measured less the plan's other lines. On a CPU those are too large to take it from.
     """
