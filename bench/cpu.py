@@ -32,16 +32,20 @@ PEER = Setting(
     options={"compute": "float32", "checkpointing": False},
 )
 YARDSTICK = Setting(system="mission", name="nf4, bf16, checkpointing", dropout=0.0)
+BF16 = {"precision": "bf16", "compute": "bfloat16"}
 OWN = [
     Setting(system="drawplate", name="fp32", dropout=0.0, options={"precision": "fp32", "compute": "float32"}),
-    Setting(system="drawplate", name="bf16", dropout=0.0, options={"precision": "bf16", "compute": "bfloat16"}),
+    Setting(system="drawplate", name="bf16", dropout=0.0, options=BF16),
 ]
+COMPILED = Setting(system="drawplate", name="bf16, compiled", dropout=0.0, options={**BF16, "compiled": True})
+"""`model.compile: true`, which a CPU has to be asked for: it takes a minute, and each packed row has its own shape."""
 
 
 def jobs() -> list[Job]:
     """The reference and the yardstick are not timed; peers of transformers do not pack."""
     proven = [(REFERENCE, (PADDED,), ()), (YARDSTICK, (PADDED,), ()), (PEER, (PADDED,), (PADDED,))]
     proven += [(setting, (PADDED, PACKED), (PADDED, PACKED)) for setting in OWN]
+    proven += [(COMPILED, (PADDED,), (PADDED,))]
     return [Job(shape=MODEL, setting=setting, cases=cases, timed=timed) for setting, cases, timed in proven]
 
 
@@ -69,7 +73,7 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
     """Drawplate's tokens per second over the peer's on its padded batch; only what passed the gate."""
     speeds = {(r["setting"], r["case"]): r["tokens_per_second"] for r in results if "tokens_per_second" in r}
     peer = speeds.get((PEER.name, PADDED))
-    own = {key: speed for key, speed in speeds.items() if key[0] in {setting.name for setting in OWN}}
+    own = {key: speed for key, speed in speeds.items() if key[0] in {setting.name for setting in (*OWN, COMPILED)}}
     return {f"{name}, {case}": round(speed / peer, 3) for (name, case), speed in own.items()} if peer else {}
 
 

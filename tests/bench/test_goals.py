@@ -55,12 +55,20 @@ def test_bold_is_what_reaches_its_goal_as_printed() -> None:
     assert marked(1.2449, 1.25) == "1.24"
 
 
+RATIOS = {
+    "fp32, climate-padded-8-8": 1.43,
+    "bf16, climate-packed-2048-8": 2.4,
+    "bf16, compiled, climate-padded-8-8": 2.6,
+}
+
+
 def test_packing_and_the_cpu_have_rows_and_what_was_not_measured_has_none() -> None:
     record: dict[str, Any] = {"results": RESULTS}
     assert packing(RESULTS) == [("bf16", 1.9)]
-    text = against_itself(record, {"ratios": {"fp32, climate-padded-8-8": 1.43, "bf16, climate-packed-2048-8": 2.4}})
+    text = against_itself(record, {"ratios": RATIOS})
     assert "| 3B, climate, packed over padded, bf16 | 2 | 1.90 |" in text
     assert "| CPU, fp32, padded alike, over transformers + PEFT in fp32 | 1.3 | **1.43** |" in text
+    assert "| CPU, bf16, padded alike and compiled, over transformers + PEFT in fp32 | 2.5 | **2.60** |" in text
     assert "| CPU, bf16, packed, over transformers + PEFT in fp32 | 2.5 | 2.40 |" in text
     assert "ceiling" not in text
 
