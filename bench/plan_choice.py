@@ -92,6 +92,7 @@ def placement_of(choice: Any, model: Any) -> Any:
         device_layers=choice.device_layers,
         host_layers=choice.host_layers(layers),
         kept_layers=choice.kept_layers,
+        host_kept_layers=choice.on_host(layers),
         policy=choice.policy,
         layers=layers,
     )

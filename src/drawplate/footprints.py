@@ -40,6 +40,10 @@ there only the first time that the kernel runs.
 TRIAL = "trial "
 WEIGHT = "w"
 
+SENT_FROM_BYTES = 2**20
+"""Of a layer that keeps its activations in host memory, smaller blocks stay on the device: a copy of each costs more
+than the room it makes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:

@@ -202,8 +202,10 @@ def tiers_of(chosen: Plan) -> tuple[str, ...]:
 
 
 def policies_of(chosen: Plan) -> tuple[str, ...]:
-    """The policy of each layer: the last keep their activations, of which backward lets go before it recomputes."""
-    return (chosen.policy,) * (chosen.layers - chosen.kept_layers) + ("keep",) * chosen.kept_layers
+    """The policy of each layer: the first keep their activations in host memory, the last on the device, where backward
+    lets go of them before it recomputes."""
+    host, kept = chosen.host_kept_layers, chosen.kept_layers
+    return ("host",) * host + (chosen.policy,) * (chosen.layers - host - kept) + ("keep",) * kept
 
 
 def train_cutting(prepared: Prepared) -> Cutting:

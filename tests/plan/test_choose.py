@@ -292,6 +292,7 @@ def test_streamed_layers_are_spread_over_the_walk_and_kept_ones_come_last() -> N
     )
     assert tiers_of(plan) == (*["dequantized"] * 2, *["device", "device", "host"] * 3)
     assert policies_of(plan) == (*["offload"] * 7, *["keep"] * 4)
+    assert policies_of(replace(plan, host_kept_layers=3)) == (*["host"] * 3, *["offload"] * 4, *["keep"] * 4)
     assert tiers_of(replace(plan, dequantized_layers=0, device_layers=0)) == ("host",) * 3
 
 

@@ -107,6 +107,7 @@ def _of_choice(choice: Choice, model: ModelShape) -> dict[str, Any]:
         "activations": activation_words(choice, model.layers),
         "graphs": choice.captured(model),
         "host_layers": choice.host_layers(model.layers),
+        "host_kept_layers": choice.on_host(model.layers),
     }
 
 

@@ -61,8 +61,9 @@ class Choice:
     """A plan in the ledger's words.
 
     The first `dequantized_layers` live on the device in the compute dtype (in fp8: with their transposes), the next
-    `device_layers` on the device as stored, the rest on the host. The last `kept_layers` keep their activations
-    (backward lets go of them before it recomputes anything); the others follow `policy`.
+    `device_layers` on the device as stored, the rest on the host. The last `kept_layers` keep their activations on
+    the device (backward lets go of them before it recomputes anything), the first `on_host` in host memory between
+    forward and backward; those between follow `policy`.
 
     Attributes:
         precision, double_quant: of the linear weights as stored.
@@ -80,6 +81,7 @@ class Choice:
         eval_tokens, eval_rows: positions and rows of an evaluation micro-batch; None for those of training.
         optimizer: adamw or adamw_8bit.
         adapter: where trained tensors, their gradients and the optimizer live.
+        host_kept_layers: at most so many of the first layers keep their activations in host memory.
         launched: micro-steps are launched kernel by kernel even where they could be captured.
     """
 
@@ -107,6 +109,7 @@ class Choice:
     optimizer: str = "adamw"
     adapter: Literal["device", "host"] = "device"
     launched: bool = False
+    host_kept_layers: int = 0
 
     @classmethod
     def in_words(cls, layers: int, *, weights: str, activations: str, **others: Any) -> Choice:
@@ -122,6 +125,10 @@ class Choice:
     def host_layers(self, layers: int) -> int:
         """Layers that are streamed."""
         return max(0, layers - self.dequantized_layers - self.device_layers)
+
+    def on_host(self, layers: int) -> int:
+        """Layers that keep their activations in host memory: none of those that keep them on the device."""
+        return min(self.host_kept_layers, layers - self.kept_layers)
 
     def captured(self, model: ModelShape) -> bool:
         """Whether micro-steps are replayed as CUDA graphs: nothing of them crosses the bus (model/graphed.py).

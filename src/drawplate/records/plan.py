@@ -85,7 +85,8 @@ class Plan:
 
     `weights` and `activations` are words for people. Of the layers, the first `dequantized_layers` are dequantized on
     the device; `host_layers` are streamed, spread evenly over the others; the rest are on the device as stored. The
-    last `kept_layers` keep their activations and the others follow `policy`. Plans of version 0.1.0 have words alone.
+    last `kept_layers` keep their activations on the device, the first `host_kept_layers` in host memory, and the others
+    follow `policy`. Plans of version 0.1.0 have words alone.
 
     Attributes:
         slots: of the ring for streamed layers.
@@ -125,6 +126,7 @@ class Plan:
     device_layers: int = 0
     host_layers: int = 0
     kept_layers: int = 0
+    host_kept_layers: int = 0
     policy: str = "recompute"
     slots: int = 2
     head_rows: int = 0

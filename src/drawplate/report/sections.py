@@ -151,7 +151,7 @@ def data_account(record: RunRecord) -> list[Fact]:
 
 
 _SHOWN_ELSEWHERE = {"reasons", "warnings", "ledger", "phases", "times", "frontier", "assumptions"} | {
-    *("dequantized_layers", "device_layers", "host_layers", "kept_layers", "policy", "slots"),
+    *("dequantized_layers", "device_layers", "host_layers", "kept_layers", "host_kept_layers", "policy", "slots"),
 }
 
 
