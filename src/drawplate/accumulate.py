@@ -5,7 +5,7 @@ no sum. Between two micro-batches the sum so far is a state like any other: a ch
 step that was cut short goes on with the next micro-batch.
 
 A step that runs out of memory is done again from its beginning with micro-batches half as large; at one sequence, with
-the next of the layers' policies (keep -> recompute -> offload). What was forced stays for the rest of the run.
+the next of the layers' policies (keep or host -> recompute -> offload). What was forced stays for the rest of the run.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from drawplate.data.batches import PADDING_SEQUENCE, Batch, step_indices, steps_per_epoch
 from drawplate.device import memory_sample
 from drawplate.errors import DoesNotFit
-from drawplate.model.layers import POLICIES
 from drawplate.records import LedgerLine
 from drawplate.train_task import Listener, TrainState, TrainTask
 from drawplate.units import format_bytes
 
 FINISH_SECONDS = 5.0
+LADDER = ("keep", "recompute", "offload")
 OUT_OF_MEMORY_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -140,12 +140,13 @@ def _something_smaller(task: TrainTask, state: TrainState, failed: Batch) -> str
         state.cutting = smaller
         return f"micro-batches of {smaller.size}"
     policies = task.model.runner.policies
-    rung = min(map(POLICIES.index, policies)) + 1
-    if rung == len(POLICIES):
+    policies = ["keep" if policy == "host" else policy for policy in task.model.runner.policies]
+    rung = min(map(LADDER.index, policies)) + 1
+    if rung == len(LADDER):
         return None
-    policies[:] = [POLICIES[max(rung, POLICIES.index(policy))] for policy in policies]
-    state.policies = list(policies)
-    return f"memory.activations: {POLICIES[rung]}"
+    state.policies = [LADDER[max(rung, LADDER.index(policy))] for policy in policies]
+    task.model.runner.policies[:] = state.policies
+    return f"memory.activations: {LADDER[rung]}"
 
 
 def _contradicted(lines: Seq[LedgerLine]) -> str:

@@ -41,7 +41,7 @@ class Placement:
         compute_dtype: of activations and of everything frozen that is not a linear weight.
         weights: tier of each layer: device, dequantized (on the device, in compute_dtype; fp8 with its transpose) or
             host; one word for all.
-        activations: policy of each layer: keep, recompute or offload; one word for all.
+        activations: policy of each layer: keep, host, recompute or offload; one word for all.
         adapter: where trained tensors, their gradients and the optimizer live: device or host.
         slots: of the ring for host layers.
         head_rows: rows of a slot of the streamed head; 0 keeps embedding and head on the device.

@@ -6,6 +6,7 @@ activations:
 
     keep       autograd keeps them. If the layer is streamed, saved tensors that lie in its slot are kept as addresses
                and looked up again in backward, when the slot holds the layer anew.
+    host       as keep, in host memory meanwhile (model/host_activations.py).
     recompute  only the layer's input is saved; backward runs the layer again under autograd.
     offload    as recompute, with the input in host memory meanwhile.
 
@@ -23,15 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from drawplate.model.adapter import Adapter
 from drawplate.model.dropout import module_keys
 from drawplate.model.frozen import WHOLE, FrozenLinear
+from drawplate.model.host_activations import HostActivations, SentTensor
 from drawplate.model.layer_functions import Tensors, compiled_functions, functions, without_unused
 from drawplate.model.residency import Residency
 from drawplate.model.saved_inputs import InputStore
 
-POLICIES = ("keep", "recompute", "offload")
+POLICIES = ("keep", "host", "recompute", "offload")
+AGAIN = ("recompute", "offload")
+"""Those that compute a layer a second time."""
 
 
 @dataclass
@@ -52,7 +57,7 @@ class LayerRunner:
         templates: the decoder layers on the meta device, linear layers already FrozenLinear.
         residency: gives the stored tensors.
         adapter: gives the trained tensors.
-        policies: keep, recompute or offload for each layer.
+        policies: keep, host, recompute or offload for each layer.
         compiled: compile the layer function; layers of one kind share one compilation.
         whole_dtype: dequantize a quantized layer into this dtype at once, before its function is called, instead of
             weight by weight inside it; layers whose activations are kept are left as they are, because autograd would
@@ -75,6 +80,7 @@ class LayerRunner:
         self.templates, self.residency, self.adapter = list(templates), residency, adapter
         self.policies = list(policies)
         self.inputs = InputStore(residency.device)
+        self.activations = HostActivations(residency.device, poison=residency.poison)
         self._held_for_backward: int | None = None
         self._key_names = [_key_names(template) for template in templates]
         self._salts = _module_salts([len(names) for names in self._key_names], residency.device)
@@ -96,6 +102,7 @@ class LayerRunner:
         self.adapter.begin()
         self.residency.release_all()
         self.inputs.forget()
+        self.activations.begin(self.policies)
 
     def run(self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The layer's output; differentiable in `hidden` and the adapter."""
@@ -106,26 +113,39 @@ class LayerRunner:
             out = self.compute(call, weights, trained, hidden)
             self.residency.release(layer)
             return out
-        if self.policies[layer] != "keep":
-            return _RecomputedLayer.apply(self, call, hidden, *trained.values())
-        if not self.residency.streamed[layer]:
-            return self.compute(call, self.residency.acquire(layer), trained, hidden)
-        return self._run_streamed_and_kept(call, trained, hidden)
+        if self.policies[layer] in AGAIN:
+            out = _RecomputedLayer.apply(self, call, hidden, *trained.values())
+        elif self.policies[layer] == "host" or self.residency.streamed[layer]:
+            out = self._run_with_moved_tensors(call, trained, hidden)
+        else:
+            out = self.compute(call, self.residency.acquire(layer), trained, hidden)
+        self.activations.end_forward(layer)
+        if self.policies[layer] in AGAIN or not (self.residency.streamed[layer] or self.activations.used):
+            return out  # type: ignore[no-any-return]
+        return _BeginBackward.apply(out, self, layer)  # type: ignore[no-any-return]
 
-    def _run_streamed_and_kept(self, call: LayerCall, trained: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        layer = call.layer
+    def _run_with_moved_tensors(self, call: LayerCall, trained: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """What the layer saves of its slot is remembered by address; of the rest, its policy decides."""
+        layer, streamed = call.layer, self.residency.streamed[call.layer]
         weights = self.residency.acquire(layer, training=True)
-        buffer = self.residency.held_buffer(layer)
-        start, end = buffer.data_ptr(), buffer.data_ptr() + buffer.numel()
+        start, end = 0, 0
+        if streamed:
+            buffer = self.residency.held_buffer(layer)
+            start, end = buffer.data_ptr(), buffer.data_ptr() + buffer.numel()
+        given = [x for x in tree_leaves((weights, trained, call.keys, call.args, call.kwargs)) if isinstance(x, Tensor)]
+        sends = self.policies[layer] == "host"
+        send = self.activations.packing(layer, given) if sends else None
 
-        def pack(tensor: Tensor) -> Tensor | tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
-            if not start <= tensor.data_ptr() < end or tensor.numel() == 0:
-                return tensor
-            return (tensor.data_ptr() - start, tensor.shape, tensor.stride(), tensor.dtype)
+        def pack(tensor: Tensor) -> Tensor | SentTensor | tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
+            if start <= tensor.data_ptr() < end and tensor.numel():
+                return (tensor.data_ptr() - start, tensor.shape, tensor.stride(), tensor.dtype)
+            return send(tensor) if send else tensor
 
         def unpack(packed: Any) -> Tensor:
             if isinstance(packed, Tensor):
                 return packed
+            if isinstance(packed, SentTensor):
+                return self.activations.take(packed)
             offset, shape, stride, dtype = packed
             flat = self.residency.held_buffer(layer)[offset:]
             flat = flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
@@ -134,7 +154,9 @@ class LayerRunner:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             out = self.compute(call, weights, trained, hidden)
         self.residency.release(layer)
-        return _AcquireInBackward.apply(out, self, layer)
+        if sends:
+            self.activations.send(layer)
+        return out
 
     def compute(
         self, call: LayerCall, weights: Tensors, trained: Mapping[str, Tensor], hidden: Tensor, *, again: bool = False
@@ -150,7 +172,7 @@ class LayerRunner:
 
     def _whole_weights(self, layer: int, weights: Tensors) -> Tensors:
         linears = self._quantized[layer]
-        kept = torch.is_grad_enabled() and self.policies[layer] == "keep"
+        kept = torch.is_grad_enabled() and self.policies[layer] not in AGAIN
         if self._whole_dtype is None or kept:
             return {f"{path}.{WHOLE}": self._no_whole for path in linears}
         return {
@@ -164,11 +186,13 @@ class LayerRunner:
         first = sum(len(earlier) for earlier in self._key_names[:layer])
         return dict(zip(names, self._keys[first : first + len(names)], strict=True))
 
-    def hold_for_backward(self, layer: int) -> None:
-        """Backward reaches a streamed layer whose activations were kept."""
+    def begin_backward(self, layer: int) -> None:
+        """Backward comes to a layer whose activations were kept."""
         self.let_go()
-        self.residency.acquire(layer, backward=True)
-        self._held_for_backward = layer
+        if self.residency.streamed[layer]:
+            self.residency.acquire(layer, backward=True)
+            self._held_for_backward = layer
+        self.activations.begin_backward(layer)
 
     def let_go(self) -> None:
         """The streamed layer that backward had brought back is done with."""
@@ -177,8 +201,8 @@ class LayerRunner:
             self._held_for_backward = None
 
 
-class _AcquireInBackward(torch.autograd.Function):
-    """Identity on a layer's output whose backward, the first to run of that layer's, brings the layer back."""
+class _BeginBackward(torch.autograd.Function):
+    """Identity on a layer's output whose backward, the first to run of that layer's, brings back what it needs."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, runner: LayerRunner, layer: int) -> Tensor:
@@ -187,7 +211,7 @@ class _AcquireInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.runner.hold_for_backward(ctx.layer)
+        ctx.runner.begin_backward(ctx.layer)
         return grad, None, None
 
 
@@ -209,6 +233,7 @@ class _RecomputedLayer(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         runner, call = ctx.runner, ctx.call
         runner.let_go()
+        runner.activations.begin_backward(call.layer)
         weights = runner.residency.acquire(call.layer, backward=True)
         with torch.enable_grad():
             # The first layer's input needs no gradient; asking all the same keeps it the same compiled function.
