@@ -2,6 +2,7 @@
 
     python bench/streaming.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:OPTION...] ...
 
+ACTIVATIONS is one policy for all layers, or counts in their order: 8host+3recompute+17keep.
 OPTIONS: head=ROWS streams the head, layers=N cuts the model short, eager compiles nothing, alone computes every
 adapter by itself, launches captures no CUDA graphs, profile adds a table of kernels, steps=N times that many steps,
 r=N is the adapter's rank, all targets all linear layers, adapter=host keeps it there, cached keeps the prepared weights
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def policies_of(activations: str) -> str | tuple[str, ...]:
+    """A case's activations, as in Placement."""
+    counted = re.findall(r"(\d+)([a-z]+)", activations)
+    return tuple(policy for count, policy in counted for _ in range(int(count))) if counted else activations
 
 
 def load_case(case: str) -> tuple[Any, list[str]]:
@@ -51,7 +59,7 @@ def load_case(case: str) -> tuple[Any, list[str]]:
         storage=Storage(precision),
         compute_dtype=torch.bfloat16,
         weights=weights,
-        activations=activations,
+        activations=policies_of(activations),
         adapter=flags.get("adapter", "device"),
         head_rows=int(flags.get("head", 0)),
         slots=int(flags.get("slots", 2)),

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from drawplate.data.batches import cut_packed, cut_padded
+from drawplate.model import host_activations
 from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.assemble import assemble
@@ -29,6 +30,12 @@ from tests.model.conftest import ARCHITECTURES, random_sequences, write_model
 
 FP32 = {"storage": Storage("fp32"), "compute_dtype": torch.float32}
 LAYERS = 4
+
+
+@pytest.fixture(autouse=True)
+def small_blocks_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers this small save nothing that would be worth a copy."""
+    monkeypatch.setattr(host_activations, "SENT_FROM_BYTES", 0)
 
 
 def build(checkpoint: Checkpoint, lora: LoraSection | None = None, seed: int = 0, **placement: object) -> CausalLM:
@@ -85,7 +92,7 @@ def test_every_architecture_gives_the_loss_that_transformers_gives(name: str, tm
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3_text", "qwen3", "phi"])
-@pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
+@pytest.mark.parametrize("activations", ["keep", "host", "recompute", "offload"])
 def test_streaming_changes_no_bit_of_training(name: str, activations: str, tmp_path: Path) -> None:
     checkpoint = write_model(tmp_path / name, name)
     sequences = random_sequences([17, 5, 30, 9, 2, 23])
@@ -98,7 +105,7 @@ def test_streaming_changes_no_bit_of_training(name: str, activations: str, tmp_p
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tiers=st.lists(st.sampled_from(["device", "host"]), min_size=LAYERS, max_size=LAYERS),
-    policies=st.lists(st.sampled_from(["keep", "recompute", "offload"]), min_size=LAYERS, max_size=LAYERS),
+    policies=st.lists(st.sampled_from(["keep", "host", "recompute", "offload"]), min_size=LAYERS, max_size=LAYERS),
     slots=st.integers(2, 4),
     head_rows=st.sampled_from([0, 8, 40]),
 )
@@ -129,7 +136,7 @@ def test_streamed_and_resident_agree_in_every_precision(precision, double_quant,
     assert all(torch.equal(a, b) for a, b in zip(mine[1], twin[1], strict=True))
 
 
-@pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
+@pytest.mark.parametrize("activations", ["keep", "host", "recompute", "offload"])
 def test_dequantizing_a_whole_layer_at_once_changes_no_bit(activations, llama, sequences) -> None:
     stored = {"storage": Storage("nf4"), "compute_dtype": torch.float32}
     twin = train_steps(build(llama, **stored), sequences, steps=2)

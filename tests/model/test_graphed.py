@@ -125,8 +125,8 @@ def deterministic_attention() -> Iterator[None]:
 @pytest.mark.usefixtures("deterministic_attention")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
-@pytest.mark.parametrize("activations", ["keep", "recompute"])
-def test_replays_give_the_bits_of_launches(compiled: bool, precision: str, activations: str) -> None:
+@pytest.mark.parametrize("activations", ["keep", "recompute", ("host", "host", "keep")])
+def test_replays_give_the_bits_of_launches(compiled: bool, precision: str, activations: str | tuple) -> None:
     checkpoint = random_checkpoint("1b", layers=3)
     lengths = [256, 200, 256, 256, 120, 250, 90, 256]
     batches = cut_padded(random_sequences(lengths), 2, 256, 0)
@@ -137,6 +137,7 @@ def test_replays_give_the_bits_of_launches(compiled: bool, precision: str, activ
         assert torch.equal(ours, theirs)
     assert graphed.graphed is not None
     assert graphed.graphed.replays >= 2 * len(batches), "all but the first of each shape"
+    assert (graphed.runner.activations.host_bytes > 0) == ("host" in activations)
 
 
 @pytest.mark.gpu

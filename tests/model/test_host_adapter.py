@@ -15,7 +15,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
+@pytest.mark.parametrize("activations", ["keep", "host", "recompute", "offload"])
 @pytest.mark.parametrize("weights", ["device", "host"])
 def test_gradients_and_steps_are_those_of_an_adapter_on_the_device(weights, activations, device, llama, sequences):
     placement = {"weights": weights, "activations": activations, "device": torch.device(device), "poison": True}

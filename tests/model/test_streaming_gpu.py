@@ -12,6 +12,7 @@ from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
+from drawplate.model.host_activations import HostActivations
 from drawplate.model.residency import Residency
 from drawplate.model.storage import Storage
 from drawplate.recipe import LoraSection
@@ -85,7 +86,7 @@ def truth_and_twin(checkpoint: RandomCheckpoint, batches: list, **placement: obj
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tiers=st.lists(st.sampled_from(["device", "host"]), min_size=5, max_size=5),
-    policies=st.lists(st.sampled_from(["keep", "recompute", "offload"]), min_size=5, max_size=5),
+    policies=st.lists(st.sampled_from(["keep", "host", "recompute", "offload"]), min_size=5, max_size=5),
     slots=st.integers(2, 4),
     packed=st.booleans(),
 )
@@ -107,6 +108,32 @@ def test_every_precision_streams_compiled_and_eager(small, precision, compiled) 
     truth, own_error = truth_and_twin(small, batches, **stored)
     streamed = build(small, weights="host", activations="offload", compiled=compiled, poison=True, **stored)
     assert error(gradients(streamed, batches), truth) <= SLACK * own_error
+
+
+def test_activations_in_host_memory_are_those_of_the_device(small) -> None:
+    """Poisoned where they were: nothing is read before it is back, or let go of before it is out."""
+    batches = cut_padded(random_sequences([511, 480, 500, 300]), 2, 16, 0)
+    for compiled in (False, True):
+        truth, own_error = truth_and_twin(small, batches, compiled=compiled)
+        model = build(small, activations=("host",) * 3 + ("keep",) * 2, compiled=compiled, poison=True)
+        assert error(gradients(model, batches), truth) <= SLACK * own_error
+        assert model.runner.activations.host_bytes > 0
+
+
+def test_a_copy_back_that_is_not_waited_for_is_caught(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: activations that have not arrived give other gradients."""
+    batches = cut_padded(random_sequences([511, 480, 500, 300]), 4, 16, 0)
+    kept = gradients(build(small), batches, steps=2)
+    original = HostActivations._copy
+
+    def late_and_deaf(self: HostActivations, stream: torch.cuda.Stream, pairs: list) -> None:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(30_000_000)
+        original(self, stream, pairs)
+
+    monkeypatch.setattr(HostActivations, "_copy", late_and_deaf)
+    model = build(small, activations=("host",) * 4 + ("keep",), poison=True)
+    assert not error(gradients(model, batches, steps=2), kept) < 1e-3
 
 
 def test_layers_above_170_mib_have_the_twins_gradients() -> None:

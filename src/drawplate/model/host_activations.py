@@ -69,8 +69,7 @@ class HostActivations:
 
     def __init__(self, device: torch.device, *, poison: bool = False) -> None:
         self.device, self._poison = device, poison
-        cuda = device.type == "cuda"
-        self._out, self._back = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if cuda else (None, None)
+        self._out, self._back = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
         self._places: dict[int, Tensor] = {}
         self._policies: list[str] = []
         self._sent: dict[int, _SentLayer] = {}
@@ -111,10 +110,10 @@ class HostActivations:
                 return tensor
             block = sent.blocks.get(storage.data_ptr())
             if block is None:
-                whole = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)  # type: ignore[call-overload]
+                whole = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
                 block = sent.blocks[storage.data_ptr()] = _Block(sent, storage.nbytes(), whole)
             block.uses += 1
-            return SentTensor(block, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+            return SentTensor(block, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
         return pack
 
@@ -155,7 +154,7 @@ class HostActivations:
         if block.uses == 0:
             block.device = None
         empty = torch.empty(0, dtype=tensor.dtype, device=self.device)
-        return empty.set_(storage, tensor.offset, tensor.shape, tensor.stride)  # type: ignore[call-overload,no-any-return]
+        return empty.set_(storage, tensor.offset, tensor.shape, tensor.stride)
 
     def _let_go(self, sent: _SentLayer) -> None:
         if sent.away or sent.coming:

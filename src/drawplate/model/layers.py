@@ -121,8 +121,8 @@ class LayerRunner:
             out = self.compute(call, self.residency.acquire(layer), trained, hidden)
         self.activations.end_forward(layer)
         if self.policies[layer] in AGAIN or not (self.residency.streamed[layer] or self.activations.used):
-            return out  # type: ignore[no-any-return]
-        return _BeginBackward.apply(out, self, layer)  # type: ignore[no-any-return]
+            return out
+        return _BeginBackward.apply(out, self, layer)
 
     def _run_with_moved_tensors(self, call: LayerCall, trained: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """What the layer saves of its slot is remembered by address; of the rest, its policy decides."""

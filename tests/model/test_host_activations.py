@@ -1,0 +1,104 @@
+"""Activations in host memory: what leaves, when it is let go of, when it comes back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from drawplate.data.batches import cut_packed
+from drawplate.model import host_activations
+from drawplate.model.causal_lm import CausalLM
+from drawplate.model.host_activations import HostActivations
+from tests.model.conftest import random_sequences, write_model
+from tests.model.test_causal_lm import build, train_steps
+
+
+@pytest.fixture(autouse=True)
+def small_blocks_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_activations, "SENT_FROM_BYTES", 0)
+
+
+class Watched:
+    """The sent layers' state at every turn of a micro-batch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.on_device: dict[tuple[str, int], list[int]] = {}
+        for turn in ("end_forward", "begin_backward"):
+            self._watch(monkeypatch, turn)
+
+    def _watch(self, monkeypatch: pytest.MonkeyPatch, turn: str) -> None:
+        original = getattr(HostActivations, turn)
+
+        def watched(store: HostActivations, layer: int) -> None:
+            original(store, layer)
+            sent = store._sent.items()
+            self.on_device[turn, layer] = [i for i, s in sent if any(b.device is not None for b in s.blocks.values())]
+
+        monkeypatch.setattr(HostActivations, turn, watched)
+
+
+def micro_step(model: CausalLM, tokens: int = 48) -> None:
+    batch = cut_packed(random_sequences([17, 5, 20]), tokens, 4, 0)[0]
+    model.sum_nats(batch, scale=0.01, dropout_seed=(3, 0))[0].backward()
+
+
+def test_layers_leave_at_even_distances_and_come_back_where_kept_ones_were(tmp_path, monkeypatch) -> None:
+    eight_layers = write_model(tmp_path / "model", "llama", num_hidden_layers=8)
+    watched = Watched(monkeypatch)
+    micro_step(build(eight_layers, activations=("host",) * 4 + ("recompute",) * 2 + ("keep",) * 2, poison=True))
+    forward = [watched.on_device["end_forward", i] for i in range(8)]
+    assert forward == [[0], [1], [1, 2], [2, 3], [2, 3], [3], [3], []]
+    backward = {i: watched.on_device["begin_backward", i] for i in reversed(range(8))}
+    assert backward == {7: [], 6: [3], 5: [2, 3], 4: [2, 3], 3: [2, 3], 2: [1, 2], 1: [0, 1], 0: [0]}
+
+
+def test_nothing_of_a_layer_that_left_is_read_before_it_comes_back(llama, sequences) -> None:
+    """Poisoned where it was; to the bit what a model is that kept everything."""
+    twin = train_steps(build(llama), sequences, steps=3)
+    sent = train_steps(build(llama, activations=("host", "host", "host", "keep"), poison=True), sequences, steps=3)
+    assert sent[0] == twin[0]
+    assert all(torch.equal(a, b) for a, b in zip(sent[1], twin[1], strict=True))
+
+
+@pytest.mark.parametrize("weights", ["device", "host"])
+def test_a_compiled_layer_sends_what_it_saves(weights, llama, sequences) -> None:
+    twin = train_steps(build(llama, compiled=True), sequences, steps=2)
+    model = build(llama, activations="host", weights=weights, compiled=True, poison=True)
+    mine = train_steps(model, sequences, steps=2)
+    assert model.runner.activations.host_bytes > 0
+    assert mine[0] == twin[0]
+    assert all(torch.equal(a, b) for a, b in zip(mine[1], twin[1], strict=True))
+
+
+def test_what_layers_share_stays_where_it_is(llama, sequences, monkeypatch) -> None:
+    """Negative control: were weights and rotary tables sent and poisoned too, the next layer would read NaN."""
+    original = HostActivations.packing
+    monkeypatch.setattr(HostActivations, "packing", lambda self, layer, given: original(self, layer, []))
+    losses, _ = train_steps(build(llama, activations="host", poison=True), sequences, steps=2)
+    assert any(loss != loss for loss in losses)
+
+
+def test_small_blocks_stay_on_the_device(llama, monkeypatch) -> None:
+    monkeypatch.setattr(host_activations, "SENT_FROM_BYTES", 2**30)
+    model = build(llama, activations="host")
+    micro_step(model)
+    assert model.runner.activations.host_bytes == 0
+
+
+def test_places_on_the_host_grow_with_the_largest_micro_batch_and_are_used_again(llama) -> None:
+    model = build(llama, activations=("host", "host", "keep", "keep"), poison=True)
+    micro_step(model, tokens=24)
+    small = model.runner.activations.host_bytes
+    micro_step(model, tokens=48)
+    large = model.runner.activations.host_bytes
+    micro_step(model, tokens=24)
+    assert small < large == model.runner.activations.host_bytes
+
+
+def test_backward_after_another_forward_is_refused(llama) -> None:
+    model = build(llama, activations="host")
+    batch = cut_packed(random_sequences([17]), 24, 4, 0)[0]
+    first = model.sum_nats(batch, scale=0.01)[0]
+    model.sum_nats(batch, scale=0.01)[0].backward()
+    with pytest.raises(RuntimeError, match="activations are gone"):
+        first.backward()
