@@ -168,12 +168,13 @@ def test_tiers_and_policies_can_be_mixed() -> None:
     assert ledger(shape(), more, AROUND).peak("device") > mixed.peak("device")
 
 
-@settings(max_examples=15, deadline=None, phases=QUICK)
-@given(values_of_choices, st.integers(0, 28), st.integers(0, 28))
-def test_the_estimate_agrees_with_the_ledger(values: dict[str, Any], away: int, kept: int) -> None:
+@settings(max_examples=25, deadline=None, phases=QUICK)
+@given(values_of_choices, st.integers(0, 28), st.integers(0, 28), st.sampled_from([0, 3, 8, 28]))
+def test_the_estimate_agrees_with_the_ledger(values: dict[str, Any], away: int, kept: int, on_host: int) -> None:
     words = Choice.in_words(28, **values)
     policy = "recompute" if values["activations"] == "keep" else values["activations"]
     choice = replace(words, device_layers=28 - away, dequantized_layers=0, kept_layers=kept, policy=policy)
+    choice = replace(choice, host_kept_layers=on_host)
     exact = ledger(shape(), choice, AROUND)
     for where, guess in zip(("device", "host"), estimate(shape(), choice, AROUND), strict=True):
         # The estimate knows no gaps between blocks, which the search leaves to the ledger that verifies its winner.

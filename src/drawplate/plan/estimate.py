@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from drawplate.footprints import TRIAL, Footprint, Trace
 from drawplate.plan.host import HostLines, Row
+from drawplate.plan.host_kept import most_leaving, sent_blocks, sent_input_bytes
 from drawplate.plan.micro_batch import RETURN_BUFFERS
 from drawplate.plan.rows import Rows, eval_rows_of, train_rows_of
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
@@ -21,6 +23,7 @@ from drawplate.plan.stage import TRAINED_BYTES
 from drawplate.plan.storage import Storage, layer_bytes, loss_tile
 from drawplate.units import MIB
 
+_Way = Literal["keep", "host", "again"]
 GAP_SHARE = 0.12
 GRANULE = 20 * MIB
 SMALL_POOL = 8 * MIB
@@ -108,17 +111,19 @@ class _Moments:
         self.model, self.choice, self.around = model, choice, around
         self.size = DTYPE_BYTES[choice.compute_dtype]
         self.rows = train_rows_of(choice, model)
-        # Layers alike: (kind, tier, keeps) -> how many, and the place of the last of them.
-        self.groups: Counter[tuple[int, str, bool]] = Counter()
-        first_kept = model.layers - choice.kept_layers
-        borders = sorted({0, choice.dequantized_layers, choice.dequantized_layers + choice.device_layers, first_kept})
+        # Layers alike: (kind, tier, what becomes of activations) -> how many.
+        self.groups: Counter[tuple[int, str, _Way]] = Counter()
+        self.on_host, first_kept = choice.on_host(model.layers), model.layers - choice.kept_layers
+        borders = sorted(
+            {0, choice.dequantized_layers, choice.dequantized_layers + choice.device_layers, first_kept, self.on_host}
+        )
         if len(model.kinds) == 1:
             ends = [*[b for b in borders[1:] if b < model.layers], model.layers]
             for start, end in zip([b for b in borders if b < model.layers], ends, strict=True):
-                self.groups[0, choice.tier(start), start >= first_kept] += end - start
+                self.groups[0, choice.tier(start), self._way(start)] += end - start
         else:
             for i, kind in enumerate(model.kind_of_layer):
-                self.groups[kind, choice.tier(i), i >= first_kept] += 1
+                self.groups[kind, choice.tier(i), self._way(i)] += 1
         self.stored = self._stored()
         self.trained = sum(n * sum(model.kinds[k].trained) for (k, _, _), n in self.groups.items()) * TRAINED_BYTES
         if choice.adapter == "host":  # one layer's, visiting
@@ -157,36 +162,59 @@ class _Moments:
         return max(peak, loss + rows.tokens * each), held
 
     def training(self) -> tuple[int, int]:
-        """The loss, the backward of the last layer, that of the last recomputed one, or that of the first."""
+        """The loss, the backward of the last layer, that of the last recomputed one, or that of the first; with layers
+        on the host also forwards while what they send is leaving."""
         rows, choice, model = self.rows, self.choice, self.model
         each = rows.tokens * model.hidden * self.size
-        modes = {key: choice.mode(key[1], kept=key[2]) for key in self.groups}
-        parts = {key: model.kinds[key[0]].footprints[mode] for key, mode in modes.items()}
+        parts = {
+            (k, tier, way): model.kinds[k].footprints[choice.mode(tier, kept=way != "again")]
+            for k, tier, way in self.groups
+        }
         closing = model.closing[choice.mode(choice.tier(0))]
         opening = _sums_of(model.opening[choice.mode(choice.tier(0))], rows).inference.left
-        sums = {key: _sums_of(part if key[2] else part.recomputed, rows) for key, part in parts.items()}
+        sums = {key: _sums_of(part.recomputed if key[2] == "again" else part, rows) for key, part in parts.items()}
         keys = sum(n * 4 * parts[key].keys * rows.tokens for key, n in self.groups.items())
-        of_inputs = {key: 0 if part.keeps_input else each for key, part in parts.items()}
-        kept = sum(n * (sums[key].forward.left - of_inputs[key]) for key, n in self.groups.items() if key[2])
-        apart = sum(n for key, n in self.groups.items() if not key[2])
+        # Saved sums count a layer's output as the next one's input.
+        saves = {key: sums[key].forward.left - (0 if part.keeps_input else each) for key, part in parts.items()}
+        sends = {key: self._sent(part) for key, part in parts.items() if key[2] == "host"}
+        kept = sum(n * saves[key] for key, n in self.groups.items() if key[2] == "keep")
+        kept += (stays := sum(self.groups[key] * (saves[key] - sent) for key, sent in sends.items()))
+        a_layer = max(sends.values(), default=0)
+        apart = sum(n for key, n in self.groups.items() if key[2] == "again")
         inputs = each * (1 if choice.policy == "offload" and apart else apart + 1)
         held = self.stored + self._workspaces() + 3 * self.trained + opening + keys + 24 * rows.tokens
-        grads = self.trained
+        held += self.trained  # gradients
         own = self.trained if choice.captured(model) else 0  # a captured micro-step's gradients
         norm = _sums_of(closing, rows)
-        # Saved sums count a layer's output as the next one's input.
         saved = kept + inputs if apart else kept + each
-        ends = [(self._loss(rows, training=True) + norm.forward.left, held + grads + saved)]
-        ends.append((norm.backward.peak + norm.forward.left + 2 * each, held + grads + saved))
-        returned = RETURN_BUFFERS * each if choice.policy == "offload" and apart else 0
+        ends = [(self._loss(rows, training=True) + norm.forward.left, held + saved)]
+        ends.append((norm.backward.peak + norm.forward.left + 2 * each, held + saved))
+        mine = 0 if choice.policy == "offload" else each * apart
+        mine += RETURN_BUFFERS * each if choice.policy == "offload" and apart else 0
+        leaving = stays + a_layer * most_leaving(model.layers, self.on_host)
+        back = stays + a_layer * min(self.on_host, choice.kept_layers)
         for key, part in sums.items():
-            if key[2]:
-                ends.append((part.backward.peak + each, held + grads + own + saved))
-                continue
-            work = max(part.forward.peak, part.forward.left + part.backward.peak) + each
-            mine = 0 if choice.policy == "offload" else each * apart
-            ends.append((work, held + grads + own + mine + returned))
+            if key[2] == "keep":
+                ends.append((part.backward.peak + each, held + own + saved))
+                going = (part.forward.peak + each, held + saved - saves[key] + a_layer)
+            elif key[2] == "host":
+                ends.append((part.backward.peak + each, held + own + max(back, stays + a_layer)))
+                going = (part.forward.peak + 2 * each, held + leaving - a_layer)
+            else:
+                work = max(part.forward.peak, part.forward.left + part.backward.peak) + each
+                ends.append((work, held + own + mine + back))
+                going = (part.inference.peak + 2 * each, held + leaving)
+            ends += [going] * bool(self.on_host)
         return max(ends, key=sum)
+
+    def _sent(self, part: Footprint) -> int:
+        blocks = sent_blocks(part, self.rows.tokens, self.rows.borders).values()
+        return sum(blocks) + sent_input_bytes(part, self.rows.tokens * self.model.hidden * self.size)
+
+    def _way(self, layer: int) -> _Way:
+        if layer >= self.model.layers - self.choice.kept_layers:
+            return "keep"
+        return "host" if layer < self.on_host else "again"
 
     def _workspaces(self) -> int:
         streams = 2 if self.choice.captured(self.model) else 1

@@ -14,8 +14,9 @@ from drawplate.plan.budget import Need
 from drawplate.plan.estimate import estimate
 from drawplate.plan.ledger import Choice, Ledger, ModelShape, Surroundings, ledger
 
-_Pattern = tuple[tuple[int, int], str, str, int, str, int]
-"""Tiers as (dequantized, on the device), precision, policy, rows of a head's slot, dequantization, tokens."""
+_Pattern = tuple[tuple[int, int], str, str, int, str, int, int]
+"""Tiers as (dequantized, on the device), precision, policy, rows of a head's slot, dequantization, tokens, layers whose
+activations may be kept in host memory."""
 _NOTHING = Need(0, 0)
 
 
@@ -71,7 +72,7 @@ class Fit:
                 0 if dequantized + on_device in (0, layers) and not on_device else layers - some - streamed,
             )
             here, there = (
-                Need(*estimate(self.model, _with(choice, tiers, 0), self.around))
+                Need(*estimate(self.model, replace(_with(choice, tiers, 0), host_kept_layers=0), self.around))
                 for tiers in ((dequantized, on_device), alike)
             )
             self._shifts[key] = Need(here.device - there.device, here.host - there.host), alike
@@ -83,6 +84,7 @@ class Fit:
             choice.head_rows,
             choice.dequantize,
             choice.micro_batch_tokens,
+            choice.host_kept_layers,
         )
 
     def _of_pattern(self, choice: Choice, pattern: _Pattern, kept: int) -> Need:

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from drawplate.overheads import COMPILED_ADAPTER_HOST_BYTES, COMPILER_HOST_BYTES, ROWS_ATTENTION_HOST_BYTES
+from drawplate.plan.host_kept import locked_bytes
+from drawplate.plan.rows import train_rows_of
 from drawplate.plan.shape import DTYPE_BYTES, Choice, ModelShape, Surroundings
 from drawplate.plan.stage import TRAINED_BYTES
 from drawplate.plan.storage import Storage, layer_bytes
@@ -37,11 +39,16 @@ class HostLines:
         return [*self._held(self.around.runtime_host_bytes), *self._kernels()]
 
     def training(self) -> list[Row]:
-        """Offloaded inputs besides, each in a page-locked block of its own."""
+        """Offloaded inputs and activations besides, each in a page-locked block of its own."""
         rows, choice = self.evaluation(), self.choice
-        away = self.model.layers - choice.kept_layers if choice.policy == "offload" else 0
+        layers = self.model.layers
+        away = layers - choice.kept_layers - choice.on_host(layers) if choice.policy == "offload" else 0
         each = choice.micro_batch_tokens * self.model.hidden * DTYPE_BYTES[choice.compute_dtype]
         rows.append(("offloaded layer inputs", away * each, "layers x tokens x hidden x bytes"))
+        sent = locked_bytes(self.model, choice, train_rows_of(choice, self.model))
+        rows.append(
+            ("activations kept in host memory", sent, "layers x blocks from 1 MiB on that autograd saves of one")
+        )
         if choice.adapter == "host":
             sizes = [sum(self.model.kinds[k].trained) for k in self.model.kind_of_layer]
             held = (4 * sum(sizes) + LANDINGS * max(sizes)) * TRAINED_BYTES

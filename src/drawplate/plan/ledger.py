@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from drawplate.footprints import Footprint, LayerShape, Line, LinearShape, Mode
 from drawplate.plan.blocks import Moment
 from drawplate.plan.host import HostLines, Row
+from drawplate.plan.host_kept import LINE
 from drawplate.plan.replay import Replay
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings, stored_bits
 from drawplate.plan.sketch import kept_bytes_per_token_and_layer, sketched
@@ -58,6 +59,7 @@ DEVICE_FORMULAS = {
     "captured micro-step: its batch": "tokens x 24 bytes, 28 with dropout, and borders x 4 bytes",
     "optimizer moments": "trained parameters x 2 x 4 bytes",
     "activations kept": "layers that keep x bytes that autograd saves of one (model/footprint.py)",
+    LINE: "what a layer or a few send (model/footprint.py), and blocks below 1 MiB, which stay",
     "layer inputs kept": "layers x tokens x hidden x bytes",
     "layer input on its way to the host": "tokens x hidden x bytes",
     "return buffers of offloaded inputs": "2 x tokens x hidden x bytes",

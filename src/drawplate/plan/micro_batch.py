@@ -3,15 +3,16 @@
     batch -> embedding -> layers -> the norm after them -> loss -> and back
 
 What a layer does is its trace (model/footprint.py); here is what lies between: inputs kept or offloaded, gradients
-handed from layer to layer, the loss's tile.
+handed from layer to layer, the loss's tile. Layers that keep their activations in host memory are plan/host_kept.py's.
 """
 
 from __future__ import annotations
 
 from drawplate.footprints import Footprint
 from drawplate.plan.blocks import Name
+from drawplate.plan.host_kept import LINE, HostKept
 from drawplate.plan.rows import Rows
-from drawplate.plan.stage import Stage
+from drawplate.plan.stage import Stage, input_of
 from drawplate.plan.storage import loss_tile
 
 RETURN_BUFFERS = 2
@@ -25,6 +26,7 @@ class MicroBatch:
         self.model, self.choice = stage.model, stage.choice
         self.device, self.size = stage.device, stage.size
         self._first_kept = stage.model.layers - stage.choice.kept_layers
+        self._host_kept = HostKept(stage)
 
     def train(self, rows: Rows) -> None:
         """Forward and backward; gradients are added to the adapter's."""
@@ -89,17 +91,13 @@ class MicroBatch:
             device.rename(("new keys",), ("layer keys",))
 
     def _keeps(self, layer: int) -> bool:
-        return layer >= self._first_kept
+        return layer >= self._first_kept or layer in self._host_kept
 
     def _offloads(self, layer: int) -> bool:
         return not self._keeps(layer) and self.choice.policy == "offload"
 
     def _held_inputs(self) -> set[Name]:
-        return {self._input(i) for i in range(self.model.layers) if not self._offloads(i)}
-
-    @staticmethod
-    def _input(layer: int) -> Name:
-        return ("hidden", layer) if layer else ("embedded",)
+        return {input_of(i) for i in range(self.model.layers) if not self._offloads(i)}
 
     def _forward(self, layer: int, hidden: Name, rows: Rows) -> Name:
         """A layer's forward in training -> the block of its output."""
@@ -108,7 +106,7 @@ class MicroBatch:
         part = kind.footprints[(self.stage.kept if keeps else self.stage.inner)[layer]]
         if self._offloads(layer) and layer and device.has(("leaving",)):
             device.give(("leaving",))
-        line = "activations kept" if keeps else "layer being computed"
+        line = LINE if layer in self._host_kept else "activations kept" if keeps else "layer being computed"
         self.stage.run(part.forward if keeps else part.inference, line, ("layer", layer), rows, sparing=not keeps)
         output: Name = ("hidden", layer + 1)
         device.rename(("layer", layer, "out"), output, "layer inputs kept")
@@ -116,6 +114,7 @@ class MicroBatch:
             device.rename(hidden, ("leaving",), "layer input on its way to the host")
         if keeps and not part.keeps_input:
             self._drop_hidden(hidden)
+        self._host_kept.end_forward(layer, rows)
         return output
 
     def _backward(self, rows: Rows, hidden: Name, closing: Footprint) -> None:
@@ -151,6 +150,7 @@ class MicroBatch:
         prefix: Name = ("layer", layer)
         device.now = f"layer {layer}, " + ("backward" if keeps else "recomputed and backward")
         line = "backward of a kept layer" if keeps else "layer being recomputed"
+        self._host_kept.begin_backward(layer)
         if self._offloads(layer):
             for i in range(RETURN_BUFFERS):
                 if not device.has(("return", i)):
@@ -165,8 +165,8 @@ class MicroBatch:
         for j in range(len(self.stage.trained[layer])):
             self._accumulate((*prefix, f"grad:{j}"), ("new", layer, j))
         self._pass_gradient(prefix)
-        if layer and device.has(self._input(layer)):
-            device.give(self._input(layer))
+        if layer and device.has(input_of(layer)):
+            device.give(input_of(layer))
 
     def _pass_gradient(self, prefix: Name) -> None:
         """A part's gradient to its input is the next part's to its output; all else of the part is let go of."""

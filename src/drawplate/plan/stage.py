@@ -13,6 +13,11 @@ TRIED_VARIANTS = 2
 TRAINED_BYTES = 4
 
 
+def input_of(layer: int) -> Name:
+    """The block of a layer's input."""
+    return ("hidden", layer) if layer else ("embedded",)
+
+
 class Stage:
     """The device and what runs on it.
 
