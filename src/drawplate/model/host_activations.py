@@ -180,9 +180,9 @@ class HostActivations:
         self, stream: torch.cuda.Stream | None, pairs: Sequence[tuple[Tensor | None, Tensor | None]]
     ) -> torch.cuda.Event | None:
         """Copies (to, from), once what is queued now is through -> the event that they have arrived."""
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.no_grad(), torch.cuda.stream(stream):  # of None: does nothing
-            if stream is not None:
-                stream.wait_stream(torch.cuda.current_stream(self.device))
             for to, source in pairs:
                 assert to is not None
                 assert source is not None
