@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from drawplate.data.batches import cut_packed
 from drawplate.model import host_activations
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.host_activations import HostActivations
+from drawplate.model.weights import Checkpoint
 from tests.model.conftest import random_sequences, write_model
 from tests.model.test_causal_lm import build, train_steps
 
@@ -42,14 +45,25 @@ def micro_step(model: CausalLM, tokens: int = 48) -> None:
     model.sum_nats(batch, scale=0.01, dropout_seed=(3, 0))[0].backward()
 
 
-def test_layers_leave_at_even_distances_and_come_back_where_kept_ones_were(tmp_path, monkeypatch) -> None:
-    eight_layers = write_model(tmp_path / "model", "llama", num_hidden_layers=8)
+@pytest.fixture
+def eight_layers(tmp_path: Path) -> Checkpoint:
+    return write_model(tmp_path / "model", "llama", num_hidden_layers=8)
+
+
+def test_layers_leave_at_even_distances_and_come_back_where_kept_ones_were(eight_layers, monkeypatch) -> None:
     watched = Watched(monkeypatch)
     micro_step(build(eight_layers, activations=("host",) * 4 + ("recompute",) * 2 + ("keep",) * 2, poison=True))
     forward = [watched.on_device["end_forward", i] for i in range(8)]
     assert forward == [[0], [1], [1, 2], [2, 3], [2, 3], [3], [3], []]
     backward = {i: watched.on_device["begin_backward", i] for i in reversed(range(8))}
     assert backward == {7: [], 6: [3], 5: [2, 3], 4: [2, 3], 3: [2, 3], 2: [1, 2], 1: [0, 1], 0: [0]}
+
+
+def test_with_room_for_all_they_come_back_at_even_distances_too(eight_layers, monkeypatch) -> None:
+    watched = Watched(monkeypatch)
+    micro_step(build(eight_layers, activations=("host",) * 2 + ("keep",) * 6))
+    backward = {i: watched.on_device["begin_backward", i] for i in reversed(range(8))}
+    assert backward == {7: [], 6: [1], 5: [1], 4: [1], 3: [0, 1], 2: [0, 1], 1: [0, 1], 0: [0]}
 
 
 def test_nothing_of_a_layer_that_left_is_read_before_it_comes_back(llama, sequences) -> None:

@@ -6,12 +6,12 @@ memory of the device nor time, where computing it again costs a forward.
 
     forward of a layer on the host   its blocks are saved as always; their copy out begins when the layer has run
     end of the forward of its `due`  the compute stream waits for the copy, and the blocks are let go of
-    backward of the last layers      for each layer that is through with what it kept, the next one's blocks come back,
-                                     into the memory that became free
+    backward at its `due`            its blocks come back, once there is room: as many layers are on their way back, or
+                                     were, as layers are through with what they kept
     backward of the layer            finds them as it left them
 
-Layers are due at even distances, so that the order in which memory comes and goes is the same in every micro-batch
-(plan/micro_batch.py replays it) and can be captured into a CUDA graph. What a layer was given (weights, adapters, keys,
+Layers are due at even distances, which leaves the bus to streamed weights in between. The order in which memory comes
+and goes is the same in every micro-batch (plan/micro_batch.py replays it) and can be captured into a CUDA graph. What a layer was given (weights, adapters, keys,
 what all layers share) and blocks below SENT_FROM_BYTES stay where they are. On a CPU the same code copies plainly; with
 `poison`, blocks are filled with 0xFF bytes before they are let go of, so that a stale read cannot pass.
 """
@@ -130,10 +130,11 @@ class HostActivations:
                 self._let_go(sent)
 
     def begin_backward(self, layer: int) -> None:
-        """Backward comes to a layer, of any policy: as many layers come back as are through with what they kept."""
+        """Backward comes to a layer, of any policy: what is due and has room begins to come back."""
         through = sum(policy in ("keep", "host") for policy in self._policies[layer + 1 :])
-        for sent in sorted(self._sent.values(), key=lambda sent: -sent.index)[:through]:
-            self._bring_back(sent)
+        due = sum(sent.due >= layer for sent in self._sent.values())
+        for index in sorted(self._sent, reverse=True)[: min(through, due)]:
+            self._bring_back(self._sent[index])
 
     def take(self, tensor: SentTensor) -> Tensor:
         """A saved tensor, for backward.
