@@ -11,9 +11,10 @@ memory of the device nor time, where computing it again costs a forward.
     backward of the layer            finds them as it left them
 
 Layers are due at even distances, which leaves the bus to streamed weights in between. The order in which memory comes
-and goes is the same in every micro-batch (plan/micro_batch.py replays it) and can be captured into a CUDA graph. What a layer was given (weights, adapters, keys,
-what all layers share) and blocks below SENT_FROM_BYTES stay where they are. On a CPU the same code copies plainly; with
-`poison`, blocks are filled with 0xFF bytes before they are let go of, so that a stale read cannot pass.
+and goes is the same in every micro-batch (plan/micro_batch.py replays it) and can be captured into a CUDA graph. What a
+layer was given (weights, adapters, keys, what all layers share) and blocks below SENT_FROM_BYTES stay where they are.
+On a CPU the same code copies plainly; with `poison`, blocks are filled with 0xFF bytes before they are let go of, so
+that a stale read cannot pass.
 """
 
 from __future__ import annotations
