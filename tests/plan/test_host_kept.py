@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from drawplate.footprints import SENT_FROM_BYTES, Footprint, Line
-from drawplate.plan.host_kept import LINE, HostKept, due_of, most_leaving, sent_blocks
+from drawplate.plan.host_kept import LINE, HostKept, due_of, most_back, most_leaving, sent_blocks
 from drawplate.plan.ledger import Choice, ModelShape, Surroundings, ledger
 from drawplate.plan.micro_batch import MicroBatch
 from drawplate.plan.rows import Rows, train_rows_of
@@ -90,8 +90,9 @@ def test_blocks_leave_when_they_are_due_and_come_back_as_layers_are_through() ->
     assert isinstance(watched, Watched)
     due = [3, 6, 10, 13, 17, 20, 24, 27]
     assert watched.forward == [min(i + 1, 8) - sum(d <= i for d in due) for i in range(28)]
-    recomputed = [3] * 17
-    assert watched.backward == [0, 1, 2, *recomputed, 3, 3, 3, 3, 3, 3, 2, 1], "three at most, until none is left"
+    first_back = [0, 1, 1, 2, 2, 2, 2]  # of layers 27 to 21: when they are due
+    assert watched.backward == [*first_back, *[3] * 19, 2, 1], "three at most, until none is left"
+    assert max(watched.backward) == most_back(28, 8, 3)
     assert not watched.device.totals[LINE], "and in the end nothing is held"
 
 

@@ -2,11 +2,11 @@
 
     forward of such a layer    as of a kept one; its copy out begins when it has run
     end of its `due`           what it saved is let go of, but for blocks below SENT_FROM_BYTES
-    backward of later layers   for each layer that is through with what it kept, the next one's blocks come back
+    backward at its `due`      its blocks come back, once as many layers are through with what they kept
     its backward               as of a kept one
 
-Copies wait for each other on the bus, so layers are due at even distances over the whole forward. Left out: the time
-that copies take, which is plan/cost.py's.
+Copies wait for each other on the bus, so layers are due at even distances. Left out: the time that copies take, which
+is plan/cost.py's.
 """
 
 from __future__ import annotations
@@ -64,6 +64,18 @@ def most_leaving(layers: int, count: int) -> int:
     return max((sum(start <= now <= end for start, end in due.items()) for now in due), default=0)
 
 
+@lru_cache(maxsize=1024)
+def most_back(layers: int, count: int, kept: int) -> int:
+    """Of so many layers on the host, the most whose blocks are on the device again during a backward, the last `kept`
+    layers having kept theirs there."""
+    due, most = due_of(layers, count), 0
+    for now in range(layers):
+        over = max(0, count - 1 - now)
+        begun = min(min(kept, layers - 1 - now) + over, sum(end >= now for end in due.values()))
+        most = max(most, begun - over, int(now < count))
+    return most
+
+
 class HostKept:
     """What these layers give and take of the device."""
 
@@ -85,9 +97,10 @@ class HostKept:
                 self.device.give_all(self._away[leaving])
 
     def begin_backward(self, layer: int) -> None:
-        """Before the backward of any layer: as many come back as are through with what they kept, and its own."""
+        """Before the backward of any layer: what is due and has room comes back, and its own."""
         through = sum(self._keeps[layer + 1 :])
-        for returning in sorted(self._due, reverse=True)[:through]:
+        due = sum(due >= layer for due in self._due.values())
+        for returning in sorted(self._due, reverse=True)[: min(through, due)]:
             self._bring_back(returning)
         self._bring_back(layer)
 
