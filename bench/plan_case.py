@@ -2,7 +2,8 @@
 
 A case is SHAPE:PRECISION:TIERS:POLICY:SIZES:RANK:TARGETS:DROPOUT:PACKING[:option=value ...], like
 `3b:nf4:streamed:offload:2x2048,1x1024:8:qv:0.1:padded:head=8192`. TIERS is resident, dequantized, streamed or partial
-(the first half on the device); POLICY keep, recompute, offload or mixed (the last quarter keeps, the others recompute).
+(the first half on the device); POLICY keep, recompute, offload or mixed (the last quarter keeps, the others recompute);
+with :host=N the first N layers keep their activations in host memory.
 Each size runs one evaluation micro-batch, three optimizer steps, a save of the adapter and another evaluation, as a run
 does: gradients in one run of memory, micro-steps captured where the placement allows it (not with :launched), layers
 compiled (not with :eager).
@@ -49,21 +50,20 @@ def load(case: str) -> tuple[Any, dict[str, Any]]:
     facts = parse(case)
     options = facts["options"]
     layers = int(options.get("layers", 0)) or shape_config(facts["shape"]).num_hidden_layers
-    half, quarter = layers // 2, layers // 4
+    half = layers // 2
     tiers = {
         "resident": ("device",) * layers,
         "dequantized": ("dequantized",) * layers,
         "streamed": ("host",) * layers,
         "partial": ("device",) * half + ("host",) * (layers - half),
     }[facts["tiers"]]
-    policies = ("recompute",) * (layers - quarter) + ("keep",) * quarter
     torch.manual_seed(0)
     placement = Placement(
         device=torch.device("cuda", torch.cuda.current_device()),
         storage=Storage(facts["precision"]),
         compute_dtype=torch.bfloat16,
         weights=tiers,
-        activations=policies if facts["policy"] == "mixed" else facts["policy"],
+        activations=policies_of(facts, layers),
         head_rows=int(options.get("head", 0)),
         compiled="eager" not in options,
         dequantize=options.get("dequantize", "product" if facts["shape"] == "70b" else "layer"),
@@ -83,6 +83,14 @@ def load(case: str) -> tuple[Any, dict[str, Any]]:
     model = assemble(checkpoint, placement, lambda a: lora_config(section, a, "random", None), seed=0)  # type: ignore[arg-type]
     torch.cuda.synchronize()
     return model, {"seconds": round(time.monotonic() - began, 2), **peaks()}
+
+
+def policies_of(facts: dict[str, Any], layers: int) -> tuple[str, ...]:
+    """What becomes of each layer's activations."""
+    kept = {"keep": layers, "mixed": layers // 4}.get(facts["policy"], 0)
+    on_host = min(int(facts["options"].get("host", 0)), layers - kept)
+    policy = "offload" if facts["policy"] == "offload" else "recompute"
+    return ("host",) * on_host + (policy,) * (layers - kept - on_host) + ("keep",) * kept
 
 
 def batch_of(model: Any, size: str, packing: str) -> Any:
@@ -192,7 +200,7 @@ def choice_of(facts: dict[str, Any], layers: int) -> Any:
     """The case as the ledger says it."""
     from drawplate.plan.ledger import Choice
 
-    options = facts["options"]
+    options, policies = facts["options"], policies_of(facts, layers)
     rows, length = (int(n) for n in facts["sizes"].split("x"))
     packed = facts["packing"] == "packed"
     return Choice(
@@ -202,7 +210,8 @@ def choice_of(facts: dict[str, Any], layers: int) -> Any:
         device="cuda",
         dequantized_layers=layers if facts["tiers"] == "dequantized" else 0,
         device_layers={"resident": layers, "partial": layers // 2}.get(facts["tiers"], 0),
-        kept_layers={"keep": layers, "mixed": layers // 4}.get(facts["policy"], 0),
+        kept_layers=policies.count("keep"),
+        host_kept_layers=policies.count("host"),
         policy="offload" if facts["policy"] == "offload" else "recompute",
         micro_batch_tokens=rows * length,
         rows=1 if packed else rows,

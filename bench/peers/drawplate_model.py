@@ -190,8 +190,18 @@ def recipe_of(folder: Path, setting: Setting, case: Case | None) -> Any:
 
 def words_of(chosen: Plan) -> dict[str, Any]:
     """What of a plan is worth writing beside a speed."""
-    names = ("precision", "dequantized_layers", "device_layers", "host_layers", "kept_layers", "policy", "head_rows")
-    names = (*names, "compiled", "dequantize", "micro_batch_tokens", "micro_batch_sequences", "graphs")
+    names = ("precision", "dequantized_layers", "device_layers", "host_layers", "head_rows")
+    names = (
+        *names,
+        "kept_layers",
+        "host_kept_layers",
+        "policy",
+        "compiled",
+        "dequantize",
+        "micro_batch_tokens",
+        "micro_batch_sequences",
+        "graphs",
+    )
     words = {name: getattr(chosen, name) for name in names}
     predicted = max((sum(x.bytes for x in p.lines if x.where == "device") for p in chosen.phases), default=None)
     return {**words, "predicted_tokens_per_second": chosen.times and chosen.times.tokens_per_second, "bytes": predicted}

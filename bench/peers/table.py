@@ -69,7 +69,8 @@ def _setting(result: dict[str, Any]) -> str:
     budget = f", {result['budget_gib']:g} GiB cap" if result["budget_gib"] else ""
     decided = result.get("decided", {})
     kept = f", {decided['kept_layers']} layers kept" if "kept_layers" in decided else ""
-    return result["setting"] + budget + kept
+    on_host = f", {decided['host_kept_layers']} on the host" if decided.get("host_kept_layers") else ""
+    return result["setting"] + budget + kept + on_host
 
 
 def _label(result: dict[str, Any]) -> str:

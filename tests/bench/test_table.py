@@ -53,3 +53,11 @@ def test_a_budget_holds_the_whole_process_where_that_is_known() -> None:
     held = [result("unsloth", "nf4", 1.0, 5.5, process_device_bytes=int(5.5 * 2**30) + context)]
     assert not best_within(held, "7x512", 6)
     assert best_within(held, "7x512", 6.5)
+
+
+def test_what_the_planner_kept_stands_beside_its_setting() -> None:
+    decided = {"kept_layers": 18, "host_kept_layers": 9}
+    text = table(RECORD | {"results": [result("drawplate", "nf4 plan", 1.0, 5.5, decided=decided)]})
+    assert "| nf4 plan, 18 layers kept, 9 on the host |" in text
+    text = table(RECORD | {"results": [result("unsloth", "nf4", 1.0, 5.5, decided={"kept_layers": 18})]})
+    assert "| nf4, 18 layers kept |" in text

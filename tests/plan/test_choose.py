@@ -308,6 +308,41 @@ def test_activations_are_kept_while_they_fit() -> None:
     assert plan_of(recipe_of(**kept)).activations == "keep"
 
 
+H100 = gpu_named("H100").speed("bfloat16")
+TIGHT = {"train": {"per_device_train_batch_size": 8, "effective_batch_size": 16}, "memory": {"vram": "12GiB"}}
+
+
+def test_an_idle_bus_carries_activations_to_host_memory_and_back() -> None:
+    plan = plan_of(recipe_of(**TIGHT), speed=H100)
+    layers = LLAMA_3B.layers
+    assert 0 < plan.host_kept_layers < layers - plan.kept_layers
+    assert plan.kept_layers >= 2, "into whose place the others come back"
+    assert policies_of(plan).count("host") == plan.host_kept_layers
+    assert f"{plan.host_kept_layers} in host memory" in plan.reasons["activations"]
+    assert f"{layers - plan.kept_layers - plan.host_kept_layers} of {layers}" in plan.reasons["activations"]
+    assert plan.activations.endswith("partly on the host")
+    locked = next(line.bytes for line in plan.ledger if line.name == "activations kept in host memory")
+    slow = plan_of(recipe_of(**TIGHT), speed=replace(H100, to_host_rate=1e7))
+    assert slow.host_kept_layers == 0, "a slow bus carries nothing for nothing"
+    assert slow.times is not None
+    assert plan.times is not None
+    assert plan.times.step_seconds < slow.times.step_seconds
+    tight = {**TIGHT, "memory": {"vram": "12GiB", "ram": plan.predicted_bytes("host") - locked // 2}}
+    assert plan_of(recipe_of(**tight), speed=H100).predicted_bytes("host") < plan.predicted_bytes("host")
+
+
+@pytest.mark.parametrize("activations", ["recompute", "offload"])
+def test_activations_that_are_decided_do_not_go_to_host_memory(activations: str) -> None:
+    asked = recipe_of(train=TIGHT["train"], memory={**TIGHT["memory"], "activations": activations})
+    again = recipe_of(train={**TIGHT["train"], "gradient_checkpointing": True}, memory=TIGHT["memory"])
+    assert plan_of(asked, speed=H100).host_kept_layers == plan_of(again, speed=H100).host_kept_layers == 0
+
+
+def test_without_a_gpu_or_need_all_activations_stay() -> None:
+    assert plan_of(recipe_of(), speed=H100).host_kept_layers == 0
+    assert plan_of(recipe_of(memory={"ram": "20GiB"}), machine=machine_of("cpu")).host_kept_layers == 0
+
+
 def test_what_the_user_set_and_does_not_fit_is_refused_with_the_change_that_mends_it() -> None:
     train = {"per_device_train_batch_size": 16, "effective_batch_size": 16}
     asked = recipe_of(train=train, memory={"vram": "6GiB", "activations": "keep"})

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.errors import UsageError
-from drawplate.plan.cost import Cost, step_cost, step_seconds
+from drawplate.plan.cost import Cost, Walk, carried_layers, step_cost, step_seconds
 from drawplate.plan.gpus import GPUS, gpu_named, typical_speed
 from drawplate.plan.ledger import Choice
 from drawplate.plan.unit_cost import head_copy_seconds, layer_copy_seconds, product_seconds, units_of
 from drawplate.plan.work import Cut, StepWork, step_work
-from drawplate.records import Sequence
+from drawplate.records import DeviceSpeed, Sequence
 from tests.plan.test_ledger import shape
 
 H100 = gpu_named("H100").speed("bfloat16")
@@ -152,18 +152,85 @@ def test_the_lines_sum_to_the_step(weights: str, activations: str, tokens: int) 
     assert cost.tokens_per_second == pytest.approx(work.step_tokens / cost.seconds)
 
 
-@given(st.integers(0, 27), st.integers(0, 28), st.sampled_from(["recompute", "offload"]), st.integers(128, 20000))
-@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 27),
+    st.integers(0, 28),
+    st.sampled_from([0, 5, 28]),
+    st.sampled_from(["recompute", "offload"]),
+    st.integers(128, 20000),
+)
+@settings(deadline=None, max_examples=60)
 def test_more_layers_that_keep_their_activations_are_never_slower(
-    kept: int, host: int, policy: str, tokens: int
+    kept: int, host: int, on_host: int, policy: str, tokens: int
 ) -> None:
     """What the search halves on."""
 
     def seconds(count: int) -> float:
         choice = replace(choice_of(), kept_layers=count, device_layers=28 - host, policy=policy)  # type: ignore[arg-type]
-        return cost_of_choice(choice, work_of(tokens, 500))
+        return cost_of_choice(replace(choice, host_kept_layers=on_host), work_of(tokens, 500))
 
     assert seconds(kept + 1) <= seconds(kept) * (1 + 1e-12)
+
+
+@given(
+    st.integers(0, 28),
+    st.integers(2, 20),
+    st.sampled_from(["recompute", "offload"]),
+    st.sampled_from(["nf4", "bf16"]),
+    st.integers(1024, 20000),
+)
+@settings(deadline=None, max_examples=60)
+def test_what_the_bus_carries_for_nothing_takes_no_time_and_one_more_layer_does(
+    host: int, kept: int, policy: str, precision: str, tokens: int
+) -> None:
+    work = work_of(tokens, 500)
+    choice = replace(choice_of(precision=precision), kept_layers=kept, device_layers=28 - host, policy=policy)  # type: ignore[arg-type]
+    units = units_of(MODEL, replace(choice, host_kept_layers=1), work, H100)
+    walk = Walk.of(MODEL, choice)
+    count = carried_layers(choice, walk, units)
+
+    def copied(on_host: int) -> tuple[float, float]:
+        """Seconds of copies beyond the compute beside them: out, and back."""
+        away = Walk.of(MODEL, replace(choice, host_kept_layers=on_host))
+        inputs = away.rest if policy == "offload" else 0
+        once = away.quantized * units.dequantize
+        out = inputs * units.input_out + on_host * units.kept_out - (27 * units.forward.total + once)
+        back = inputs * units.input_back + on_host * units.kept_back + (away.host - away.turning) * units.layer_copy
+        return out, back - (28 * units.backward.total + away.rest * units.again.total + once)
+
+    assert 0 <= count <= 28 - kept
+    assert count == 0 or max(copied(count)) <= 1e-9
+    assert count == 28 - kept or max(copied(count + 1)) > -1e-9
+
+
+def test_a_layer_kept_in_host_memory_is_not_computed_again_and_waits_for_a_slow_bus_only() -> None:
+    choice = replace(choice_of(), kept_layers=8)
+    fast, slow = H100, replace(H100, to_host_rate=H100.to_host_rate / 100)
+
+    def lines(on_host: int, speed: DeviceSpeed) -> tuple[float, float]:
+        cost = step_cost(MODEL, replace(choice, host_kept_layers=on_host), work_of(), speed)
+        return line(cost, "recomputation"), line(cost, "waiting for streamed layers")
+
+    (all_again, _), (again, waiting) = lines(0, fast), lines(2, fast)
+    assert again == pytest.approx(all_again * 18 / 20)
+    assert waiting == 0
+    assert lines(2, slow)[1] > 0
+    assert lines(0, slow) == lines(0, fast)
+
+
+def test_what_comes_back_waits_for_room_that_kept_layers_make() -> None:
+    """With two kept layers two are back before the first is reached; with none every copy is waited for."""
+    choice, speed = replace(choice_of(), host_kept_layers=6), replace(H100, to_host_rate=1e15)
+    units = units_of(MODEL, choice, work_of(), speed)
+    short = 6 * (units.kept_back - units.backward.total)
+    assert short > 0, "a copy takes longer than a backward"
+    waiting = [
+        line(step_cost(MODEL, replace(choice, kept_layers=kept), work_of(), speed), "waiting for streamed layers")
+        for kept in (0, 2, 6)
+    ]
+    assert waiting[0] == pytest.approx(short)
+    assert waiting[1] == pytest.approx(max(0.0, 4 * units.kept_back - 6 * units.backward.total))
+    assert waiting[2] == 0
 
 
 def cost_of_choice(choice: Choice, work: StepWork) -> float:

@@ -45,6 +45,11 @@ def test_the_first_lines_say_how_how_fast_and_in_how_much(record: RunRecord) -> 
     assert "18 of 28 layers computed again from inputs offloaded to the host" in how
     assert "8,000 tokens/s: 5 min 42 s to train (171 steps, 3 epochs)" in fast
     assert "1.29 GiB on the host" in fast
+    on_host = dataclasses.replace(full(record.plan), host_kept_layers=12)
+    assert (
+        "activations of 10 layers kept on the device and of 12 in host memory, 6 of 28 layers" in headline(on_host)[0]
+    )
+    assert "of 18 in host memory; 2,048" in headline(dataclasses.replace(on_host, host_kept_layers=18))[0]
     assert (
         "all 28 layers in memory; activations kept"
         in headline(dataclasses.replace(full(record.plan), device_layers=28, host_layers=0, kept_layers=28))[0]

@@ -2,8 +2,8 @@
 
 An optimizer step is some micro-batches and an update of the adapter. A micro-batch walks forward through the layers,
 streams the head once for loss and gradient, and walks back; layers that did not keep their activations run forward
-again. Copies of streamed layers run beside the compute and cost what they take longer (docs/streaming.md), and the host
-that issues the work costs what it takes longer than the device.
+again. Copies of streamed layers, and of activations that are kept in host memory, run beside the compute and cost what
+they take longer (docs/streaming.md), and the host that issues the work costs what it takes longer than the device.
 
 Blind to clocks that fall while a card heats up, to a bus shared with others, and to the time that reading documents,
 loading weights and compiling take.
@@ -61,13 +61,16 @@ class Cost:
 
 
 class Walk(NamedTuple):
-    """Layers of a choice by what the walk does to them. Kept ones are the last, dequantized ones the first."""
+    """Layers of a choice by what the walk does to them. Those kept on the device are the last, those kept in host
+    memory and dequantized ones the first."""
 
     layers: int
     kept: int
+    kept_on_host: int
     host: int
     turning: int
     quantized_kept: int
+    quantized_on_host: int
     quantized_rest: int
 
     @classmethod
@@ -75,13 +78,20 @@ class Walk(NamedTuple):
         """Count them; `turning` layers are still in their slots when the walk turns round."""
         layers, kept, host = model.layers, choice.kept_layers, choice.host_layers(model.layers)
         quantized = layers - choice.dequantized_layers if choice.precision in (*QUANTIZED, "fp8") else 0
-        quantized_kept = min(kept, quantized)
-        return cls(layers, kept, host, min(choice.slots, host), quantized_kept, quantized - quantized_kept)
+        quantized_kept, on_host = min(kept, quantized), choice.on_host(layers)
+        quantized_on_host = max(0, on_host - choice.dequantized_layers) if quantized else 0
+        rest = quantized - quantized_kept - quantized_on_host
+        return cls(layers, kept, on_host, host, min(choice.slots, host), quantized_kept, quantized_on_host, rest)
 
     @property
     def rest(self) -> int:
         """Layers that are computed again."""
-        return self.layers - self.kept
+        return self.layers - self.kept - self.kept_on_host
+
+    @property
+    def quantized(self) -> int:
+        """Layers that are dequantized, or transposed, at every pass."""
+        return self.quantized_kept + self.quantized_on_host + self.quantized_rest
 
 
 class MicroBatchSeconds(NamedTuple):
@@ -109,7 +119,7 @@ FORMULAS = (
     ("dequantization", "passes x weights of a layer / rate"),
     ("head and loss", "4 FLOPs x hidden x vocabulary x tokens / rate, and passes over the logits"),
     ("gaps between kernels", "kernels x the device's idle moment"),
-    ("waiting for streamed layers", "copies, less the compute that hides them"),
+    ("waiting for streamed layers", "copies of layers, inputs and activations, less the compute that hides them"),
     ("waiting for the streamed head", "its copy, less the compute that hides it"),
     ("waiting for the host", "launches of a micro-batch, less what the device takes"),
 )
@@ -176,29 +186,57 @@ def micro_batch_seconds(
 def _dequantizations(choice: Choice, walk: Walk, units: Units) -> float:
     """Layers times how often a micro-batch dequantizes each; fp8 is multiplied as it is and transposed for backward."""
     if choice.precision == "fp8":
-        return walk.quantized_kept + walk.quantized_rest
+        return walk.quantized
     again = 0.0 if choice.dequantize == "layer" else units.weights_again
-    return 2 * walk.quantized_kept + (2 + again) * walk.quantized_rest
+    return 2 * walk.quantized + again * walk.quantized_rest
 
 
 def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
     """What copies take longer than the compute beside them; host layers are spread evenly over the walk.
 
-    Forward: the layers come in while inputs go out. Backward: the kept layers first, then those computed again, whose
-    offloaded inputs share the bus with the layers. On a CPU nothing runs beside.
+    Forward: the layers come in while inputs and activations go out. Backward: the layers kept on the device first, then
+    those computed again, whose offloaded inputs share the bus with the layers, then those kept in host memory: what
+    kept layers made room for comes back before them, where streamed layers and inputs leave the bus free. On a CPU
+    nothing runs beside.
+    """
+    each, again, dequantize = units.backward.total, units.again.total, units.dequantize
+    forward = walk.layers * units.forward.total + walk.quantized * dequantize
+    phases = [
+        (walk.kept, walk.kept * each + walk.quantized_kept * dequantize),
+        (walk.rest, walk.rest * (again + each) + walk.quantized_rest * dequantize),
+        (walk.kept_on_host, walk.kept_on_host * each + walk.quantized_on_host * dequantize),
+    ]
+    arriving = (walk.host - walk.turning) * units.layer_copy
+    inputs = walk.rest if choice.policy == "offload" else 0
+    out = inputs * units.input_out + walk.kept_on_host * units.kept_out
+    copies = [arriving * layers / walk.layers for layers, _ in phases]
+    copies[1] += inputs * units.input_back
+    early = min(walk.kept, walk.kept_on_host) * units.kept_back
+    copies[2] += walk.kept_on_host * units.kept_back - early
+    if choice.device == "cpu":
+        return arriving + out + sum(copies) + early
+    waits = max(0.0, max(arriving, out) - forward)
+    for (_, compute), copy in zip(phases[:2], copies[:2], strict=True):
+        waits += max(0.0, copy - compute)
+        early = max(0.0, early - max(0.0, compute - copy))
+    return waits + max(0.0, copies[2] + early - phases[2][1])
+
+
+def carried_layers(choice: Choice, walk: Walk, units: Units) -> int:
+    """The most layers whose activations the bus carries to host memory and back beside the compute for nothing.
+
+    Out: within the forward, but for the layer that has to run first; offloaded inputs go first. Back: within the
+    backward, after streamed layers and offloaded inputs. Each such layer is one fewer that is computed again.
     """
     offloaded = choice.policy == "offload"
-    forward = walk.layers * units.forward.total + (walk.quantized_kept + walk.quantized_rest) * units.dequantize
-    kept = walk.kept * units.backward.total + walk.quantized_kept * units.dequantize
-    rest = walk.rest * (units.again.total + units.backward.total) + walk.quantized_rest * units.dequantize
-    arriving = (walk.host - walk.turning) * units.layer_copy
-    out = walk.rest * units.input_out if offloaded else 0.0
-    arriving_kept = arriving * walk.kept / walk.layers
-    arriving_rest = arriving - arriving_kept + (walk.rest * units.input_back if offloaded else 0.0)
-    if choice.device == "cpu":
-        return arriving + out + arriving_kept + arriving_rest
-    waits = (max(arriving, out) - forward, arriving_kept - kept, arriving_rest - rest)
-    return sum(max(0.0, wait) for wait in waits)
+    input_out, input_back = (units.input_out, units.input_back) if offloaded else (0.0, 0.0)
+    again, dequantize = walk.layers - walk.kept, walk.quantized * units.dequantize
+    out = (walk.layers - 1) * units.forward.total + dequantize - again * input_out
+    back = walk.layers * units.backward.total + again * units.again.total + dequantize
+    back -= again * input_back + (walk.host - walk.turning) * units.layer_copy
+    each_out, each_back = units.kept_out - input_out, units.kept_back - input_back + units.again.total
+    most = [room / each for room, each in ((out, each_out), (back, each_back)) if each > 0]
+    return max(0, min(again, *(int(n) for n in most))) if most else 0
 
 
 def _head_wait(model: ModelShape, choice: Choice, computing: float, speed: DeviceSpeed) -> float:
@@ -226,7 +264,7 @@ def update_seconds(model: ModelShape, speed: DeviceSpeed) -> float:
 def evaluation_seconds(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed) -> float:
     """A held-out measurement, `work` being all of it: forward alone, and the head's loss without its gradient."""
     units, walk = units_of(model, choice, work, speed), Walk.of(model, choice)
-    quantized = 0 if choice.precision == "fp8" else walk.quantized_kept + walk.quantized_rest
+    quantized = 0 if choice.precision == "fp8" else walk.quantized
     device = walk.layers * units.forward.total + quantized * units.dequantize
     device += max(0.0, walk.host * units.layer_copy - device) + units.head_evaluated
     device += _head_wait(model, choice, units.head_evaluated, speed)

@@ -30,7 +30,11 @@ def activation_words(choice: Choice, layers: int) -> str:
     """What becomes of activations, in the recipe's words where one word is true of all."""
     if choice.kept_layers == layers:
         return "keep"
-    return f"partly {choice.policy}" if choice.kept_layers else choice.policy
+    on_host = choice.on_host(layers)
+    if choice.kept_layers + on_host == layers:
+        return "keep, partly on the host"
+    some = f"partly {choice.policy}" if choice.kept_layers + on_host else choice.policy
+    return f"{some}, partly on the host" if on_host else some
 
 
 def explain(recipe: Recipe, search: Search, found: Found, budget: Budget, *, stored: str | None) -> dict[str, str]:
@@ -95,10 +99,21 @@ def _activations(search: Search, found: Found) -> str:
     choice, layers = found.choice, search.model.layers
     if choice.kept_layers == layers:
         return "all activations fit, so nothing is computed twice"
-    price = _seconds(search, found, choice) / _seconds(search, found, replace(choice, kept_layers=layers)) - 1
-    where = "offloaded to the host" if choice.policy == "offload" else "kept"
-    again = f"{layers - choice.kept_layers} of {layers} layers are computed again from their inputs, {where}"
-    return f"{again}: {100 * price:.0f} % of the time, for activations that do not fit"
+    on_host, seconds, parts = choice.on_host(layers), _seconds(search, found, choice), []
+    if on_host:
+        saved = 1 - seconds / _seconds(search, found, replace(choice, host_kept_layers=0))
+        parts.append(
+            f"{choice.kept_layers} of {layers} layers keep their activations on the device and {on_host} in host memory"
+            f", copied beside the compute: {100 * saved:.0f} % less time than computing these again"
+        )
+    if again := layers - choice.kept_layers - on_host:
+        price = seconds / _seconds(search, found, replace(choice, kept_layers=layers)) - 1
+        where = "offloaded to the host" if choice.policy == "offload" else "kept"
+        parts.append(
+            f"{again} of {layers} layers are computed again from their inputs, {where}: "
+            f"{100 * price:.0f} % of the time, for activations that do not fit"
+        )
+    return "; ".join(parts)
 
 
 def _micro_batch(search: Search, found: Found, budget: Budget) -> str:

@@ -9,6 +9,7 @@ high.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from drawplate.plan.budget import Need
 from drawplate.plan.estimate import estimate
@@ -29,7 +30,7 @@ class Fit:
     _exact: dict[Choice, Need] = field(default_factory=dict)
     _ledgers: dict[Choice, Ledger] = field(default_factory=dict)
     _corrections: dict[_Pattern, Need] = field(default_factory=dict)
-    _estimates: dict[tuple[_Pattern, int], Need] = field(default_factory=dict)
+    _estimates: dict[tuple[Any, ...], Need] = field(default_factory=dict)
     _shifts: dict[tuple[str, int, int, int], tuple[Need, tuple[int, int]]] = field(default_factory=dict)
 
     def knows(self, choice: Choice) -> bool:
@@ -88,7 +89,7 @@ class Fit:
         )
 
     def _of_pattern(self, choice: Choice, pattern: _Pattern, kept: int) -> Need:
-        key = (pattern, kept)
+        key = (pattern[:-1], kept, min(choice.host_kept_layers, self.model.layers - kept))
         if key not in self._estimates:
             self._estimates[key] = Need(*estimate(self.model, _with(choice, pattern[0], kept), self.around))
         return self._estimates[key]

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from drawplate.plan.budget import Budget, Need
-from drawplate.plan.cost import Cost, step_cost, step_seconds
+from drawplate.plan.cost import Cost, Walk, carried_layers, step_cost, step_seconds
 from drawplate.plan.fit import Fit
 from drawplate.plan.ledger import Choice, Ledger, ModelShape, Surroundings
-from drawplate.plan.space import MicroBatch, Space, choices
-from drawplate.plan.unit_cost import Units, units_of
+from drawplate.plan.space import FEWEST_KEPT, FEWEST_LAYERS, MicroBatch, Space, choices
+from drawplate.plan.unit_cost import Units, sending, units_of
 from drawplate.records import DeviceSpeed
 
 
@@ -156,6 +156,7 @@ class Search:
             Won(c.seconds[k], c, k)
             for p in self.space.precisions
             for c in self._candidates(p)
+            if not c.choice.host_kept_layers
             for k in {c.fewest, c.most}
         ]
         return self._found(min(ends, key=lambda end: budget.excess(self.fit.estimate(end.choice))))
@@ -163,11 +164,12 @@ class Search:
     def _candidates(self, precision: str) -> list[_Candidate]:
         if precision not in self._priced:
             found = [c for batch in self.space.batches for c in self._of_batch(precision, batch)]
-            self._priced[precision] = sorted(found, key=lambda c: c.bound)
+            self._priced[precision] = sorted(found, key=lambda c: (c.bound, c.choice.host_kept_layers))
         return self._priced[precision]
 
     def _of_batch(self, precision: str, batch: MicroBatch) -> Iterator[_Candidate]:
         units: dict[tuple[bool, str], Units] = {}
+        sends: dict[tuple[bool, str], Units] = {}
         for choice, fewest, most in choices(self.model, self.space, precision, batch):
             key = (choice.compiled, choice.dequantize)
             if key not in units:
@@ -176,6 +178,20 @@ class Search:
             for kept in {fewest, most}:
                 self._seconds_per_token(candidate, kept)
             yield candidate
+            if choice.device == "cuda" and most > fewest and most >= FEWEST_LAYERS:
+                if key not in sends:
+                    sends[key] = sending(units[key], self.model, choice, batch.work, self.speed)
+                yield from self._with_host_memory(candidate, sends[key])
+
+    def _with_host_memory(self, candidate: _Candidate, units: Units) -> Iterator[_Candidate]:
+        """The same with as many layers' activations in host memory as the bus carries for nothing, if any."""
+        choice = candidate.choice
+        if count := carried_layers(choice, Walk.of(self.model, choice)._replace(kept=FEWEST_KEPT), units):
+            all_kept = {candidate.most: candidate.seconds[candidate.most]}
+            choice = replace(choice, host_kept_layers=count)
+            away = replace(candidate, choice=choice, units=units, fewest=FEWEST_KEPT, seconds=all_kept)
+            self._seconds_per_token(away, FEWEST_KEPT)
+            yield away
 
     def _seconds_per_token(self, candidate: _Candidate, kept: int) -> float:
         """What is compared: a step's tokens are the same for every cut, but for sampling."""

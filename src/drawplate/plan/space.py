@@ -16,6 +16,9 @@ from drawplate.plan.work import StepWork
 from drawplate.units import GIB
 
 HEAD_SLOT_ROWS = 8192
+FEWEST_KEPT, FEWEST_LAYERS = 2, 4
+"""With activations in host memory so many layers keep theirs on the device, into whose place others come back; of a
+model of so many layers."""
 HOST_SHARES = tuple(i / 8 for i in range(1, 9))
 DEQUANTIZED_SHARES = (0.25, 0.5, 0.75, 1.0)
 LARGEST_WHOLE_LAYER_BYTES = GIB

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from drawplate.plan.host_kept import sent_blocks, sent_input_bytes
 from drawplate.plan.ledger import DTYPE_BYTES, Choice, LinearShape, ModelShape, stored_bits
+from drawplate.plan.rows import train_rows_of
+from drawplate.plan.sketch import sketched
 from drawplate.plan.work import StepWork
 from drawplate.records import DeviceSpeed
 
@@ -215,10 +218,21 @@ def head_copy_seconds(model: ModelShape, choice: Choice, speed: DeviceSpeed) -> 
     return model.vocab * model.hidden * DTYPE_BYTES[choice.compute_dtype] / speed.to_device_rate
 
 
+def sent_bytes(model: ModelShape, choice: Choice, work: StepWork) -> float:
+    """What a layer sends whose activations are kept in host memory, its input too; the mean layer's, dequantized."""
+    model = sketched(model)
+    tokens, borders = round(work.positions), train_rows_of(choice, model).borders
+    hidden = tokens * model.hidden * DTYPE_BYTES[choice.compute_dtype]
+    parts = [kind.footprints[choice.mode("dequantized", kept=True)] for kind in model.kinds]
+    each = [sum(sent_blocks(part, tokens, borders).values()) + sent_input_bytes(part, hidden) for part in parts]
+    return sum(each[kind] for kind in model.kind_of_layer) / model.layers
+
+
 @dataclass(frozen=True, kw_only=True)
 class Units:
     """Seconds of what happens once to a layer or a micro-batch, whatever the tiers and policies are; `weights_again` is
-    the share of a layer's weights that is multiplied again where its activations are not kept."""
+    the share of a layer's weights that is multiplied again where its activations are not kept, `kept_out` and
+    `kept_back` the copies of a layer whose activations are kept in host memory."""
 
     forward: LayerSeconds
     again: LayerSeconds
@@ -231,6 +245,8 @@ class Units:
     head_evaluated: float
     linears: float
     weights_again: float
+    kept_out: float = 0.0
+    kept_back: float = 0.0
 
 
 def units_of(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed) -> Units:
@@ -238,7 +254,7 @@ def units_of(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpe
     inputs = work.positions * model.hidden * DTYPE_BYTES[choice.compute_dtype]
     linears = linears_of(model)
     sizes = {x: k * x.out_features * x.in_features for x, k in linears.items()}
-    return Units(
+    units = Units(
         forward=forward_seconds(model, choice, work, speed),
         again=forward_seconds(model, choice, work, speed, again=True),
         backward=backward_seconds(model, choice, work, speed),
@@ -251,3 +267,10 @@ def units_of(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpe
         linears=sum(linears.values()),
         weights_again=sum(sizes[x] for x in sizes if x.again) / sum(sizes.values()),
     )
+    return sending(units, model, choice, work, speed) if choice.host_kept_layers else units
+
+
+def sending(units: Units, model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed) -> Units:
+    """The same for choices that may keep activations in host memory."""
+    sent = sent_bytes(model, choice, work)
+    return replace(units, kept_out=sent / speed.to_host_rate, kept_back=sent / speed.to_device_rate)

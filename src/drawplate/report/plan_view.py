@@ -92,8 +92,12 @@ def _activations(plan: Plan) -> str:
     if not plan.layers or plan.kept_layers == plan.layers:
         return "activations kept" if plan.layers else f"activations: {plan.activations}"
     inputs = "from inputs offloaded to the host" if plan.policy == "offload" else "from inputs on the device"
-    again = f"{plan.layers - plan.kept_layers} of {plan.layers} layers computed again {inputs}"
-    return again if plan.kept_layers else again.replace(f"{plan.layers} of {plan.layers}", "all")
+    count = plan.layers - plan.kept_layers - plan.host_kept_layers
+    again = f"{'all' if count == plan.layers else f'{count} of {plan.layers}'} layers computed again {inputs}"
+    if not plan.host_kept_layers:
+        return again
+    kept = f"activations of {plan.kept_layers} layers kept on the device and of {plan.host_kept_layers} in host memory"
+    return f"{kept}, {again}" if count else kept
 
 
 def plan_table(plan: Plan) -> RenderableType:
