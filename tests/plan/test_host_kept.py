@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from drawplate.footprints import SENT_FROM_BYTES, Footprint, Line
-from drawplate.plan.host_kept import LINE, HostKept, due_of, most_back, most_leaving, sent_blocks
+from drawplate.plan.host_kept import LINE, HostKept, due_of, leaving, most_back, sent_blocks
 from drawplate.plan.ledger import Choice, ModelShape, Surroundings, ledger
 from drawplate.plan.micro_batch import MicroBatch
 from drawplate.plan.rows import Rows, train_rows_of
@@ -51,7 +51,7 @@ def test_a_layer_that_keeps_its_activations_on_the_device_keeps_none_on_the_host
 def test_layers_leave_one_after_another_over_the_whole_forward() -> None:
     assert due_of(28, 4) == {0: 6, 1: 13, 2: 20, 3: 27}
     assert due_of(28, 28) == {layer: layer for layer in range(28)}
-    assert (most_leaving(28, 4), most_leaving(28, 28), most_leaving(28, 0)) == (4, 1, 0)
+    assert [leaving(28, count) for count in (0, 4, 14, 28)] == [(0, 0), (4, 4), (8, 7), (1, 0)]
     assert max(due_of(28, 9).values()) == 27, "the last has until the end"
 
 

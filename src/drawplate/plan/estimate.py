@@ -14,7 +14,7 @@ from typing import Literal
 
 from drawplate.footprints import TRIAL, Footprint, Trace
 from drawplate.plan.host import HostLines, Row
-from drawplate.plan.host_kept import most_back, most_leaving, sent_blocks, sent_input_bytes
+from drawplate.plan.host_kept import leaving, most_back, sent_blocks, sent_input_bytes
 from drawplate.plan.micro_batch import RETURN_BUFFERS
 from drawplate.plan.rows import Rows, eval_rows_of, train_rows_of
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
@@ -191,7 +191,7 @@ class _Moments:
         ends.append((norm.backward.peak + norm.forward.left + 2 * each, held + saved))
         mine = 0 if choice.policy == "offload" else each * apart
         mine += RETURN_BUFFERS * each if choice.policy == "offload" and apart else 0
-        leaving = stays + a_layer * most_leaving(model.layers, self.on_host)
+        during, after = leaving(model.layers, self.on_host)
         back = stays + a_layer * most_back(model.layers, self.on_host, choice.kept_layers)
         for key, part in sums.items():
             if key[2] == "keep":
@@ -199,11 +199,11 @@ class _Moments:
                 going = (part.forward.peak + each, held + saved - saves[key] + a_layer)
             elif key[2] == "host":
                 ends.append((part.backward.peak + each, held + own + back))
-                going = (part.forward.peak + 2 * each, held + leaving - a_layer)
+                going = (part.forward.peak + 2 * each, held + stays + a_layer * (during - 1))
             else:
                 work = max(part.forward.peak, part.forward.left + part.backward.peak) + each
                 ends.append((work, held + own + mine + back))
-                going = (part.inference.peak + 2 * each, held + leaving)
+                going = (part.inference.peak + 2 * each, held + stays + a_layer * after)
             ends += [going] * bool(self.on_host)
         return max(ends, key=sum)
 

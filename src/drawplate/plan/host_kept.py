@@ -22,7 +22,6 @@ from drawplate.plan.stage import Stage, input_of
 LINE = "activations on their way to host memory and back"
 PLACE_BYTES = 256
 
-
 _SENT: dict[tuple[int, int, int], tuple[Footprint, dict[str, int]]] = {}
 _MOST_REMEMBERED = 4096
 """By the footprint's id; the footprint is kept, so that its id stays its own."""
@@ -58,10 +57,12 @@ def due_of(layers: int, count: int) -> dict[int, int]:
 
 
 @lru_cache(maxsize=1024)
-def most_leaving(layers: int, count: int) -> int:
-    """Of so many layers on the host, the most whose blocks are still on the device during a forward."""
+def leaving(layers: int, count: int) -> tuple[int, int]:
+    """Of so many layers on the host, the most whose blocks are on the device during the forward of one of them, itself
+    among them, and during that of the first layer after them."""
     due = due_of(layers, count)
-    return max((sum(start <= now <= end for start, end in due.items()) for now in due), default=0)
+    there = [sum(start <= now <= end for start, end in due.items()) for now in range(count + 1)]
+    return max(there[:count], default=0), there[count]
 
 
 @lru_cache(maxsize=1024)
@@ -91,10 +92,10 @@ class HostKept:
 
     def end_forward(self, layer: int, rows: Rows) -> None:
         """After the forward of any layer: those that are due by now have left."""
-        for leaving, due in self._due.items():
+        for gone, due in self._due.items():
             if due == layer:
-                self._away[leaving] = self._sent(leaving, rows)
-                self.device.give_all(self._away[leaving])
+                self._away[gone] = self._sent(gone, rows)
+                self.device.give_all(self._away[gone])
 
     def begin_backward(self, layer: int) -> None:
         """Before the backward of any layer: what is due and has room comes back, and its own."""
@@ -118,11 +119,10 @@ class HostKept:
 
 def locked_bytes(model: ModelShape, choice: Choice, rows: Rows) -> int:
     """Page-locked host memory that all of them need, each block rounded up to 256 bytes."""
-    hidden, total = rows.tokens * model.hidden * DTYPE_BYTES[choice.compute_dtype], 0
+    total, hidden = 0, rows.tokens * model.hidden * DTYPE_BYTES[choice.compute_dtype]
     for layer in range(choice.on_host(model.layers)):
         part = model.kinds[model.kind_of_layer[layer]].footprints[choice.mode(choice.tier(layer), kept=True)]
         sizes = sent_blocks(part, rows.tokens, rows.borders).values()
-        total += sum(-(-size // PLACE_BYTES) * PLACE_BYTES for size in sizes) + (
-            sent_input_bytes(part, hidden) if layer else 0
-        )
+        total += sum(-(-size // PLACE_BYTES) * PLACE_BYTES for size in sizes)
+        total += sent_input_bytes(part, hidden) if layer else 0
     return total
