@@ -218,19 +218,19 @@ def test_a_layer_kept_in_host_memory_is_not_computed_again_and_waits_for_a_slow_
     assert lines(0, slow) == lines(0, fast)
 
 
-def test_what_comes_back_waits_for_room_that_kept_layers_make() -> None:
-    """With two kept layers two are back before the first is reached; with none every copy is waited for."""
+def test_what_comes_back_waits_for_room_that_kept_layers_make_and_for_its_turn() -> None:
+    """Two kept layers make room for two before the first is reached, six for the five that are due by then."""
     choice, speed = replace(choice_of(), host_kept_layers=6), replace(H100, to_host_rate=1e15)
     units = units_of(MODEL, choice, work_of(), speed)
     short = 6 * (units.kept_back - units.backward.total)
     assert short > 0, "a copy takes longer than a backward"
-    waiting = [
-        line(step_cost(MODEL, replace(choice, kept_layers=kept), work_of(), speed), "waiting for streamed layers")
+    waiting = {
+        kept: line(step_cost(MODEL, replace(choice, kept_layers=kept), work_of(), speed), "waiting for streamed layers")
         for kept in (0, 2, 6)
-    ]
-    assert waiting[0] == pytest.approx(short)
-    assert waiting[1] == pytest.approx(max(0.0, 4 * units.kept_back - 6 * units.backward.total))
-    assert waiting[2] == 0
+    }
+    for kept, late in ((0, 6), (2, 4), (6, 1)):
+        assert waiting[kept] == pytest.approx(max(0.0, late * units.kept_back - 6 * units.backward.total))
+    assert waiting[0] > waiting[2] > waiting[6]
 
 
 def cost_of_choice(choice: Choice, work: StepWork) -> float:

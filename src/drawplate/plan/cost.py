@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from drawplate.plan.host_kept import leaving
 from drawplate.plan.ledger import Choice, ModelShape
 from drawplate.plan.unit_cost import QUANTIZED, Units, head_copy_seconds, units_of
 from drawplate.plan.work import StepWork
@@ -211,7 +212,8 @@ def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
     out = inputs * units.input_out + walk.kept_on_host * units.kept_out
     copies = [arriving * layers / walk.layers for layers, _ in phases]
     copies[1] += inputs * units.input_back
-    early = min(walk.kept, walk.kept_on_host) * units.kept_back
+    _, due = leaving(walk.layers, walk.kept_on_host)  # before backward reaches the first of these layers
+    early = min(walk.kept, due) * units.kept_back
     copies[2] += walk.kept_on_host * units.kept_back - early
     if choice.device == "cpu":
         return arriving + out + sum(copies) + early
