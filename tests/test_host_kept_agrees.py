@@ -36,7 +36,7 @@ def test_the_plan_sends_what_the_runtime_sends(
 
     def watched(store: HostActivations, layer: int) -> None:
         if layer == LAYER:
-            sent.extend(block.size for block in store._sent[layer].blocks.values())
+            sent.extend(block.size for block in store._now.blocks[layer].values())
         original(store, layer)
 
     monkeypatch.setattr(HostActivations, "send", watched)

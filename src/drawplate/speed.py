@@ -34,7 +34,7 @@ from drawplate.recipe import cache_folder
 from drawplate.records import DeviceSpeed, Machine, from_json, to_json
 from drawplate.units import MIB
 
-VERSION = 7
+VERSION = 8
 PRODUCT_ROWS = {"cuda": (256, 1024, 4096, 16384), "cpu": (64, 256, 1024)}
 PRODUCT_WEIGHTS = {"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": ((192, 576), (1536, 576), (2048, 2048))}
 COPIED_BYTES = {"cuda": 512 * MIB, "cpu": 64 * MIB}
@@ -81,7 +81,7 @@ def probe(device: torch.device, dtype: torch.dtype, here: Machine) -> DeviceSpee
     with torch.no_grad():
         rates = _product_rates(timer, dtype)
         memory_rate = _memory_rate(timer)
-        to_device, to_host = _bus_rates(timer) if device.type == "cuda" else (memory_rate / 2, memory_rate / 2)
+        to_device, to_host, both = _bus_rates(timer) if device.type == "cuda" else [memory_rate / 2] * 3
         dequantize_rate = _dequantize_rate(timer, dtype)
         launch_seconds = _launch_seconds(device)
     attend = AttentionRates(timer.seconds, device, dtype)
@@ -95,6 +95,7 @@ def probe(device: torch.device, dtype: torch.dtype, here: Machine) -> DeviceSpee
         memory_rate=memory_rate,
         to_device_rate=to_device,
         to_host_rate=to_host,
+        both_ways_rate=both,
         dequantize_rate=dequantize_rate,
         launch_seconds=launch_seconds,
         context_bytes=context_bytes(device) + STEP_CONTEXT_BYTES if on_gpu else 0,
@@ -205,13 +206,26 @@ def _memory_rate(timer: _Timer) -> float:
     return 2 * source.numel() / timer.seconds(lambda: target.copy_(source))
 
 
-def _bus_rates(timer: _Timer) -> tuple[float, float]:
+def _bus_rates(timer: _Timer) -> list[float]:
+    """Bytes a second to the device, to the host, and of both together while both copy."""
     size = COPIED_BYTES[timer.kind] // 2
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty(size, dtype=torch.uint8, device=timer.device)
-    there = timer.seconds(lambda: device.copy_(host, non_blocking=True))
-    back = timer.seconds(lambda: host.copy_(device, non_blocking=True))
-    return size / there, size / back
+    hosts = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    device = [torch.empty(size, dtype=torch.uint8, device=timer.device) for _ in range(2)]
+    streams = [torch.cuda.Stream(timer.device) for _ in range(2)]
+
+    def there() -> None:
+        with torch.cuda.stream(streams[0]):
+            device[0].copy_(hosts[0], non_blocking=True)
+
+    def back() -> None:
+        with torch.cuda.stream(streams[1]):
+            hosts[1].copy_(device[1], non_blocking=True)
+
+    def both() -> None:
+        there()
+        back()
+
+    return [size / timer.seconds(there), size / timer.seconds(back), 2 * size / timer.seconds(both)]
 
 
 def _dequantize_rate(timer: _Timer, dtype: torch.dtype) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,20 +23,21 @@ def small_blocks_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Watched:
-    """The sent layers' state at every turn of a micro-batch."""
+    """Bytes of each layer on the host that are on the device, at every turn of a micro-batch."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.on_device: dict[tuple[str, int], list[int]] = {}
-        for turn in ("end_forward", "begin_backward"):
-            self._watch(monkeypatch, turn)
+        self.forward: list[dict[int, int]] = []
+        self.backward: list[dict[int, int]] = []
+        self._watch(monkeypatch, "end_forward", self.forward)
+        self._watch(monkeypatch, "begin_backward", self.backward)
 
-    def _watch(self, monkeypatch: pytest.MonkeyPatch, turn: str) -> None:
+    def _watch(self, monkeypatch: pytest.MonkeyPatch, turn: str, seen: list[dict[int, int]]) -> None:
         original = getattr(HostActivations, turn)
 
         def watched(store: HostActivations, layer: int) -> None:
             original(store, layer)
-            sent = store._sent.items()
-            self.on_device[turn, layer] = [i for i, s in sent if any(b.device is not None for b in s.blocks.values())]
+            layers = store._now.blocks.items()
+            seen.append({i: sum(b.size for b in found.values() if b.device is not None) for i, found in layers})
 
         monkeypatch.setattr(HostActivations, turn, watched)
 
@@ -50,20 +52,30 @@ def eight_layers(tmp_path: Path) -> Checkpoint:
     return write_model(tmp_path / "model", "llama", num_hidden_layers=8)
 
 
-def test_layers_leave_at_even_distances_and_come_back_where_kept_ones_were(eight_layers, monkeypatch) -> None:
+@pytest.mark.parametrize(("on_host", "kept"), [(4, 2), (2, 6), (6, 2), (1, 2)])
+def test_blocks_leave_and_come_back_at_an_even_pace(on_host: int, kept: int, eight_layers, monkeypatch) -> None:
     watched = Watched(monkeypatch)
-    micro_step(build(eight_layers, activations=("host",) * 4 + ("recompute",) * 2 + ("keep",) * 2, poison=True))
-    forward = [watched.on_device["end_forward", i] for i in range(8)]
-    assert forward == [[0], [1], [1, 2], [2, 3], [2, 3], [3], [3], []]
-    backward = {i: watched.on_device["begin_backward", i] for i in reversed(range(8))}
-    assert backward == {7: [], 6: [3], 5: [2, 3], 4: [2, 3], 3: [2, 3], 2: [1, 2], 1: [0, 1], 0: [0]}
-
-
-def test_with_room_for_all_they_come_back_at_even_distances_too(eight_layers, monkeypatch) -> None:
-    watched = Watched(monkeypatch)
-    micro_step(build(eight_layers, activations=("host",) * 2 + ("keep",) * 6))
-    backward = {i: watched.on_device["begin_backward", i] for i in reversed(range(8))}
-    assert backward == {7: [], 6: [1], 5: [1], 4: [1], 3: [0, 1], 2: [0, 1], 1: [0, 1], 0: [0]}
+    model = build(
+        eight_layers, activations=("host",) * on_host + ("recompute",) * (8 - on_host - kept) + ("keep",) * kept
+    )
+    micro_step(model)
+    sizes = {
+        i: sum(block.size for block in found.values()) for i, found in model.runner.activations._now.blocks.items()
+    }
+    largest = max(b.size for found in model.runner.activations._now.blocks.values() for b in found.values())
+    whole = sum(sizes.values())
+    gone = [sum(size - turn.get(i, 0) for i, size in sizes.items() if i in turn) for turn in watched.forward]
+    steps = [after - before for before, after in pairwise(gone)]
+    assert gone[-1] == whole, "nothing is held when the loss is computed"
+    assert max(steps) <= 1.2 * whole / 7 + largest, "no layer has to wait for more than its share of the bus"
+    returned = [sum(turn.values()) for turn in watched.backward]
+    assert returned[0] == 0, "nothing has made room before the first layer's backward"
+    for through, there in enumerate(returned[: 8 - on_host]):
+        assert there <= max(sizes.values()) * min(through, kept), "what comes back fits where kept layers were"
+        assert there <= whole * through / 6 + largest
+    if kept > 1:
+        for layer in range(on_host):
+            assert watched.backward[7 - layer][layer] == sizes[layer], "all of it is back before backward is there"
 
 
 def test_nothing_of_a_layer_that_left_is_read_before_it_comes_back(llama, sequences) -> None:

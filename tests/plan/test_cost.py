@@ -14,6 +14,7 @@ from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.errors import UsageError
 from drawplate.plan.cost import Cost, Walk, carried_layers, step_cost, step_seconds
 from drawplate.plan.gpus import GPUS, gpu_named, typical_speed
+from drawplate.plan.host_kept import due_back
 from drawplate.plan.ledger import Choice
 from drawplate.plan.unit_cost import head_copy_seconds, layer_copy_seconds, product_seconds, units_of
 from drawplate.plan.work import Cut, StepWork, step_work
@@ -194,8 +195,10 @@ def test_what_the_bus_carries_for_nothing_takes_no_time_and_one_more_layer_does(
         away = Walk.of(MODEL, replace(choice, host_kept_layers=on_host))
         inputs = away.rest if policy == "offload" else 0
         once = away.quantized * units.dequantize
-        out = inputs * units.input_out + on_host * units.kept_out - (27 * units.forward.total + once)
-        back = inputs * units.input_back + on_host * units.kept_back + (away.host - away.turning) * units.layer_copy
+        arriving = (away.host - away.turning) * units.layer_copy
+        leaving = inputs * units.input_out + on_host * units.kept_out
+        out = max(leaving, (leaving + arriving) / units.both_ways) - (27 * units.forward.total + once)
+        back = inputs * units.input_back + on_host * units.kept_back + arriving
         return out, back - (28 * units.backward.total + away.rest * units.again.total + once)
 
     assert 0 <= count <= 28 - kept
@@ -228,7 +231,8 @@ def test_what_comes_back_waits_for_room_that_kept_layers_make_and_for_its_turn()
         kept: line(step_cost(MODEL, replace(choice, kept_layers=kept), work_of(), speed), "waiting for streamed layers")
         for kept in (0, 2, 6)
     }
-    for kept, late in ((0, 6), (2, 4), (6, 1)):
+    for kept in waiting:
+        late = 6 - min(kept, due_back(28, 6))
         assert waiting[kept] == pytest.approx(max(0.0, late * units.kept_back - 6 * units.backward.total))
     assert waiting[0] > waiting[2] > waiting[6]
 

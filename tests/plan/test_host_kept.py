@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from drawplate.footprints import SENT_FROM_BYTES, Footprint, Line
-from drawplate.plan.host_kept import LINE, HostKept, due_of, leaving, most_back, sent_blocks
+from drawplate.plan.host_kept import LINE, HostKept, leaving, most_back, sent_blocks
 from drawplate.plan.ledger import Choice, ModelShape, Surroundings, ledger
 from drawplate.plan.micro_batch import MicroBatch
 from drawplate.plan.rows import Rows, train_rows_of
@@ -48,11 +48,14 @@ def test_a_layer_that_keeps_its_activations_on_the_device_keeps_none_on_the_host
     assert replace(CHOICE, kept_layers=kept, host_kept_layers=20).on_host(28) == on_host
 
 
-def test_layers_leave_one_after_another_over_the_whole_forward() -> None:
-    assert due_of(28, 4) == {0: 6, 1: 13, 2: 20, 3: 27}
-    assert due_of(28, 28) == {layer: layer for layer in range(28)}
-    assert [leaving(28, count) for count in (0, 4, 14, 28)] == [(0, 0), (4, 4), (8, 7), (1, 0)]
-    assert max(due_of(28, 9).values()) == 27, "the last has until the end"
+def test_the_most_that_is_on_its_way_at_once() -> None:
+    eight = (10,) * 8
+    assert (leaving(28, 0, eight), most_back(28, 0, 8, eight)) == ((0, 0), 0)
+    assert leaving(28, 27, eight)[0] == 80, "the one before is leaving while a layer runs"
+    assert 160 < leaving(28, 4, eight)[0] < leaving(28, 4, eight)[1] < 320
+    assert most_back(28, 4, 2, eight) == 160, "no more than kept layers have made room for"
+    assert most_back(28, 4, 24, eight) < 320, "and no earlier than it is due"
+    assert most_back(28, 4, 0, eight) == 80
 
 
 class Watched(HostKept):
@@ -88,11 +91,11 @@ def test_blocks_leave_when_they_are_due_and_come_back_as_layers_are_through() ->
     micro_batch.train(train_rows_of(choice, model))
     watched = micro_batch._host_kept
     assert isinstance(watched, Watched)
-    due = [3, 6, 10, 13, 17, 20, 24, 27]
-    assert watched.forward == [min(i + 1, 8) - sum(d <= i for d in due) for i in range(28)]
-    first_back = [0, 1, 1, 2, 2, 2, 2]  # of layers 27 to 21: when they are due
-    assert watched.backward == [*first_back, *[3] * 19, 2, 1], "three at most, until none is left"
-    assert max(watched.backward) == most_back(28, 8, 3)
+    assert watched.forward[-1] == 0, "nothing is held when the loss is computed"
+    assert 4 <= max(watched.forward) <= 8
+    assert watched.backward[:2] == [0, 1], "room first, then what takes it"
+    assert max(watched.backward) == 3, "no more than kept layers have made room for"
+    assert all(watched.backward[20:]), "its own blocks are there whenever a layer's backward begins"
     assert not watched.device.totals[LINE], "and in the end nothing is held"
 
 

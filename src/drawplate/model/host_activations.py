@@ -4,17 +4,18 @@ The bus is idle while layers compute, and it runs both ways at once: what a laye
 after it compute, and comes back while backward is at them. Where that hides a copy, keeping a layer costs neither
 memory of the device nor time, where computing it again costs a forward.
 
-    forward of a layer on the host   its blocks are saved as always; their copy out begins when the layer has run
-    end of the forward of its `due`  the compute stream waits for the copy, and the blocks are let go of
-    backward at its `due`            its blocks come back, once there is room: as many layers are on their way back, or
-                                     were, as layers are through with what they kept
-    backward of the layer            finds them as it left them
+    a layer on the host has run   what it saved queues up, block by block
+    end of any layer's forward    what went out during it is let go of, and the next of the queue begin to leave: as
+                                  many as keep an even pace over the whole forward
+    backward comes to any layer   the next begin to come back, at an even pace too, into memory of layers that are
+                                  through with what they kept
+    backward of the layer itself  finds all of it as it left it
 
-Layers are due at even distances, which leaves the bus to streamed weights in between. The order in which memory comes
-and goes is the same in every micro-batch (plan/micro_batch.py replays it) and can be captured into a CUDA graph. What a
-layer was given (weights, adapters, keys, what all layers share) and blocks below SENT_FROM_BYTES stay where they are.
-On a CPU the same code copies plainly; with `poison`, blocks are filled with 0xFF bytes before they are let go of, so
-that a stale read cannot pass.
+A bus is a queue: without the pace, streamed weights and offloaded inputs would wait behind a whole layer's activations.
+The order in which memory comes and goes (even_pace.py) is the same in every micro-batch and in the plan, and can be
+captured into a CUDA graph. What a layer was given (weights, adapters, keys, what all layers share) and blocks below
+SENT_FROM_BYTES stay where they are. On a CPU the same code copies plainly; with `poison`, blocks are filled with 0xFF
+bytes before they are let go of, so that a stale read cannot pass.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from drawplate.even_pace import BlockAt, EvenPace
 from drawplate.footprints import SENT_FROM_BYTES
 from drawplate.model.arena import private_bytes
 from drawplate.model.residency import ALIGNMENT, POISON
@@ -32,26 +34,17 @@ from drawplate.model.residency import ALIGNMENT, POISON
 
 @dataclass(eq=False)
 class _Block:
-    """One storage that a layer saved: its bytes on the device, while they are there, and its place on the host."""
+    """One storage that a layer saved: its bytes on the device, while they are there, and its place on the host.
 
-    layer: _SentLayer
+    `arrived` is the last copy of it: out, then back."""
+
+    of: _MicroBatch
+    at: BlockAt
     size: int
     device: Tensor | None
     host: Tensor | None = None
     uses: int = 0
-
-
-@dataclass(eq=False)
-class _SentLayer:
-    """What a layer saved. `moved` is the last copy: out, then back."""
-
-    index: int
-    due: int
-    blocks: dict[int, _Block] = field(default_factory=dict)
-    moved: torch.cuda.Event | None = None
-    away: bool = False
-    coming: bool = False
-    forgotten: bool = False
+    arrived: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,27 @@ class SentTensor:
     stride: tuple[int, ...]
 
 
+@dataclass
+class _MicroBatch:
+    """What the layers of one micro-batch have sent: for each that has run, its blocks by where they were; and those
+    that are on their way out."""
+
+    last: int
+    pace: EvenPace
+    blocks: dict[int, dict[int, _Block]] = field(default_factory=dict)
+    leaving: list[_Block] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, policies: Sequence[str]) -> _MicroBatch:
+        """One whose layers have these policies."""
+        on_host, kept = ([i for i, policy in enumerate(policies) if policy == word] for word in ("host", "keep"))
+        return cls(len(policies) - 1, EvenPace(len(policies), on_host, kept))
+
+    def found(self, places: Iterable[BlockAt]) -> list[_Block]:
+        """Blocks by where they are."""
+        return [tuple(self.blocks[layer].values())[number] for layer, number in places]
+
+
 class HostActivations:
     """Takes the tensors that layers save, and gives them back in backward."""
 
@@ -72,8 +86,7 @@ class HostActivations:
         self.device, self._poison = device, poison
         self._out, self._back = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
         self._places: dict[int, Tensor] = {}
-        self._policies: list[str] = []
-        self._sent: dict[int, _SentLayer] = {}
+        self._now = _MicroBatch.of(())
 
     @property
     def host_bytes(self) -> int:
@@ -82,19 +95,13 @@ class HostActivations:
 
     @property
     def used(self) -> bool:
-        """Whether any layer of this micro-batch is to send what it saves."""
-        return bool(self._sent)
+        """Whether any layer of this micro-batch sends what it saves."""
+        return bool(self._now.pace.on_host)
 
     def begin(self, policies: Sequence[str]) -> None:
         """A new micro-batch; those before it are over, and what was not taken of them cannot be any more."""
-        for sent in self._sent.values():
-            self._let_go(sent)
-            sent.forgotten = True
-        layers = [i for i, policy in enumerate(policies) if policy == "host"]
-        self._policies, self._sent = list(policies), {}
-        for number, layer in enumerate(layers, 1):
-            due = -(-number * len(policies) // len(layers)) - 1
-            self._sent[layer] = _SentLayer(layer, max(layer, due))
+        self._let_go(self._now)
+        self._now = _MicroBatch.of(policies)
 
     def packing(self, layer: int, given: Iterable[Tensor]) -> Callable[[Tensor], Tensor | SentTensor]:
         """A hook for the tensors that a layer saves.
@@ -103,39 +110,40 @@ class HostActivations:
             layer: one whose policy is host.
             given: tensors that were there before the layer was called, its input apart.
         """
-        sent, stays = self._sent[layer], {tensor.untyped_storage().data_ptr() for tensor in given}
+        now, stays = self._now, {x.untyped_storage().data_ptr() for x in given}
+        blocks = now.blocks.setdefault(layer, {})
 
         def pack(tensor: Tensor) -> Tensor | SentTensor:
             storage = tensor.untyped_storage()
             if tensor.device != self.device or storage.nbytes() < SENT_FROM_BYTES or storage.data_ptr() in stays:
                 return tensor
-            block = sent.blocks.get(storage.data_ptr())
+            block = blocks.get(storage.data_ptr())
             if block is None:
                 whole = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
-                block = sent.blocks[storage.data_ptr()] = _Block(sent, storage.nbytes(), whole)
+                block = blocks[storage.data_ptr()] = _Block(now, BlockAt(layer, len(blocks)), storage.nbytes(), whole)
             block.uses += 1
             return SentTensor(block, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
         return pack
 
     def send(self, layer: int) -> None:
-        """The layer has run: what it saved begins to leave."""
-        sent = self._sent[layer]
-        self._give_places(sent)
-        sent.moved = self._copy(self._out, [(block.host, block.device) for block in sent.blocks.values()])
+        """The layer has run: what it saved may leave."""
+        blocks = self._now.blocks[layer].values()
+        self._give_places(layer, blocks)
+        self._now.pace.sends(layer, [block.size for block in blocks])
 
     def end_forward(self, layer: int) -> None:
-        """The forward of a layer, of any policy, has been issued: those that are due are let go of."""
-        for sent in self._sent.values():
-            if sent.due == layer:
-                self._let_go(sent)
+        """The forward of a layer, of any policy, has been issued."""
+        now = self._now
+        self._let_go(now)
+        now.leaving = now.found(now.pace.leaving(layer))
+        self._copy(self._out, [(block, block.host, block.device) for block in now.leaving])
+        if layer == now.last:
+            self._let_go(now)
 
     def begin_backward(self, layer: int) -> None:
-        """Backward comes to a layer, of any policy: what is due and has room begins to come back."""
-        through = sum(policy in ("keep", "host") for policy in self._policies[layer + 1 :])
-        due = sum(sent.due >= layer for sent in self._sent.values())
-        for index in sorted(self._sent, reverse=True)[: min(through, due)]:
-            self._bring_back(self._sent[index])
+        """Backward comes to a layer, of any policy."""
+        self._bring_back(self._now.found(self._now.pace.returning(layer)))
 
     def take(self, tensor: SentTensor) -> Tensor:
         """A saved tensor, for backward.
@@ -143,13 +151,12 @@ class HostActivations:
         Raises:
             RuntimeError: another micro-batch has begun since.
         """
-        block, sent = tensor.block, tensor.block.layer
-        if sent.forgotten:
+        block = tensor.block
+        if block.of is not self._now:
             raise RuntimeError("backward came after the forward of another micro-batch: its activations are gone")
-        self._bring_back(sent)
-        if sent.moved is not None:
-            torch.cuda.current_stream(self.device).wait_event(sent.moved)
-            sent.moved = None
+        if self._now.pace.needed(block.at):
+            self._bring_back([block])
+        self._wait_for(block)
         assert block.device is not None, "a tensor was taken more often than it was saved"
         storage = block.device.untyped_storage()
         block.uses -= 1
@@ -158,53 +165,48 @@ class HostActivations:
         empty = torch.empty(0, dtype=tensor.dtype, device=self.device)
         return empty.set_(storage, tensor.offset, tensor.shape, tensor.stride)
 
-    def _let_go(self, sent: _SentLayer) -> None:
-        if sent.away or sent.coming:
-            return
-        if sent.moved is not None:
-            torch.cuda.current_stream(self.device).wait_event(sent.moved)
-            sent.moved = None
-        for block in sent.blocks.values():
+    def _let_go(self, now: _MicroBatch) -> None:
+        for block in now.leaving:
+            self._wait_for(block)
             if self._poison and block.device is not None:
                 block.device.fill_(POISON)
             block.device = None
-        sent.away = True
+        now.leaving = []
 
-    def _bring_back(self, sent: _SentLayer) -> None:
-        if sent.coming or not sent.away:
-            return
-        sent.coming = True
-        for block in sent.blocks.values():
+    def _bring_back(self, blocks: Sequence[_Block]) -> None:
+        for block in blocks:
             block.device = torch.empty(block.size, dtype=torch.uint8, device=self.device)
-        sent.moved = self._copy(self._back, [(block.device, block.host) for block in sent.blocks.values()])
+        self._copy(self._back, [(block, block.device, block.host) for block in blocks])
 
     def _copy(
-        self, stream: torch.cuda.Stream | None, pairs: Sequence[tuple[Tensor | None, Tensor | None]]
-    ) -> torch.cuda.Event | None:
-        """Copies (to, from), once what is queued now is through -> the event that they have arrived."""
-        if stream is not None:
+        self, stream: torch.cuda.Stream | None, copies: Sequence[tuple[_Block, Tensor | None, Tensor | None]]
+    ) -> None:
+        """Copies of blocks (to, from), once what is queued now is through."""
+        if stream is not None and copies:
             stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.no_grad(), torch.cuda.stream(stream):  # of None: does nothing
-            for to, source in pairs:
+            for block, to, source in copies:
                 assert to is not None
                 assert source is not None
                 to.copy_(source, non_blocking=True)
-            if stream is None:
-                return None
-            arrived = torch.cuda.Event()
-            arrived.record(stream)
-            return arrived
+                if stream is not None:
+                    block.arrived = torch.cuda.Event()
+                    block.arrived.record(stream)
 
-    def _give_places(self, sent: _SentLayer) -> None:
-        sizes = [-(-block.size // ALIGNMENT) * ALIGNMENT for block in sent.blocks.values()]
-        place = self._places.get(sent.index)
-        if sizes and (place is None or place.numel() < sum(sizes)):
+    def _wait_for(self, block: _Block) -> None:
+        if block.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(block.arrived)
+            block.arrived = None
+
+    def _give_places(self, layer: int, blocks: Iterable[_Block]) -> None:
+        sizes = {block: -(-block.size // ALIGNMENT) * ALIGNMENT for block in blocks}
+        place = self._places.get(layer)
+        if sizes and (place is None or place.numel() < sum(sizes.values())):
             if place is not None and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # copies into the old place may be on their way
-            place = private_bytes(sum(sizes), pinned=self.device.type == "cuda")
-            self._places[sent.index] = place
+            place = self._places[layer] = private_bytes(sum(sizes.values()), pinned=self.device.type == "cuda")
         offset = 0
-        for block, size in zip(sent.blocks.values(), sizes, strict=True):
+        for block, size in sizes.items():
             assert place is not None
             block.host = place[offset : offset + block.size]
             offset += size

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from drawplate.plan.host_kept import leaving
+from drawplate.plan.host_kept import due_back
 from drawplate.plan.ledger import Choice, ModelShape
 from drawplate.plan.unit_cost import QUANTIZED, Units, head_copy_seconds, units_of
 from drawplate.plan.work import StepWork
@@ -195,10 +195,10 @@ def _dequantizations(choice: Choice, walk: Walk, units: Units) -> float:
 def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
     """What copies take longer than the compute beside them; host layers are spread evenly over the walk.
 
-    Forward: the layers come in while inputs and activations go out. Backward: the layers kept on the device first, then
-    those computed again, whose offloaded inputs share the bus with the layers, then those kept in host memory: what
-    kept layers made room for comes back before them, where streamed layers and inputs leave the bus free. On a CPU
-    nothing runs beside.
+    Forward: the layers come in while inputs and activations go out, each slower for it. Backward: layers kept on the
+    device first, then those computed again, whose offloaded inputs share the bus with the layers, then those kept in
+    host memory: what kept layers made room for comes back before them, where streamed layers and inputs leave the bus
+    free. On a CPU nothing runs beside.
     """
     each, again, dequantize = units.backward.total, units.again.total, units.dequantize
     forward = walk.layers * units.forward.total + walk.quantized * dequantize
@@ -212,12 +212,11 @@ def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
     out = inputs * units.input_out + walk.kept_on_host * units.kept_out
     copies = [arriving * layers / walk.layers for layers, _ in phases]
     copies[1] += inputs * units.input_back
-    _, due = leaving(walk.layers, walk.kept_on_host)  # before backward reaches the first of these layers
-    early = min(walk.kept, due) * units.kept_back
+    early = min(walk.kept, due_back(walk.layers, walk.kept_on_host)) * units.kept_back
     copies[2] += walk.kept_on_host * units.kept_back - early
     if choice.device == "cpu":
         return arriving + out + sum(copies) + early
-    waits = max(0.0, max(arriving, out) - forward)
+    waits = max(0.0, max(arriving, out, (arriving + out) / units.both_ways) - forward)
     for (_, compute), copy in zip(phases[:2], copies[:2], strict=True):
         waits += max(0.0, copy - compute)
         early = max(0.0, early - max(0.0, compute - copy))
@@ -227,15 +226,18 @@ def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
 def carried_layers(choice: Choice, walk: Walk, units: Units) -> int:
     """The most layers whose activations the bus carries to host memory and back beside the compute for nothing.
 
-    Out: within the forward, but for the layer that has to run first; offloaded inputs go first. Back: within the
-    backward, after streamed layers and offloaded inputs. Each such layer is one fewer that is computed again.
+    Out: within the forward, but for the layer that has to run first, beside streamed layers; offloaded inputs go first.
+    Back: within the backward, after streamed layers and offloaded inputs. Each such layer is one fewer that is computed
+    again.
     """
     offloaded = choice.policy == "offload"
     input_out, input_back = (units.input_out, units.input_back) if offloaded else (0.0, 0.0)
     again, dequantize = walk.layers - walk.kept, walk.quantized * units.dequantize
-    out = (walk.layers - 1) * units.forward.total + dequantize - again * input_out
+    arriving = (walk.host - walk.turning) * units.layer_copy
+    forward = (walk.layers - 1) * units.forward.total + dequantize
+    out = min(forward, units.both_ways * forward - arriving) - again * input_out
     back = walk.layers * units.backward.total + again * units.again.total + dequantize
-    back -= again * input_back + (walk.host - walk.turning) * units.layer_copy
+    back -= again * input_back + arriving
     each_out, each_back = units.kept_out - input_out, units.kept_back - input_back + units.again.total
     most = [room / each for room, each in ((out, each_out), (back, each_back)) if each > 0]
     return max(0, min(again, *(int(n) for n in most))) if most else 0

@@ -177,9 +177,9 @@ class _Moments:
         # Saved sums count a layer's output as the next one's input.
         saves = {key: sums[key].forward.left - (0 if part.keeps_input else each) for key, part in parts.items()}
         sends = {key: self._sent(part) for key, part in parts.items() if key[2] == "host"}
+        largest = max(sends.values(), key=sum, default=())
         kept = sum(n * saves[key] for key, n in self.groups.items() if key[2] == "keep")
-        kept += (stays := sum(self.groups[key] * (saves[key] - sent) for key, sent in sends.items()))
-        a_layer = max(sends.values(), default=0)
+        kept += (stays := sum(self.groups[key] * (saves[key] - sum(sent)) for key, sent in sends.items()))
         apart = sum(n for key, n in self.groups.items() if key[2] == "again")
         inputs = each * (1 if choice.policy == "offload" and apart else apart + 1)
         held = self.stored + self._workspaces() + 3 * self.trained + opening + keys + 24 * rows.tokens
@@ -191,25 +191,25 @@ class _Moments:
         ends.append((norm.backward.peak + norm.forward.left + 2 * each, held + saved))
         mine = 0 if choice.policy == "offload" else each * apart
         mine += RETURN_BUFFERS * each if choice.policy == "offload" and apart else 0
-        during, after = leaving(model.layers, self.on_host)
-        back = stays + a_layer * most_back(model.layers, self.on_host, choice.kept_layers)
+        during, after = leaving(model.layers, self.on_host, largest)
+        back = stays + most_back(model.layers, self.on_host, choice.kept_layers, largest)
         for key, part in sums.items():
             if key[2] == "keep":
                 ends.append((part.backward.peak + each, held + own + saved))
-                going = (part.forward.peak + each, held + saved - saves[key] + a_layer)
+                going = (part.forward.peak + each, held + saved - saves[key] + sum(largest))
             elif key[2] == "host":
                 ends.append((part.backward.peak + each, held + own + back))
-                going = (part.forward.peak + 2 * each, held + stays + a_layer * (during - 1))
+                going = (part.forward.peak + 2 * each, held + stays + during)
             else:
                 work = max(part.forward.peak, part.forward.left + part.backward.peak) + each
                 ends.append((work, held + own + mine + back))
-                going = (part.inference.peak + 2 * each, held + stays + a_layer * after)
+                going = (part.inference.peak + 2 * each, held + stays + after)
             ends += [going] * bool(self.on_host)
         return max(ends, key=sum)
 
-    def _sent(self, part: Footprint) -> int:
+    def _sent(self, part: Footprint) -> tuple[int, ...]:
         blocks = sent_blocks(part, self.rows.tokens, self.rows.borders).values()
-        return sum(blocks) + sent_input_bytes(part, self.rows.tokens * self.model.hidden * self.size)
+        return (*blocks, sent_input_bytes(part, self.rows.tokens * self.model.hidden * self.size))
 
     def _way(self, layer: int) -> _Way:
         if layer >= self.model.layers - self.choice.kept_layers:

@@ -1,11 +1,11 @@
 """Layers that keep their activations in host memory on paper, as model/host_activations.py does it.
 
-    forward of such a layer    as of a kept one; its copy out begins when it has run
-    end of its `due`           what it saved is let go of, but for blocks below SENT_FROM_BYTES
-    backward at its `due`      its blocks come back, once as many layers are through with what they kept
-    its backward               as of a kept one
+    forward of such a layer      as of a kept one; what it saved queues up, but for blocks below SENT_FROM_BYTES
+    end of any layer's forward   what was leaving during it is let go of, and the next share of the queue leaves
+    backward of any layer        the next share comes back, of layers for which others made room
+    its own backward             as of a kept one
 
-Copies wait for each other on the bus, so layers are due at even distances. Left out: the time that copies take, which
+even_pace.py says which blocks a share are. Left out: the time that copies take, which
 is plan/cost.py's.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from drawplate.even_pace import BlockAt, EvenPace
 from drawplate.footprints import SENT_FROM_BYTES, Footprint
 from drawplate.plan.blocks import Name
 from drawplate.plan.rows import Rows
@@ -51,29 +52,37 @@ def sent_input_bytes(part: Footprint, hidden_bytes: int) -> int:
     return hidden_bytes if part.keeps_input and hidden_bytes >= SENT_FROM_BYTES else 0
 
 
-def due_of(layers: int, count: int) -> dict[int, int]:
-    """For each layer whose activations are kept in host memory, at the end of whose forward they have left."""
-    return {layer: max(layer, -(-(layer + 1) * layers // count) - 1) for layer in range(count)}
+def due_back(layers: int, count: int) -> float:
+    """Of so many layers on the host, those whose blocks are to be back before backward reaches the first of them."""
+    return min(count, count * (layers - count) / max(1, layers - 2))
 
 
-@lru_cache(maxsize=1024)
-def leaving(layers: int, count: int) -> tuple[int, int]:
-    """Of so many layers on the host, the most whose blocks are on the device during the forward of one of them, itself
-    among them, and during that of the first layer after them."""
-    due = due_of(layers, count)
-    there = [sum(start <= now <= end for start, end in due.items()) for now in range(count + 1)]
-    return max(there[:count], default=0), there[count]
+@lru_cache(maxsize=4096)
+def leaving(layers: int, count: int, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Of so many layers on the host, with blocks of such sizes, the most bytes on the device during the forward of one
+    of them, its own not counted, and during that of the first layer after them."""
+    pace, there, begun, found = EvenPace(layers, range(count), ()), 0, 0, [0]
+    for layer in range(count):
+        pace.sends(layer, sizes)
+        there += sum(sizes) - begun
+        begun = sum(sizes[block.number] for block in pace.leaving(layer))
+        found.append(there)
+    return max(found[:count], default=0), found[count]
 
 
-@lru_cache(maxsize=1024)
-def most_back(layers: int, count: int, kept: int) -> int:
-    """Of so many layers on the host, the most whose blocks are on the device again during a backward, the last `kept`
-    layers having kept theirs there."""
-    due, most = due_of(layers, count), 0
-    for now in range(layers):
-        over = max(0, count - 1 - now)
-        begun = min(min(kept, layers - 1 - now) + over, sum(end >= now for end in due.values()))
-        most = max(most, begun - over, int(now < count))
+@lru_cache(maxsize=4096)
+def most_back(layers: int, count: int, kept: int, sizes: tuple[int, ...]) -> int:
+    """Of such layers, the most bytes that are on the device again during a backward, the last `kept` layers having kept
+    theirs there."""
+    pace, there, most = EvenPace(layers, range(count), range(layers - kept, layers)), 0, 0
+    for layer in range(count):
+        pace.sends(layer, sizes)
+    for layer in reversed(range(layers)):
+        there += sum(sizes[block.number] for block in pace.returning(layer))
+        if layer < count:
+            there += sum(size for number, size in enumerate(sizes) if pace.needed(BlockAt(layer, number)))
+        most = max(most, there)
+        there -= sum(sizes) if layer < count else 0
     return most
 
 
@@ -82,39 +91,47 @@ class HostKept:
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.device = stage, stage.device
-        layers, choice = stage.model.layers, stage.choice
-        self._due = due_of(layers, choice.on_host(layers))
-        self._keeps = [layer in self._due or layer >= layers - choice.kept_layers for layer in range(layers)]
-        self._away: dict[int, dict[Name, int]] = {}
+        self._layers, self._count = stage.model.layers, stage.choice.on_host(stage.model.layers)
+        self._begin()
+
+    def _begin(self) -> None:
+        """A new micro-batch."""
+        kept = range(self._layers - self.stage.choice.kept_layers, self._layers)
+        self._pace = EvenPace(self._layers, range(self._count), kept)
+        self._sent: dict[int, list[tuple[Name, int]]] = {}
+        self._leaving: list[Name] = []
 
     def __contains__(self, layer: object) -> bool:
-        return layer in self._due
+        return isinstance(layer, int) and layer < self._count
 
     def end_forward(self, layer: int, rows: Rows) -> None:
-        """After the forward of any layer: those that are due by now have left."""
-        for gone, due in self._due.items():
-            if due == layer:
-                self._away[gone] = self._sent(gone, rows)
-                self.device.give_all(self._away[gone])
+        """After the forward of any layer."""
+        if layer == 0:
+            self._begin()
+        if layer in self:
+            self._sent[layer] = self._sent_by(layer, rows)
+            self._pace.sends(layer, [size for _, size in self._sent[layer]])
+        self._let_go()
+        self._leaving = [self._sent[at.layer][at.number][0] for at in self._pace.leaving(layer)]
+        if layer == self._layers - 1:
+            self._let_go()
 
     def begin_backward(self, layer: int) -> None:
-        """Before the backward of any layer: what is due and has room comes back, and its own."""
-        through = sum(self._keeps[layer + 1 :])
-        due = sum(due >= layer for due in self._due.values())
-        for returning in sorted(self._due, reverse=True)[: min(through, due)]:
-            self._bring_back(returning)
-        self._bring_back(layer)
+        """Before the backward of any layer: what is due and has room comes back, and all of its own."""
+        own = [BlockAt(layer, number) for number in range(len(self._sent.get(layer, ())))]
+        for at in [*self._pace.returning(layer), *filter(self._pace.needed, own)]:
+            self.device.take(LINE, *self._sent[at.layer][at.number])
 
-    def _bring_back(self, layer: int) -> None:
-        for name, size in self._away.pop(layer, {}).items():
-            self.device.take(LINE, name, size)
+    def _let_go(self) -> None:
+        self.device.give_all(self._leaving)
+        self._leaving = []
 
-    def _sent(self, layer: int, rows: Rows) -> dict[Name, int]:
+    def _sent_by(self, layer: int, rows: Rows) -> list[tuple[Name, int]]:
         part = self.stage.kinds[layer].footprints[self.stage.kept[layer]]
         blocks = sent_blocks(part, rows.tokens, rows.borders).items()
-        sent: dict[Name, int] = {("layer", layer, name): size for name, size in blocks}
+        sent: list[tuple[Name, int]] = [(("layer", layer, name), size) for name, size in blocks]
         hidden = sent_input_bytes(part, rows.tokens * self.stage.model.hidden * self.stage.size)
-        return sent | ({input_of(layer): hidden} if layer and hidden else {})
+        return sent + ([(input_of(layer), hidden)] if layer and hidden else [])
 
 
 def locked_bytes(model: ModelShape, choice: Choice, rows: Rows) -> int:

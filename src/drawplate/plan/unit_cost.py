@@ -44,6 +44,9 @@ TRANSPOSE_BYTES = 2.5
 """Bytes moved, in the time it takes, to transpose an fp8 weight for backward: read 1, write 1, not quite at the
 memory's rate."""
 
+BOTH_WAYS = 1.4
+"""How much more the bus carries in both directions than in one, where that was not measured."""
+
 INT8_BYTES = 7
 """Bytes moved to dequantize an int8 weight: read 1, write 2, scale in place of 2 and 2."""
 
@@ -232,7 +235,8 @@ def sent_bytes(model: ModelShape, choice: Choice, work: StepWork) -> float:
 class Units:
     """Seconds of what happens once to a layer or a micro-batch, whatever the tiers and policies are; `weights_again` is
     the share of a layer's weights that is multiplied again where its activations are not kept, `kept_out` and
-    `kept_back` the copies of a layer whose activations are kept in host memory."""
+    `kept_back` the copies of a layer whose activations are kept in host memory, `both_ways` how many seconds of copies
+    the bus carries in one, where they go in both directions."""
 
     forward: LayerSeconds
     again: LayerSeconds
@@ -247,6 +251,7 @@ class Units:
     weights_again: float
     kept_out: float = 0.0
     kept_back: float = 0.0
+    both_ways: float = BOTH_WAYS
 
 
 def units_of(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpeed) -> Units:
@@ -266,6 +271,7 @@ def units_of(model: ModelShape, choice: Choice, work: StepWork, speed: DeviceSpe
         head_evaluated=head_seconds(model, choice, work, speed, training=False),
         linears=sum(linears.values()),
         weights_again=sum(sizes[x] for x in sizes if x.again) / sum(sizes.values()),
+        both_ways=2 * speed.both_ways_rate / (speed.to_device_rate + speed.to_host_rate) or BOTH_WAYS,
     )
     return sending(units, model, choice, work, speed) if choice.host_kept_layers else units
 

@@ -49,6 +49,7 @@ class DeviceSpeed:
         packed_attention: the same with several documents in a row, which other kernels do.
         memory_rate: bytes per second read or written on the device.
         to_device_rate, to_host_rate: bytes per second between page-locked host memory and the device.
+        both_ways_rate: bytes per second of both directions together while both copy; 0 where that is not known.
         dequantize_rate: 4-bit weights per second, double quantization included.
         launch_seconds: host time to start one small operation.
         context_bytes: device memory that CUDA takes outside torch's allocator, once compiled steps have run.
@@ -72,3 +73,4 @@ class DeviceSpeed:
     runtime_host_bytes: int = 0
     row_attention: tuple[tuple[float, float], ...] = ()
     packed_attention: tuple[tuple[float, float], ...] = ()
+    both_ways_rate: float = 0.0
