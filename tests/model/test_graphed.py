@@ -77,7 +77,7 @@ def test_a_micro_step_on_leaves_of_its_own_adds_the_same_gradients(
 ) -> None:
     cpu = {"storage": Storage("fp32"), "compute_dtype": torch.float32, "activations": activations}
     model, twin = build(llama, **cpu), build(llama, **cpu)
-    graphed = GraphedSteps(model._nats, model.adapter)
+    graphed = GraphedSteps(model._nats, model.adapter, model.residency, model._settle)
     model.adapter.zero_gradients()
     twin.adapter.zero_gradients()
     for batch in cut_packed(sequences, 64, 16, 0):
@@ -98,7 +98,7 @@ def test_adapters_of_modules_that_are_never_called_get_no_gradient(llama: Checkp
         return used.sum() * scale, torch.zeros(1)
 
     batch = model.placed(cut_packed(sequences, 64, 16, 0)[0], None)
-    GraphedSteps(step, model.adapter)._add_gradients(batch, torch.tensor(2.0))
+    GraphedSteps(step, model.adapter, model.residency, model._settle)._add_gradients(batch, torch.tensor(2.0))
     first, *others = model.adapter.parameters()
     assert (first.grad == 2).all()
     assert not any(p.grad.any() for p in others)
@@ -138,6 +138,31 @@ def test_replays_give_the_bits_of_launches(compiled: bool, precision: str, activ
     assert graphed.graphed is not None
     assert graphed.graphed.replays >= 2 * len(batches), "all but the first of each shape"
     assert (graphed.runner.activations.host_bytes > 0) == ("host" in activations)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic_attention")
+@pytest.mark.parametrize("activations", ["keep", "offload", ("host", "offload", "recompute", "host", "keep", "keep")])
+@pytest.mark.parametrize("weights", ["host", ("device", "host", "host", "device", "host", "host")])
+def test_replays_of_what_crosses_the_bus_give_the_bits_of_launches(
+    weights: str | tuple, activations: str | tuple
+) -> None:
+    """Two shapes in turn, and an evaluation between the steps, which leaves other layers in the ring."""
+    checkpoint = random_checkpoint("1b", layers=6)
+    batches = [cut_padded(random_sequences([n] * 2), 2, 16, 0)[0] for n in (256, 512, 256, 512)]
+    where = {"device": torch.device("cuda", 0), "storage": Storage("nf4"), "head_rows": 20000, "dequantize": "layer"}
+    where |= {"weights": weights, "activations": activations, "poison": True, "graphs": True}
+    graphed, plain = (build(checkpoint, **where) for _ in range(2))
+    launched(plain)
+    for step in range(3):
+        for ours, theirs in zip(steps(graphed, batches, 2), steps(plain, batches, 2), strict=True):
+            assert torch.isfinite(ours).all()
+            assert torch.equal(ours, theirs), f"after {step} evaluations"
+        with torch.no_grad():
+            assert torch.equal(graphed.sum_nats(batches[0])[0], plain.sum_nats(batches[0])[0])
+    assert graphed.graphed is not None
+    assert not graphed.graphed.refused
+    assert graphed.graphed.replays >= 20
 
 
 @pytest.mark.gpu

@@ -29,6 +29,7 @@ class DeviceBatch:
 
     Attributes:
         ids_BT: int64, where the embedding is.
+        embedded_BTH: its rows, where it is not on the device; None where they are looked up there.
         position_ids_BT: int64.
         targets_N: int64, flat.
         token_keys_BT: int32; None switches dropout off.
@@ -39,6 +40,7 @@ class DeviceBatch:
     """
 
     ids_BT: Tensor
+    embedded_BTH: Tensor | None
     position_ids_BT: Tensor
     targets_N: Tensor
     token_keys_BT: Tensor | None

@@ -9,8 +9,10 @@ Memory: a graph keeps what a micro-step allocates at its peak, in a pool that al
 to it: a shape not seen before gives the pool back before it runs, a shape larger than those captured too, and whoever
 needs memory for something else (evaluation) calls `forget()`. Capturing again costs little more than a micro-step.
 
-Only where nothing of a micro-step depends on the host: every layer and the head on the device, no offloading. Left
-out: graphs for evaluation; streamed layers, whose ring could be captured too.
+Copies to and from the host are captured too, on their streams: of streamed layers, of the head, of offloaded inputs and
+activations. A graph begins with the layers in the ring's slots that were there when it was captured, so they are put
+there before a replay where something else (evaluation) has moved them; and no event of the time before is waited for in
+a capture, nor one of a capture after it. Left out: graphs for evaluation; the adapter in host memory.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from drawplate.model.adapter import Adapter
 from drawplate.model.device_batch import DeviceBatch
+from drawplate.model.residency import Residency
 
 MOST_GRAPHS = 16
 
@@ -44,10 +47,12 @@ class GraphedSteps:
     Args:
         step: forward and loss.
         adapter: what is trained; the `grad` of its tensors must be buffers that stay (`Adapter.zero_gradients`).
+        ring: of the layers that `step` streams.
+        settle: lets the current stream wait for all copies of a step, and nothing later for what was before.
     """
 
-    def __init__(self, step: Step, adapter: Adapter) -> None:
-        self._step, self._adapter = step, adapter
+    def __init__(self, step: Step, adapter: Adapter, ring: Residency, settle: Callable[[], None]) -> None:
+        self._step, self._adapter, self._ring, self._settle = step, adapter, ring, settle
         self._parameters = adapter.parameters()
         self._known: set[object] = set()
         self._graphs: dict[object, _Graph] = {}
@@ -69,7 +74,12 @@ class GraphedSteps:
         if batch.shape not in self._graphs and not self._capture(batch):
             return self._add_gradients(batch, torch.full((), scale, device=batch.targets_N.device))
         self.replays += 1
-        return self._graphs[batch.shape].replay(batch, scale)
+        graph = self._graphs[batch.shape]
+        self._settle()
+        self._ring.hold(graph.before)
+        nats = graph.replay(batch, scale)
+        self._ring.believe(graph.after)
+        return nats
 
     def forget(self) -> None:
         """Give the graphs' memory back, and begin anew: how a step is done may be about to change."""
@@ -91,18 +101,26 @@ class GraphedSteps:
         tokens = [graph.batch.tokens for graph in self._graphs.values()]
         if len(tokens) == MOST_GRAPHS or (tokens and batch.tokens > max(tokens)):
             self._drop()  # the largest goes first: smaller ones then fit into its memory
-        graph = _Graph(batch.copied(), torch.ones((), device=batch.targets_N.device), torch.cuda.CUDAGraph())
+        self._settle()
+        before = self._ring.holds()
+        graph = _Graph(batch.copied(), torch.ones((), device=batch.targets_N.device), torch.cuda.CUDAGraph(), before)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.graph(graph.graph, pool=self._pool):  # empties the allocator's cache first
                 graph.nats = self._add_gradients(graph.batch, graph.scale)
+                self._settle()
+            graph.after = self._ring.holds()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             self.refused = str(error).partition("\n")[0]
+            before = (None,) * len(before)
             warnings.warn(f"Micro-steps are launched kernel by kernel: capture failed ({self.refused}).", stacklevel=2)
             return False
+        finally:
+            self._settle()
+            self._ring.believe(before)  # its copies were recorded, not made
         self._graphs[batch.shape] = graph
         return True
 
@@ -118,11 +136,13 @@ class GraphedSteps:
 
 @dataclass
 class _Graph:
-    """What one graph reads, and what it leaves."""
+    """What one graph reads, and what it leaves; the layers in the ring before and after it."""
 
     batch: DeviceBatch
     scale: Tensor
     graph: torch.cuda.CUDAGraph
+    before: tuple[int | None, ...]
+    after: tuple[int | None, ...] = ()
     nats: Tensor | None = None
 
     def replay(self, batch: DeviceBatch, scale: float) -> Tensor:

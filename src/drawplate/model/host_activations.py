@@ -85,6 +85,7 @@ class HostActivations:
     def __init__(self, device: torch.device, *, poison: bool = False) -> None:
         self.device, self._poison = device, poison
         self._out, self._back = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
+        self._copying: set[torch.cuda.Stream] = set()  # since the last `settle`
         self._places: dict[int, Tensor] = {}
         self._now = _MicroBatch.of(())
 
@@ -165,6 +166,13 @@ class HostActivations:
         empty = torch.empty(0, dtype=tensor.dtype, device=self.device)
         return empty.set_(storage, tensor.offset, tensor.shape, tensor.stride)
 
+    def settle(self) -> None:
+        """Let the current stream wait for all copies. After a backward."""
+        for stream in self._copying:
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._copying.clear()
+        self._now = _MicroBatch.of(())
+
     def _let_go(self, now: _MicroBatch) -> None:
         for block in now.leaving:
             self._wait_for(block)
@@ -184,6 +192,7 @@ class HostActivations:
         """Copies of blocks (to, from), once what is queued now is through."""
         if stream is not None and copies:
             stream.wait_stream(torch.cuda.current_stream(self.device))
+            self._copying.add(stream)
         with torch.no_grad(), torch.cuda.stream(stream):  # of None: does nothing
             for block, to, source in copies:
                 assert to is not None
