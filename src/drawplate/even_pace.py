@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+LEAVING_LAYERS = 2
+"""Layers beside whose forward a block leaves: the copies of one may take longer than it does."""
+
 
 class BlockAt(NamedTuple):
     """A block by the layer that sent it and its number there."""
@@ -41,10 +44,9 @@ class EvenPace:
         self._queue += [BlockAt(layer, number) for number in range(len(sizes))]
 
     def leaving(self, layer: int) -> list[BlockAt]:
-        """The blocks that begin to leave at the end of a layer's forward; they have left at the end of the next one's.
-
-        What is left at the end of the last layer leaves then."""
-        pace, found = self._expected * min(1.0, (layer + 1) / max(1, self._last)), []
+        """The blocks that begin to leave at the end of a layer's forward; two layers later they have left, or at the
+        end of the last one."""
+        pace, found = self._expected * min(1.0, (layer + 1) / max(1, self._last - LEAVING_LAYERS + 1)), []
         while self._queue and (self._bytes_out < pace or layer == self._last):
             found.append(self._queue.pop(0))
             self._bytes_out += self._size(found[-1])

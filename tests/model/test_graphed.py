@@ -142,7 +142,9 @@ def test_replays_give_the_bits_of_launches(compiled: bool, precision: str, activ
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("deterministic_attention")
-@pytest.mark.parametrize("activations", ["keep", "offload", ("host", "offload", "recompute", "host", "keep", "keep")])
+@pytest.mark.parametrize(
+    "activations", ["keep", ("offload",) * 4 + ("keep",) * 2, ("host", "offload", "recompute", "host", "keep", "keep")]
+)
 @pytest.mark.parametrize("weights", ["host", ("device", "host", "host", "device", "host", "host")])
 def test_replays_of_what_crosses_the_bus_give_the_bits_of_launches(
     weights: str | tuple, activations: str | tuple

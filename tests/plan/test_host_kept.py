@@ -51,7 +51,7 @@ def test_a_layer_that_keeps_its_activations_on_the_device_keeps_none_on_the_host
 def test_the_most_that_is_on_its_way_at_once() -> None:
     eight = (10,) * 8
     assert (leaving(28, 0, eight), most_back(28, 0, 8, eight)) == ((0, 0), 0)
-    assert leaving(28, 27, eight)[0] == 80, "the one before is leaving while a layer runs"
+    assert leaving(28, 26, eight)[0] == 160, "the two before are leaving while a layer runs"
     assert 160 < leaving(28, 4, eight)[0] < leaving(28, 4, eight)[1] < 320
     assert most_back(28, 4, 2, eight) == 160, "no more than kept layers have made room for"
     assert most_back(28, 4, 24, eight) < 320, "and no earlier than it is due"

@@ -5,8 +5,8 @@ after it compute, and comes back while backward is at them. Where that hides a c
 memory of the device nor time, where computing it again costs a forward.
 
     a layer on the host has run   what it saved queues up, block by block
-    end of any layer's forward    what went out during it is let go of, and the next of the queue begin to leave: as
-                                  many as keep an even pace over the whole forward
+    end of any layer's forward    what began to leave two layers before is let go of, and the next of the queue begin:
+                                  as many as keep an even pace over the whole forward
     backward comes to any layer   the next begin to come back, at an even pace too, into memory of layers that are
                                   through with what they kept
     backward of the layer itself  finds all of it as it left it
@@ -26,10 +26,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from drawplate.even_pace import BlockAt, EvenPace
+from drawplate.even_pace import LEAVING_LAYERS, BlockAt, EvenPace
 from drawplate.footprints import SENT_FROM_BYTES
 from drawplate.model.arena import private_bytes
 from drawplate.model.residency import ALIGNMENT, POISON
+from drawplate.units import MIB
+
+PIECE_BYTES = 16 * MIB
+"""What is copied at once: whatever else crosses the bus waits no longer than for one of these."""
 
 
 @dataclass(eq=False)
@@ -61,12 +65,12 @@ class SentTensor:
 @dataclass
 class _MicroBatch:
     """What the layers of one micro-batch have sent: for each that has run, its blocks by where they were; and those
-    that are on their way out."""
+    that are on their way out, by when they began."""
 
     last: int
     pace: EvenPace
     blocks: dict[int, dict[int, _Block]] = field(default_factory=dict)
-    leaving: list[_Block] = field(default_factory=list)
+    leaving: list[list[_Block]] = field(default_factory=list)
 
     @classmethod
     def of(cls, policies: Sequence[str]) -> _MicroBatch:
@@ -136,9 +140,9 @@ class HostActivations:
     def end_forward(self, layer: int) -> None:
         """The forward of a layer, of any policy, has been issued."""
         now = self._now
-        self._let_go(now)
-        now.leaving = now.found(now.pace.leaving(layer))
-        self._copy(self._out, [(block, block.host, block.device) for block in now.leaving])
+        self._let_go(now, LEAVING_LAYERS - 1)
+        now.leaving.append(now.found(now.pace.leaving(layer)))
+        self._copy(self._out, [(block, block.host, block.device) for block in now.leaving[-1]])
         if layer == now.last:
             self._let_go(now)
 
@@ -173,13 +177,14 @@ class HostActivations:
         self._copying.clear()
         self._now = _MicroBatch.of(())
 
-    def _let_go(self, now: _MicroBatch) -> None:
-        for block in now.leaving:
-            self._wait_for(block)
-            if self._poison and block.device is not None:
-                block.device.fill_(POISON)
-            block.device = None
-        now.leaving = []
+    def _let_go(self, now: _MicroBatch, but: int = 0) -> None:
+        """Of what is on its way out, but for what began last."""
+        while len(now.leaving) > but:
+            for block in now.leaving.pop(0):
+                self._wait_for(block)
+                if self._poison and block.device is not None:
+                    block.device.fill_(POISON)
+                block.device = None
 
     def _bring_back(self, blocks: Sequence[_Block]) -> None:
         for block in blocks:
@@ -197,7 +202,8 @@ class HostActivations:
             for block, to, source in copies:
                 assert to is not None
                 assert source is not None
-                to.copy_(source, non_blocking=True)
+                for part, same in zip(to.split(PIECE_BYTES), source.split(PIECE_BYTES), strict=True):
+                    part.copy_(same, non_blocking=True)
                 if stream is not None:
                     block.arrived = torch.cuda.Event()
                     block.arrived.record(stream)

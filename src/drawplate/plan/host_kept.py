@@ -1,7 +1,7 @@
 """Layers that keep their activations in host memory on paper, as model/host_activations.py does it.
 
     forward of such a layer      as of a kept one; what it saved queues up, but for blocks below SENT_FROM_BYTES
-    end of any layer's forward   what was leaving during it is let go of, and the next share of the queue leaves
+    end of any layer's forward   what began to leave two layers before is let go of, and the next share begins
     backward of any layer        the next share comes back, of layers for which others made room
     its own backward             as of a kept one
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from drawplate.even_pace import BlockAt, EvenPace
+from drawplate.even_pace import LEAVING_LAYERS, BlockAt, EvenPace
 from drawplate.footprints import SENT_FROM_BYTES, Footprint
 from drawplate.plan.blocks import Name
 from drawplate.plan.rows import Rows
@@ -61,12 +61,11 @@ def due_back(layers: int, count: int) -> float:
 def leaving(layers: int, count: int, sizes: tuple[int, ...]) -> tuple[int, int]:
     """Of so many layers on the host, with blocks of such sizes, the most bytes on the device during the forward of one
     of them, its own not counted, and during that of the first layer after them."""
-    pace, there, begun, found = EvenPace(layers, range(count), ()), 0, 0, [0]
+    pace, begun, found = EvenPace(layers, range(count), ()), [0] * LEAVING_LAYERS, [0]
     for layer in range(count):
         pace.sends(layer, sizes)
-        there += sum(sizes) - begun
-        begun = sum(sizes[block.number] for block in pace.leaving(layer))
-        found.append(there)
+        begun.append(begun[-1] + sum(sizes[block.number] for block in pace.leaving(layer)))
+        found.append((layer + 1) * sum(sizes) - begun[layer])
     return max(found[:count], default=0), found[count]
 
 
@@ -99,7 +98,7 @@ class HostKept:
         kept = range(self._layers - self.stage.choice.kept_layers, self._layers)
         self._pace = EvenPace(self._layers, range(self._count), kept)
         self._sent: dict[int, list[tuple[Name, int]]] = {}
-        self._leaving: list[Name] = []
+        self._leaving: list[list[Name]] = []
 
     def __contains__(self, layer: object) -> bool:
         return isinstance(layer, int) and layer < self._count
@@ -111,8 +110,8 @@ class HostKept:
         if layer in self:
             self._sent[layer] = self._sent_by(layer, rows)
             self._pace.sends(layer, [size for _, size in self._sent[layer]])
-        self._let_go()
-        self._leaving = [self._sent[at.layer][at.number][0] for at in self._pace.leaving(layer)]
+        self._let_go(LEAVING_LAYERS - 1)
+        self._leaving.append([self._sent[at.layer][at.number][0] for at in self._pace.leaving(layer)])
         if layer == self._layers - 1:
             self._let_go()
 
@@ -122,9 +121,9 @@ class HostKept:
         for at in [*self._pace.returning(layer), *filter(self._pace.needed, own)]:
             self.device.take(LINE, *self._sent[at.layer][at.number])
 
-    def _let_go(self) -> None:
-        self.device.give_all(self._leaving)
-        self._leaving = []
+    def _let_go(self, but: int = 0) -> None:
+        while len(self._leaving) > but:
+            self.device.give_all(self._leaving.pop(0))
 
     def _sent_by(self, layer: int, rows: Rows) -> list[tuple[Name, int]]:
         part = self.stage.kinds[layer].footprints[self.stage.kept[layer]]
