@@ -1,6 +1,6 @@
 """Drawplate and its peers on the same model, tokens, adapter and optimizer; a speed only behind the gate.
 
-    python bench/compare.py OUT.json --suite whole (or rest)         the goals' table of docs/benchmark.md
+    python bench/compare.py OUT.json --suite whole (packing, small-3b, small-8b)      the goals of docs/benchmark.md
     python bench/compare.py OUT.json --model 3b --cases 7x512,2x2048 --systems drawplate,mission,liger,unsloth
 
 Each job (bench/peers/cases.py) is a process of its own. A group of them load, prove themselves and warm up side by
@@ -60,7 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     systems = sorted({s.system for s in MAIN + OTHERS})
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--suite", default="", help="whole or rest, instead of --model to --only")
+    parser.add_argument("--suite", default="", help="whole, packing, small-3b or small-8b, not --model to --only")
     parser.add_argument("--model", default="3b", help="a shape of bench/shapes.py")
     parser.add_argument("--layers", type=int, help="cut the models short")
     parser.add_argument("--cases", default="7x512,2x2048,7x2048")

@@ -1,11 +1,14 @@
 """The cases of the goals' table (docs/benchmark.md) as groups of jobs for one card, the most telling first.
 
 A group's processes prove themselves side by side and then have their steps timed in turns, so what is compared stands
-in one group. `whole` takes some seven minutes, `rest` nine, each with yardsticks of its own. An 8B at 14,336 tokens
-needs the card for one process at a time, so its rounds do not alternate.
+in one group. `whole` takes some seven minutes, `packing` three, `small-3b` and `small-8b` five and seven, each with
+yardsticks of its own. An 8B at 14,336 tokens needs the card for one process at a time, so its rounds do not alternate.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 from bench.peers.cases import MAIN, MISSION, REFERENCE, UNSLOTH_KEPT, Job, Setting, jobs_of, within
 
@@ -40,18 +43,21 @@ def whole_part() -> list[list[Job]]:
     return [whole_3b, [job("8b", setting, SMALL) for setting in (UNSLOTH, BF16, FP8)]]
 
 
-def rest_part() -> list[list[Job]]:
-    """Packing; both models within their budgets; 14,336 tokens: the 8B on the whole card, and within the budgets."""
-    everything = (*SMALL, LONG)
+def packing_part() -> list[list[Job]]:
+    """Documents of real lengths, packed and padded."""
     packing = [
-        *yardsticks("3b", (*everything, PADDED, PACKED)),
-        *yardsticks("8b", everything),
+        *yardsticks("3b", (GATE_CASE, PADDED, PACKED)),
         *(job("3b", setting, (GATE_CASE, PACKED, PADDED), (PACKED, PADDED)) for setting in (BF16, FP8)),
     ]
-    small = [found for shape in BUDGETS_GIB for found in jobs_of(shape, budgeted(shape), SMALL, GATE_CASE)]
-    alone = [[job("8b", setting, (LONG,))] for setting in (UNSLOTH, BF16, FP8)]
-    long = [job(shape, setting, (LONG,)) for shape in BUDGETS_GIB for setting in budgeted(shape)]
-    return [packing, small, *alone, long]
+    return [packing]
+
+
+def small_part(shape: str) -> list[list[Job]]:
+    """A model within its budget; and what of it needs the whole card alone."""
+    small = jobs_of(shape, budgeted(shape), SMALL, GATE_CASE)
+    long = [Job(shape=shape, setting=s, cases=(LONG,), timed=(LONG,), curve=False) for s in budgeted(shape)]
+    alone = [[job(shape, setting, (LONG,))] for setting in (UNSLOTH, FP8, BF16)] if shape == "8b" else []
+    return [[*yardsticks(shape, (*SMALL, LONG)), *small], long, *alone]
 
 
 def yardsticks(shape: str, cases: tuple[str, ...]) -> list[Job]:
@@ -59,7 +65,12 @@ def yardsticks(shape: str, cases: tuple[str, ...]) -> list[Job]:
     return [job(shape, setting, cases, ()) for setting in (REFERENCE, MISSION)]
 
 
-PARTS = {"whole": whole_part, "rest": rest_part}
+PARTS: dict[str, Callable[[], list[list[Job]]]] = {
+    "whole": whole_part,
+    "packing": packing_part,
+    "small-3b": functools.partial(small_part, "3b"),
+    "small-8b": functools.partial(small_part, "8b"),
+}
 
 
 def groups_of(part: str) -> list[list[Job]]:
