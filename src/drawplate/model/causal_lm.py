@@ -211,11 +211,16 @@ class CausalLM:
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Rows of the embedding, looked up where the table is, on the device in the compute dtype."""
-        table = next(self.embedding.parameters()).device
-        rows = self.embedding(ids_BT.to(table, non_blocking=True)).detach()
-        if rows.device.type != self.placement.device.type:
-            rows = rows.pin_memory().to(self.placement.device, non_blocking=True)
-        return rows.to(self.placement.compute_dtype)
+        weight = next(self.embedding.parameters())
+        ids_BT = ids_BT.to(weight.device, non_blocking=True)
+        if weight.device.type == self.placement.device.type:
+            return self.embedding(ids_BT).detach().to(self.placement.compute_dtype)
+        if type(self.embedding) is nn.Embedding:  # straight into page-locked memory
+            rows = torch.empty(*ids_BT.shape, weight.shape[1], dtype=weight.dtype, pin_memory=True)
+            torch.index_select(weight.detach(), 0, ids_BT.flatten(), out=rows.view(-1, weight.shape[1]))
+        else:
+            rows = self.embedding(ids_BT).detach().pin_memory()
+        return rows.to(self.placement.device, non_blocking=True).to(self.placement.compute_dtype)
 
     def body_forward(self, embedded_BTH: Tensor, position_ids_BT: Tensor, arguments: dict[str, Any]) -> Tensor:
         """transformers' own forward of the body over embeddings."""
