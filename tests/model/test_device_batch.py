@@ -49,7 +49,6 @@ def test_room_for_counted_tokens_is_in_eighths(counted: int) -> None:
     empty = torch.empty(0)
     batch = DeviceBatch(
         ids_BT=empty,
-        embedded_BTH=None,
         position_ids_BT=empty,
         targets_N=torch.empty(800),
         token_keys_BT=None,

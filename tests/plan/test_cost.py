@@ -71,10 +71,10 @@ def test_streaming_is_free_above_the_tokens_that_docs_streaming_names_and_not_be
     free = 2 * rate / (2 * H100.to_device_rate)
     above, below = work_of(2 * free), work_of(free / 8)
     name = "waiting for streamed layers"
-    copies = 2 * (MODEL.layers - 2) * layer_copy_seconds(MODEL, choice_of(), H100)
-    assert line(cost_of("host", "offload", above), name) < 0.2 * copies, "next to nothing"
+    assert line(cost_of("host", "offload", above), name) == 0
     waiting = line(cost_of("host", "offload", below), name)
-    assert 0.2 * copies < waiting < copies
+    copies = 2 * (MODEL.layers - 2) * layer_copy_seconds(MODEL, choice_of(), H100)
+    assert 0 < waiting < copies
 
 
 def test_packed_documents_cost_the_sum_of_their_squares_and_what_each_position_takes() -> None:
@@ -100,23 +100,15 @@ def test_a_small_micro_batch_waits_for_the_host_unless_it_is_captured() -> None:
         ({"activations": "recompute"}, True),
         ({"weights": "dequantized"}, True),
         ({"activations": "offload"}, False),
-        ({"activations": "offload", "kept": 1}, True),
-        ({"weights": "host"}, True),
-        ({"weights": "host", "activations": "recompute"}, False),
-        ({"weights": "host", "activations": "offload", "kept": 2}, True),
-        ({"head_rows": 4096}, True),
-        ({"head_rows": 4096, "activations": "recompute"}, False),
+        ({"weights": "host"}, False),
+        ({"head_rows": 4096}, False),
         ({"device": "cpu"}, False),
         ({"packing": True, "compute_dtype": "float32"}, False),
         ({"packing": False, "compute_dtype": "float32"}, True),
     ],
 )
-def test_micro_steps_are_captured_where_nothing_crosses_the_bus_or_there_is_room(
-    changes: dict[str, Any], captured: bool
-) -> None:
-    words = {name: value for name, value in changes.items() if name != "kept"}
-    choice = choice_of(**words)
-    assert replace(choice, kept_layers=changes.get("kept", choice.kept_layers)).captured(MODEL) == captured
+def test_micro_steps_are_captured_where_nothing_crosses_the_bus(changes: dict[str, Any], captured: bool) -> None:
+    assert choice_of(**changes).captured(MODEL) == captured
 
 
 @pytest.mark.parametrize(("packing", "captured"), [(True, False), (False, True)])

@@ -11,7 +11,6 @@ mode, so that the only noise is the adapter's own dropout, which is a function o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +47,7 @@ class Placement:
         head_rows: rows of a slot of the streamed head; 0 keeps embedding and head on the device.
         compiled: compile the layer function.
         dequantize: weight by weight inside its product, or a whole layer at once: faster to launch, more memory.
-        graphs: replay whole training micro-steps as CUDA graphs, where `captures` says so.
+        graphs: replay whole training micro-steps as CUDA graphs, where nothing is streamed or offloaded.
         poison: fill slots with NaN between uses (tests).
     """
 
@@ -69,13 +68,11 @@ class Placement:
         """The weights' tier of each layer."""
         return [self.weights] * layers if isinstance(self.weights, str) else list(self.weights)
 
-    def captures(self, policies: Sequence[str]) -> bool:
-        """Whether micro-steps are captured as CUDA graphs, the layers' activations having these policies.
-
-        Where something crosses the bus only if some layer keeps its activations: what a graph holds takes room too."""
-        crosses = self.head_rows > 0 or "host" in self.tiers(len(policies)) or "offload" in policies
-        able = self.graphs and self.device.type == "cuda" and self.adapter == "device"
-        return able and (not crosses or "keep" in policies)
+    def captures(self, layers: int) -> bool:
+        """Whether micro-steps can be and are to be captured as CUDA graphs."""
+        streamed = self.head_rows > 0 or "host" in (self.adapter, *self.tiers(layers))
+        streamed = streamed or "offload" in self.policies(layers)
+        return self.graphs and self.device.type == "cuda" and not streamed
 
     def policies(self, layers: int) -> list[str]:
         """The activations' policy of each layer."""
@@ -110,8 +107,8 @@ class CausalLM:
         self.head: Head
         # One long held-out document must not widen what is trained on: the two are compiled apart anyway.
         self._bounds = {"training": ShapeBounds(), "measuring": ShapeBounds()}
-        captures = placement.captures(placement.policies(len(anatomy.layers)))
-        self.graphed = GraphedSteps(self._nats, adapter, residency, self._settle) if captures else None
+        captures = placement.captures(len(anatomy.layers))
+        self.graphed = GraphedSteps(self._nats, adapter, self.runner.activations.settle) if captures else None
 
     def sum_nats(
         self,
@@ -141,8 +138,7 @@ class CausalLM:
         Returns:
             The sum of nats in float64, on the device; good until the next call.
         """
-        # Policies may change when memory is short.
-        if self.graphed is not None and self.placement.captures(self.runner.policies):
+        if self.graphed is not None and "offload" not in self.runner.policies:  # which may change when memory is short
             return self.graphed.run(self.placed(batch, dropout_seed), scale)
         loss, nats_N = self.sum_nats(batch, scale=scale, dropout_seed=dropout_seed)
         loss.backward()
@@ -173,10 +169,8 @@ class CausalLM:
             segments = tuple(borders.tolist())
         if dropout_seed is not None and self.adapter.config.lora_dropout > 0:
             keys = sent(token_keys(batch.sequence_ids_BT, batch.position_ids_BT, *dropout_seed), device)
-        ids_BT = sent(batch.input_ids_BT, next(self.embedding.parameters()).device)
         return DeviceBatch(
-            ids_BT=ids_BT,
-            embedded_BTH=None if ids_BT.device.type == device.type else self.embed(ids_BT),
+            ids_BT=sent(batch.input_ids_BT, next(self.embedding.parameters()).device),
             position_ids_BT=sent(batch.position_ids_BT, device),
             targets_N=sent(batch.targets_BT.reshape(-1), device),
             token_keys_BT=keys,
@@ -202,12 +196,7 @@ class CausalLM:
 
     def _hidden_states(self, batch: DeviceBatch) -> Tensor:
         self.runner.begin(batch.token_keys_BT)
-        embedded_BTH = self.embed(batch.ids_BT) if batch.embedded_BTH is None else batch.embedded_BTH
-        return self.body_forward(embedded_BTH, batch.position_ids_BT, batch.attention)
-
-    def _settle(self) -> None:
-        self.runner.settle()
-        self.head.weights.settle()
+        return self.body_forward(self.embed(batch.ids_BT), batch.position_ids_BT, batch.attention)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Rows of the embedding, looked up where the table is, on the device in the compute dtype."""

@@ -29,7 +29,6 @@ class DeviceBatch:
 
     Attributes:
         ids_BT: int64, where the embedding is.
-        embedded_BTH: its rows, where it is not on the device; None where they are looked up there.
         position_ids_BT: int64.
         targets_N: int64, flat.
         token_keys_BT: int32; None switches dropout off.
@@ -40,7 +39,6 @@ class DeviceBatch:
     """
 
     ids_BT: Tensor
-    embedded_BTH: Tensor | None
     position_ids_BT: Tensor
     targets_N: Tensor
     token_keys_BT: Tensor | None

@@ -9,14 +9,14 @@ Memory: a graph keeps what a micro-step allocates at its peak, in a pool that al
 to it: a shape not seen before gives the pool back before it runs, a shape larger than those captured too, and whoever
 needs memory for something else (evaluation) calls `forget()`. Capturing again costs little more than a micro-step.
 
-Copies to and from the host are captured too, on their streams: of streamed layers, of the head, of offloaded inputs and
-activations. A graph begins with the layers in the ring's slots that were there when it was captured, so they are put
-there before a replay where something else (evaluation) has moved them; and no event of the time before is waited for in
-a capture, nor one of a capture after it. Left out: graphs for evaluation; the adapter in host memory.
+Only where nothing of a micro-step depends on the host: every layer and the head on the device, no offloaded inputs.
+Activations that lie in host memory are copied on streams that part and meet again within the step. Left out: graphs for
+evaluation; streamed layers, whose capture was tried (docs/log.md).
 """
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ from torch import Tensor
 
 from drawplate.model.adapter import Adapter
 from drawplate.model.device_batch import DeviceBatch
-from drawplate.model.residency import Residency
 
 MOST_GRAPHS = 16
 
@@ -47,12 +46,11 @@ class GraphedSteps:
     Args:
         step: forward and loss.
         adapter: what is trained; the `grad` of its tensors must be buffers that stay (`Adapter.zero_gradients`).
-        ring: of the layers that `step` streams.
-        settle: lets the current stream wait for all copies of a step, and nothing later for what was before.
+        settle: called when a step has been issued, so that all its streams come together again.
     """
 
-    def __init__(self, step: Step, adapter: Adapter, ring: Residency, settle: Callable[[], None]) -> None:
-        self._step, self._adapter, self._ring, self._settle = step, adapter, ring, settle
+    def __init__(self, step: Step, adapter: Adapter, settle: Callable[[], None]) -> None:
+        self._step, self._adapter, self._settle = step, adapter, settle
         self._parameters = adapter.parameters()
         self._known: set[object] = set()
         self._graphs: dict[object, _Graph] = {}
@@ -74,12 +72,7 @@ class GraphedSteps:
         if batch.shape not in self._graphs and not self._capture(batch):
             return self._add_gradients(batch, torch.full((), scale, device=batch.targets_N.device))
         self.replays += 1
-        graph = self._graphs[batch.shape]
-        self._settle()
-        self._ring.hold(graph.before)
-        nats = graph.replay(batch, scale)
-        self._ring.believe(graph.after)
-        return nats
+        return self._graphs[batch.shape].replay(batch, scale)
 
     def forget(self) -> None:
         """Give the graphs' memory back, and begin anew: how a step is done may be about to change."""
@@ -101,34 +94,40 @@ class GraphedSteps:
         tokens = [graph.batch.tokens for graph in self._graphs.values()]
         if len(tokens) == MOST_GRAPHS or (tokens and batch.tokens > max(tokens)):
             self._drop()  # the largest goes first: smaller ones then fit into its memory
-        self._settle()
-        before = self._ring.holds()
-        graph = _Graph(batch.copied(), torch.ones((), device=batch.targets_N.device), torch.cuda.CUDAGraph(), before)
+        graph = _Graph(batch.copied(), torch.ones((), device=batch.targets_N.device), torch.cuda.CUDAGraph())
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        why, out_of_memory = self._record(graph)
+        if not why:
+            self._graphs[batch.shape] = graph
+            return True
+        del graph
+        gc.collect()  # what the step had made lies in cycles, and in the graphs' pool
+        torch.cuda.empty_cache()
+        if out_of_memory:
+            raise torch.OutOfMemoryError(why)
+        self.refused = why.partition("\n")[0]
+        warnings.warn(f"Micro-steps are launched kernel by kernel: capture failed ({self.refused}).", stacklevel=2)
+        return False
+
+    def _record(self, graph: _Graph) -> tuple[str, bool]:
+        """What went wrong, empty for nothing, and whether memory was short.
+
+        The end of a capture that was broken off has a complaint of its own, behind which is the cause."""
         try:
             with torch.cuda.graph(graph.graph, pool=self._pool):  # empties the allocator's cache first
                 graph.nats = self._add_gradients(graph.batch, graph.scale)
-                self._settle()
-            graph.after = self._ring.holds()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            self.refused = str(error).partition("\n")[0]
-            before = (None,) * len(before)
-            warnings.warn(f"Micro-steps are launched kernel by kernel: capture failed ({self.refused}).", stacklevel=2)
-            return False
-        finally:
-            self._settle()
-            self._ring.believe(before)  # its copies were recorded, not made
-        self._graphs[batch.shape] = graph
-        return True
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            return str(cause) or type(cause).__name__, isinstance(cause, torch.OutOfMemoryError)
+        return "", False
 
     def _add_gradients(self, batch: DeviceBatch, scale: Tensor) -> Tensor:
         with self._adapter.aliased() as leaves:
             loss, nats_N = self._step(batch, scale)
             # A module that its layer never calls leaves its adapter unused.
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        self._settle()
         pairs = [(_gradient(p), g) for p, g in zip(self._parameters, gradients, strict=True) if g is not None]
         torch._foreach_add_([total for total, _ in pairs], [gradient for _, gradient in pairs])
         return nats_N.sum(dtype=torch.float64)
@@ -136,13 +135,11 @@ class GraphedSteps:
 
 @dataclass
 class _Graph:
-    """What one graph reads, and what it leaves; the layers in the ring before and after it."""
+    """What one graph reads, and what it leaves."""
 
     batch: DeviceBatch
     scale: Tensor
     graph: torch.cuda.CUDAGraph
-    before: tuple[int | None, ...]
-    after: tuple[int | None, ...] = ()
     nats: Tensor | None = None
 
     def replay(self, batch: DeviceBatch, scale: float) -> Tensor:

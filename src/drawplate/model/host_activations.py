@@ -40,9 +40,9 @@ PIECE_BYTES = 16 * MIB
 class _Block:
     """One storage that a layer saved: its bytes on the device, while they are there, and its place on the host.
 
-    `arrived` is the last copy of it: out, then back."""
+    `pace` is its micro-batch's, `arrived` the last copy of it: out, then back."""
 
-    of: _MicroBatch
+    pace: EvenPace
     at: BlockAt
     size: int
     device: Tensor | None
@@ -125,7 +125,9 @@ class HostActivations:
             block = blocks.get(storage.data_ptr())
             if block is None:
                 whole = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
-                block = blocks[storage.data_ptr()] = _Block(now, BlockAt(layer, len(blocks)), storage.nbytes(), whole)
+                block = blocks[storage.data_ptr()] = _Block(
+                    now.pace, BlockAt(layer, len(blocks)), storage.nbytes(), whole
+                )
             block.uses += 1
             return SentTensor(block, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
@@ -157,7 +159,7 @@ class HostActivations:
             RuntimeError: another micro-batch has begun since.
         """
         block = tensor.block
-        if block.of is not self._now:
+        if block.pace is not self._now.pace:
             raise RuntimeError("backward came after the forward of another micro-batch: its activations are gone")
         if self._now.pace.needed(block.at):
             self._bring_back([block])
@@ -171,7 +173,7 @@ class HostActivations:
         return empty.set_(storage, tensor.offset, tensor.shape, tensor.stride)
 
     def settle(self) -> None:
-        """Let the current stream wait for all copies. After a backward."""
+        """A micro-step is over: let the current stream wait for copies that nobody asked for."""
         for stream in self._copying:
             torch.cuda.current_stream(self.device).wait_stream(stream)
         self._copying.clear()

@@ -56,7 +56,7 @@ DEVICE_FORMULAS = {
     "adapter of a layer, visiting": "2 x trained parameters of the largest layer x 4 bytes",
     "adapter gradients": "trained parameters x 4 bytes",
     "captured micro-step: its own gradients": "trained parameters x 4 bytes, of layers whose backward is done",
-    "captured micro-step: its batch": "tokens x 24 bytes, 28 with dropout, borders x 4; what a host table embeds",
+    "captured micro-step: its batch": "tokens x 24 bytes, 28 with dropout, and borders x 4 bytes",
     "optimizer moments": "trained parameters x 2 x 4 bytes",
     "activations kept": "layers that keep x bytes that autograd saves of one (model/footprint.py)",
     LINE: "what a layer or a few send (model/footprint.py), and blocks below 1 MiB, which stay",

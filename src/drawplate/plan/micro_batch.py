@@ -50,8 +50,6 @@ class MicroBatch:
         self.device.give(("closing", "out"))
         self._backward(rows, hidden, closing)
         self._add_up()
-        if self.device.capturing:  # they are the captured micro-step's own
-            self.device.give_all(("return", i) for i in range(RETURN_BUFFERS) if self.device.has(("return", i)))
         self._give_shared()
         self._give_batch()
         if self.device.has(("keys",)):

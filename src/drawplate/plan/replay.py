@@ -76,7 +76,6 @@ class Replay:
     def _graph_inputs(self, rows: Rows) -> None:
         """What a captured micro-step reads: its own copy of the batch."""
         size = (24 + (4 if self.choice.dropout else 0)) * rows.tokens + 4 * (rows.borders + 1)
-        size += rows.tokens * self.stage.model.hidden * self.stage.size if self.choice.head_rows else 0
         self.device.take("captured micro-step: its batch", ("graph batch",), size)
 
     def _update(self) -> None:

@@ -20,7 +20,14 @@ from drawplate.plan.budget import Budget, Need
 from drawplate.plan.cost import Cost, Walk, carried_layers, step_cost, step_seconds
 from drawplate.plan.fit import Fit
 from drawplate.plan.ledger import Choice, Ledger, ModelShape, Surroundings
-from drawplate.plan.space import FEWEST_KEPT, FEWEST_LAYERS, MicroBatch, Space, choices
+from drawplate.plan.space import (
+    FEWEST_KEPT,
+    FEWEST_LAYERS,
+    MicroBatch,
+    Space,
+    choices,
+    may_keep_in_host_memory,
+)
 from drawplate.plan.unit_cost import Units, sending, units_of
 from drawplate.records import DeviceSpeed
 
@@ -178,7 +185,7 @@ class Search:
             for kept in {fewest, most}:
                 self._seconds_per_token(candidate, kept)
             yield candidate
-            if choice.device == "cuda" and most > fewest and most >= FEWEST_LAYERS:
+            if may_keep_in_host_memory(self.model, choice) and most > fewest and most >= FEWEST_LAYERS:
                 if key not in sends:
                     sends[key] = sending(units[key], self.model, choice, batch.work, self.speed)
                 yield from self._with_host_memory(candidate, sends[key])

@@ -82,6 +82,15 @@ def choices(model: ModelShape, space: Space, precision: str, batch: MicroBatch) 
                     yield choice, fewest, most
 
 
+def may_keep_in_host_memory(model: ModelShape, choice: Choice) -> bool:
+    """Only where nothing else crosses the bus and layers are not multiplied in fp8.
+
+    Beside streamed layers an 8B was no faster for it, or slower (bench/results/profile-host-kept-8b-h100.json). In fp8 a
+    layer is computed again in half the time; a 3B fell 6 to 13 % short of what was predicted (compare-small-3b-h100.json).
+    """
+    return choice.captured(model) and choice.precision != "fp8"
+
+
 def tiers(layers: int, weights: str, precision: str, *, cuda: bool) -> list[tuple[int, int]]:
     """(dequantized, on the device) of the layers; the rest are on the host."""
     named = {"device": [(0, layers)], "dequantized": [(layers, 0)], "host": [(0, 0)]}
