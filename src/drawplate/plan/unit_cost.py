@@ -44,8 +44,9 @@ TRANSPOSE_BYTES = 2.5
 """Bytes moved, in the time it takes, to transpose an fp8 weight for backward: read 1, write 1, not quite at the
 memory's rate."""
 
-BOTH_WAYS = 1.4
-"""How much more the bus carries in both directions than in one, where that was not measured."""
+BOTH_WAYS = 1.7
+"""How much more the bus carries in both directions than in one, where that was not measured: as on two H100s
+(`measured_device` in bench/results/compare-small-3b-h100.json and -8b-captured-h100.json)."""
 
 INT8_BYTES = 7
 """Bytes moved to dequantize an int8 weight: read 1, write 2, scale in place of 2 and 2."""
