@@ -57,7 +57,7 @@ def small_part(shape: str) -> list[list[Job]]:
     small = jobs_of(shape, budgeted(shape), SMALL, GATE_CASE)
     long = [Job(shape=shape, setting=s, cases=(LONG,), timed=(LONG,), curve=False) for s in budgeted(shape)]
     alone = [[job(shape, setting, (LONG,))] for setting in (UNSLOTH, FP8, BF16)] if shape == "8b" else []
-    return [[*yardsticks(shape, (*SMALL, LONG)), *small], long, *alone]
+    return [yardsticks(shape, (*SMALL, LONG)), small, long, *alone]  # those need the card's room to themselves
 
 
 def yardsticks(shape: str, cases: tuple[str, ...]) -> list[Job]:
