@@ -139,7 +139,6 @@ def _something_smaller(task: TrainTask, state: TrainState, failed: Batch) -> str
     if smaller is not None:
         state.cutting = smaller
         return f"micro-batches of {smaller.size}"
-    policies = task.model.runner.policies
     policies = ["keep" if policy == "host" else policy for policy in task.model.runner.policies]
     rung = min(map(LADDER.index, policies)) + 1
     if rung == len(LADDER):
