@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -19,9 +20,11 @@ from typer.testing import CliRunner
 import drawplate
 import drawplate.phases as phases
 import drawplate.run as story
-from drawplate import cli
+from drawplate import cli, speed
+from drawplate.device import machine
 from drawplate.errors import DataError, NumericError, StorageError
 from drawplate.model.causal_lm import CausalLM
+from drawplate.plan.gpus import typical_speed
 from drawplate.recipe import load_recipe
 from drawplate.records import Evaluation, Plan, Progress, RunRecord, from_json, to_json
 from tests.tiny import read_lines, recipe_values, tiny_recipe, write_base, write_texts
@@ -56,6 +59,27 @@ def nats_of(model: torch.nn.Module, tokenizer: Any, text: str) -> tuple[float, i
 
 
 # --- a run that ends well ----------------------------------------------------------------------------------------
+
+
+def test_a_run_says_when_the_machine_was_busy_while_it_was_probed(
+    base: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = speed.speed_path(machine(torch.device("cpu")), torch.float32)
+    kept, typical = path.read_text(encoding="utf-8"), typical_speed("cpu")
+    slow = dataclasses.replace(
+        typical,
+        memory_rate=typical.memory_rate / 1e5,
+        product_rates=tuple((flops, rate / 1e5) for flops, rate in typical.product_rates),
+    )
+    speed.keep_speed(path, slow)
+    said: list[str] = []
+    monkeypatch.setattr(story.Journal, "message", lambda self, text: said.append(text))
+    try:
+        story.tune(tiny_recipe(base, corpus, tmp_path / "run", data=HELD_OUT, train={"max_steps": 2}))
+        assert not path.exists()
+    finally:
+        path.write_text(kept, encoding="utf-8")
+    assert any("The next plan measures it anew" in text for text in said)
 
 
 def test_the_folder_holds_every_file_of_the_contract(finished: tuple[RunRecord, Path]) -> None:

@@ -94,3 +94,16 @@ def test_attention_is_timed_there_and_back() -> None:
     assert rates.of_long_documents() == 3.5 * 4 * documents * heads * size * tokens**2 / 2 / 2.0
     assert rates.by_length(packed=True) == (), "on a CPU packed documents are attended to one by one"
     assert len(timed) == 1
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "forgotten"), [(100, 151, True), (100, 149, False), (100, 20, False), (0, 9, False)]
+)
+def test_a_run_that_is_much_faster_than_its_plan_makes_the_probe_forgotten(
+    predicted: float, measured: float, forgotten: bool
+) -> None:
+    path = speed.speed_path(machine(CPU), torch.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    speed.keep_speed(path, typical_speed("cpu"))
+    assert speed.forget_if_disturbed(CPU, torch.float32, predicted=predicted, measured=measured) == forgotten
+    assert path.exists() != forgotten

@@ -31,6 +31,7 @@ from drawplate.rehearse import rehearsed
 from drawplate.reopen import Reopened
 from drawplate.run_folder import CHECKPOINTS_NAME, START_NAME, RunFolder
 from drawplate.saving import Saving, where
+from drawplate.speed import forget_if_disturbed
 from drawplate.train import INITIAL_LOSS_SCALE, TrainTask, make_optimizer, rate_groups, schedule_of, train
 
 SELF_CHECK_TOKENS = 64
@@ -135,6 +136,21 @@ def train_adapter(outcome: Outcome, model: CausalLM, folder: RunFolder, reopened
         outcome.stop.graceful = True
         train(replace(task, watchdog=watchdog), outcome.journal, state)
         saving.save(state)
+    _doubt_the_probe(outcome)
+
+
+def _doubt_the_probe(outcome: Outcome) -> None:
+    """A run that was much faster than its plan is told, and the next plan measures the machine anew."""
+    plan, state = outcome.prepared.plan, outcome.state
+    if not plan.times or not state.step_seconds:
+        return
+    measured, predicted = state.tokens / state.step_seconds, plan.times.tokens_per_second
+    dtype = getattr(torch, plan.compute_dtype)
+    if forget_if_disturbed(outcome.prepared.device, dtype, predicted=predicted, measured=measured):
+        outcome.journal.message(
+            f"Training ran at {measured:,.0f} tokens/s where {predicted:,.0f} were predicted: this machine was busy "
+            "when its speed was measured. The next plan measures it anew."
+        )
 
 
 def _take_start(outcome: Outcome, model: CausalLM, folder: RunFolder) -> None:

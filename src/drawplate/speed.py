@@ -45,6 +45,8 @@ TIMED_SECONDS = {"cuda": 0.03, "cpu": 0.02}
 FEWEST_CALLS = 6
 ROUND_SECONDS, MOST_CALLS = 2e-3, 64
 LAUNCHES, LAUNCH_ROUNDS = 300, 10
+DISTURBED = 1.5
+"""A run so many times as fast as predicted: no formula is that wrong, the probe was."""
 
 
 def measured_speed(device: torch.device, dtype: torch.dtype) -> DeviceSpeed:
@@ -73,6 +75,22 @@ def keep_speed(path: Path, speed: DeviceSpeed) -> None:
         partial = path.with_suffix(f".tmp-{os.getpid()}")
         partial.write_text(json.dumps(to_json(speed), indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+def forget_if_disturbed(device: torch.device, dtype: torch.dtype, *, predicted: float, measured: float) -> bool:
+    """Whether a run has shown that the kept speed was taken while something else had the machine; then it is forgotten.
+
+    Only a run that is faster says so: a slower one may have been disturbed itself.
+
+    Args:
+        device, dtype: as for `measured_speed`.
+        predicted, measured: tokens per second of the run.
+    """
+    if not 0 < DISTURBED * predicted < measured:
+        return False
+    with suppress(OSError):
+        speed_path(machine(device), dtype).unlink(missing_ok=True)
+    return True
 
 
 def probe(device: torch.device, dtype: torch.dtype, here: Machine) -> DeviceSpeed:
