@@ -148,8 +148,8 @@ def _doubt_the_probe(outcome: Outcome) -> None:
     dtype = getattr(torch, plan.compute_dtype)
     if forget_if_disturbed(outcome.prepared.device, dtype, predicted=predicted, measured=measured):
         outcome.journal.message(
-            f"Training ran at {measured:,.0f} tokens/s where {predicted:,.0f} were predicted: this machine was busy "
-            "when its speed was measured. The next plan measures it anew."
+            f"Training ran at {measured:,.0f} tokens/s where {predicted:,.0f} were predicted: this machine seems to "
+            "have been busy when its speed was measured. The next plan measures it anew."
         )
 
 

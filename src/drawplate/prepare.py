@@ -295,10 +295,16 @@ def lengths_of(tokens: Tokenized) -> tuple[int, ...]:
 
 
 def plan_for_lengths(
-    recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy, corpus: CorpusShape, max_length: int
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    corpus: CorpusShape,
+    max_length: int,
+    *,
+    launched: bool = False,
 ) -> Plan:
-    """The plan for windows of these lengths in tokens, on this machine."""
-    return choose(situation_of(recipe, checkpoint, anatomy), corpus, max_length)
+    """The plan for windows of these lengths in tokens, on this machine; `launched` for somebody else's loop."""
+    return choose(replace(situation_of(recipe, checkpoint, anatomy), launched=launched), corpus, max_length)
 
 
 def obstacles_of(anatomy: Anatomy) -> Obstacles:

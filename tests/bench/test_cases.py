@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from bench.peers.cases import MISSION, documents, parse_case, settings
+from bench.peers.cases import CLIMATE_LENGTHS, MISSION, documents, parse_case, settings
 
 
 def test_a_case_of_equal_rows() -> None:
@@ -53,3 +55,14 @@ def test_the_missions_stack_is_always_there_to_measure_the_gate_by() -> None:
 def test_an_unknown_system_is_refused() -> None:
     with pytest.raises(ValueError, match="nobody"):
         settings(["nobody"], [None])
+
+
+def test_what_padding_wastes_is_what_docs_speed_says() -> None:
+    def wasted(count: int, multiple: int, seed: int = 0) -> float:
+        lengths = json.loads(CLIMATE_LENGTHS.read_text(encoding="utf-8"))["lengths"]
+        chosen = [lengths[i] for i in np.random.default_rng(seed).permutation(len(lengths))[:count]]
+        rows = [chosen[i : i + 7] for i in range(0, count, 7)]
+        return sum(len(row) * -(-max(row) // multiple) * multiple for row in rows) / sum(chosen)
+
+    assert round(wasted(28, 16), 2) == 1.79
+    assert [round(wasted(918, 16, seed), 2) for seed in range(3)] == [1.69, 1.66, 1.66]

@@ -7,7 +7,7 @@ import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import torch
 import drawplate.accumulate as accumulate
 import drawplate.guards as guards
 import drawplate.run as story
+from drawplate.data.batches import cut_padded
 from drawplate.errors import DoesNotFit, NumericError, StoppedSafely
 from drawplate.integrations.trackers import Trackers
 from drawplate.model.causal_lm import CausalLM
@@ -24,6 +25,7 @@ from drawplate.records import LedgerLine, MemorySample, Progress, RunRecord
 from tests.faults.conftest import same_adapter, values_of
 from tests.faults.inject import nan_at
 from tests.faults.rows import shows
+from tests.model.conftest import random_sequences
 
 DROPPING = {"lora": {"lora_dropout": 0.3}}
 FIVE = {"effective_batch_size": 5, "max_steps": 4, "save_steps": 1}
@@ -140,6 +142,16 @@ def test_row_15_at_one_sequence_the_next_rung_is_tried(
     shows(15, " ".join(record.warnings), 1)
     assert losses(record) == pytest.approx(losses(whole), rel=1e-5)
     assert len(record.training.corrections) == 2
+
+
+def test_row_15_layers_in_host_memory_stand_on_the_first_rung() -> None:
+    runner = SimpleNamespace(policies=["host", "recompute", "keep"])
+    task = cast(Any, SimpleNamespace(model=SimpleNamespace(runner=runner), cutting=None))
+    state, one = cast(Any, SimpleNamespace(cutting=None, policies=None)), cut_padded(random_sequences([9]), 1, 1, 0)[0]
+    assert accumulate._something_smaller(task, state, one) == "memory.activations: recompute"
+    assert runner.policies == state.policies == ["recompute"] * 3
+    assert accumulate._something_smaller(task, state, one) == "memory.activations: offload"
+    assert accumulate._something_smaller(task, state, one) is None
 
 
 def test_row_15_with_no_rung_left_it_ends_with_a_saved_step(

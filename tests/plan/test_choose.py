@@ -312,6 +312,13 @@ H100 = gpu_named("H100").speed("bfloat16")
 TIGHT = {"train": {"per_device_train_batch_size": 8, "effective_batch_size": 16}, "memory": {"vram": "12GiB"}}
 
 
+def test_steps_of_somebody_elses_loop_are_planned_as_launched() -> None:
+    """And keep nothing in host memory, which a loop that goes forward twice before it goes back could not have."""
+    ours, theirs = (plan_of(recipe_of(**TIGHT), speed=H100, launched=launched) for launched in (False, True))
+    assert (ours.graphs, theirs.graphs) == (True, False)
+    assert ours.host_kept_layers > theirs.host_kept_layers == 0
+
+
 def test_an_idle_bus_carries_activations_to_host_memory_and_back() -> None:
     plan = plan_of(recipe_of(**TIGHT), speed=H100)
     layers = LLAMA_3B.layers

@@ -31,8 +31,9 @@ def prepare_model(  # noqa: PLR0913 - one keyword a section of the recipe
     """A base model with a fresh adapter, ready for any training loop.
 
     The keywords take a recipe's sections, as mappings or as the recipe's own objects, checked alike. What is left open
-    is planned as `drawplate plan` would for full windows. Of `train`, only seed, fp16, bf16, gradient_checkpointing and
-    per_device_train_batch_size are read, and of `memory` all but log_frequency: the rest is the outer loop's to decide.
+    is planned as `drawplate plan` would for full windows, with steps that are launched kernel by kernel. Of `train`,
+    only seed, fp16, bf16, gradient_checkpointing and per_device_train_batch_size are read, and of `memory` all but
+    log_frequency: the rest is the outer loop's to decide.
 
     Args:
         name_or_path: a model folder or repository name.
@@ -52,7 +53,7 @@ def prepare_model(  # noqa: PLR0913 - one keyword a section of the recipe
     checkpoint = open_checkpoint(recipe.model)
     length = choose_max_length(recipe, max_positions(checkpoint))
     chosen = plan_for_lengths(
-        recipe, checkpoint, build_anatomy(checkpoint.config), CorpusShape(lengths=(length,)), length
+        recipe, checkpoint, build_anatomy(checkpoint.config), CorpusShape(lengths=(length,)), length, launched=True
     )
     assembled = assemble(
         checkpoint,

@@ -244,9 +244,9 @@ def private_memory(layouts: Mapping[int, LayerLayout], *, pinned: bool) -> dict[
     return buffers
 
 
-def private_bytes(size: int, *, pinned: bool) -> Tensor:
+def private_bytes(size: int, *, pinned: bool, without: str = "memory.weights: device") -> Tensor:
     """Zeroed memory of this process alone, uint8; page-locked in its own size, where torch would round up to a power
-    of two.
+    of two. `without` is the setting of a recipe that needs none.
 
     Raises:
         DoesNotFit: the system has no such room.
@@ -260,7 +260,7 @@ def private_bytes(size: int, *, pinned: bool) -> Tensor:
             f"The system refused to page-lock {format_bytes(size)} of host memory (CUDA error {status}).",
             safe="Nothing was trained or written.",
             next_step="Raise the limit (ulimit -l unlimited; in a container --ulimit memlock=-1), or free memory, or "
-            "set memory.weights: device.",
+            f"set {without}.",
         )
     return piece
 

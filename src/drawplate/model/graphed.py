@@ -111,14 +111,20 @@ class GraphedSteps:
         return False
 
     def _record(self, graph: _Graph) -> tuple[str, bool]:
-        """What went wrong, empty for nothing, and whether memory was short.
-
-        The end of a capture that was broken off has a complaint of its own, behind which is the cause."""
+        """What of torch went wrong, empty for nothing, and whether memory was short. Whatever else ended the step is
+        raised: the end of a capture that was broken off has a complaint of its own, which would hide it."""
+        cause: BaseException | None = None
         try:
             with torch.cuda.graph(graph.graph, pool=self._pool):  # empties the allocator's cache first
-                graph.nats = self._add_gradients(graph.batch, graph.scale)
+                try:
+                    graph.nats = self._add_gradients(graph.batch, graph.scale)
+                except BaseException as error:
+                    cause = error
+                    raise
         except RuntimeError as error:
-            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            cause = cause or error
+            if not isinstance(cause, RuntimeError):
+                raise cause from None
             return str(cause) or type(cause).__name__, isinstance(cause, torch.OutOfMemoryError)
         return "", False
 

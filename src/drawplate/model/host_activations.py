@@ -30,6 +30,7 @@ from drawplate.even_pace import LEAVING_LAYERS, BlockAt, EvenPace
 from drawplate.footprints import SENT_FROM_BYTES
 from drawplate.model.arena import private_bytes
 from drawplate.model.residency import ALIGNMENT, POISON
+from drawplate.model.saved_inputs import WITHOUT
 from drawplate.units import MIB
 
 PIECE_BYTES = 16 * MIB
@@ -221,7 +222,8 @@ class HostActivations:
         if sizes and (place is None or place.numel() < sum(sizes.values())):
             if place is not None and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # copies into the old place may be on their way
-            place = self._places[layer] = private_bytes(sum(sizes.values()), pinned=self.device.type == "cuda")
+            pinned = self.device.type == "cuda"
+            place = self._places[layer] = private_bytes(sum(sizes.values()), pinned=pinned, without=WITHOUT)
         offset = 0
         for block, size in sizes.items():
             assert place is not None

@@ -17,6 +17,8 @@ from torch import Tensor
 from drawplate.model.arena import private_bytes
 
 RETURN_BUFFERS = 2
+WITHOUT = "memory.activations: recompute"
+"""What needs no page-locked memory for activations."""
 
 
 @dataclass
@@ -127,4 +129,5 @@ class InputStore:
             return spare.pop()
         size = like.numel() * like.element_size()
         self.host_bytes += size
-        return private_bytes(size, pinned=self.device.type == "cuda").view(like.dtype).view(like.shape)
+        pinned = self.device.type == "cuda"
+        return private_bytes(size, pinned=pinned, without=WITHOUT).view(like.dtype).view(like.shape)

@@ -5,8 +5,7 @@
     backward of any layer        the next share comes back, of layers for which others made room
     its own backward             as of a kept one
 
-even_pace.py says which blocks a share are. Left out: the time that copies take, which
-is plan/cost.py's.
+even_pace.py says which blocks a share are. Left out: the time that copies take, which is plan/cost.py's.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from drawplate.plan.blocks import Name
 from drawplate.plan.rows import Rows
 from drawplate.plan.shape import DTYPE_BYTES, Choice, ModelShape
 from drawplate.plan.stage import Stage, input_of
+from drawplate.plan.storage import ALIGNMENT
 
 LINE = "activations on their way to host memory and back"
-PLACE_BYTES = 256
 
 _SENT: dict[tuple[int, int, int], tuple[Footprint, dict[str, int]]] = {}
 _MOST_REMEMBERED = 4096
@@ -139,6 +138,6 @@ def locked_bytes(model: ModelShape, choice: Choice, rows: Rows) -> int:
     for layer in range(choice.on_host(model.layers)):
         part = model.kinds[model.kind_of_layer[layer]].footprints[choice.mode(choice.tier(layer), kept=True)]
         sizes = sent_blocks(part, rows.tokens, rows.borders).values()
-        total += sum(-(-size // PLACE_BYTES) * PLACE_BYTES for size in sizes)
+        total += sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
         total += sent_input_bytes(part, hidden) if layer else 0
     return total

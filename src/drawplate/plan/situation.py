@@ -39,7 +39,8 @@ class Obstacles:
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """All that a choice rests on; with `frontier`, other budgets are looked at too."""
+    """All that a choice rests on. With `frontier`, other budgets are looked at too; `launched` where somebody else's
+    loop takes the steps, so that none is captured."""
 
     recipe: Recipe
     machine: Machine
@@ -51,6 +52,7 @@ class Situation:
     assumptions: tuple[str, ...] = ()
     frontier: bool = False
     obstacles: Obstacles = Obstacles()
+    launched: bool = False
 
     @property
     def budget(self) -> Budget:
