@@ -65,6 +65,7 @@ def load(case: str) -> tuple[Any, dict[str, Any]]:
         weights=tiers,
         activations=policies_of(facts, layers),
         head_rows=int(options.get("head", 0)),
+        embedding=options.get("embedding", "device"),
         compiled="eager" not in options,
         dequantize=options.get("dequantize", "product" if facts["shape"] == "70b" else "layer"),
         graphs="launched" not in options,
@@ -219,6 +220,7 @@ def choice_of(facts: dict[str, Any], layers: int) -> Any:
         documents=rows if packed else 1,
         micro_batches=1,
         head_rows=int(options.get("head", 0)),
+        embedding=options.get("embedding", "device"),  # type: ignore[arg-type]
         compiled="eager" not in options,
         dequantize=options.get("dequantize", "product" if facts["shape"] == "70b" else "layer"),  # type: ignore[arg-type]
         dropout=float(facts["dropout"]),

@@ -104,6 +104,7 @@ def placement_of(choice: Any, model: Any) -> Any:
         activations=policies_of(counts),  # type: ignore[arg-type]
         slots=choice.slots,
         head_rows=choice.head_rows,
+        embedding=choice.embedding,
         compiled=choice.compiled,
         dequantize=choice.dequantize,
         graphs=choice.captured(model),
@@ -218,6 +219,7 @@ def choice_of(result: dict[str, Any], layers: int) -> Any:
         policy="offload" if "offload" in result["activations"] else "recompute",
         micro_batch_tokens=result["micro_batch_tokens"],
         head_rows=result["head_rows"],
+        embedding=result.get("embedding", "device"),
         compiled=True,
         dequantize=result["dequantize"],
     )
@@ -238,6 +240,7 @@ def described(found: Any, layers: int) -> dict[str, Any]:
         "host_kept_layers": choice.on_host(layers),
         "micro_batch_tokens": choice.micro_batch_tokens,
         "head_rows": choice.head_rows,
+        "embedding": choice.embedding,
         "dequantize": choice.dequantize,
     }
 

@@ -3,14 +3,15 @@
     python bench/streaming.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:OPTION...] ...
 
 ACTIVATIONS is one policy for all layers, or counts in their order: 8host+3recompute+17keep.
-OPTIONS: head=ROWS streams the head, layers=N cuts the model short, eager compiles nothing, alone computes every
-adapter by itself, launches captures no CUDA graphs, profile adds a table of kernels, steps=N times that many steps,
-r=N is the adapter's rank, all targets all linear layers, adapter=host keeps it there, cached keeps the prepared weights
-in $DRAWPLATE_CACHE. Each case runs in a process of its own, so that its peak is its own. A case's peak is the most the
-allocator ever reserved, loading included (the CUDA context, some 0.3 to 0.5 GiB, lies outside of it). Every case is a
-whole optimizer step: forward, loss over the full vocabulary, backward, AdamW. A case without sizes only loads, so the
-same cached one twice gives the cold start and the warm one; imports and the CUDA context come before the clock. The
-file is written after every size, so that a run that is cut short keeps what it had.
+OPTIONS: head=ROWS streams the head, embedding=host keeps an untied one there, layers=N cuts the model short, eager
+compiles nothing, alone computes every adapter by itself, launches captures no CUDA graphs, profile adds a table of
+kernels, steps=N times that many steps, r=N is the adapter's rank, all targets all linear layers, adapter=host keeps it
+there, cached keeps the prepared weights in $DRAWPLATE_CACHE. Each case runs in a process of its own, so that its peak
+is its own. A case's peak is the most the allocator ever reserved, loading included (the CUDA context, some 0.3 to 0.5
+GiB, lies outside of it). Every case is a whole optimizer step: forward, loss over the full vocabulary, backward,
+AdamW. A case without sizes only loads, so the same cached one twice gives the cold start and the warm one; imports and
+the CUDA context come before the clock. The file is written after every size, so that a run that is cut short keeps
+what it had.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def load_case(case: str) -> tuple[Any, list[str]]:
         activations=policies_of(activations),
         adapter=flags.get("adapter", "device"),
         head_rows=int(flags.get("head", 0)),
+        embedding=flags.get("embedding", "device"),
         slots=int(flags.get("slots", 2)),
         compiled="eager" not in flags,
         dequantize=flags.get("dequantize", "layer"),

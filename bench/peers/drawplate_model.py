@@ -190,7 +190,7 @@ def recipe_of(folder: Path, setting: Setting, case: Case | None) -> Any:
 
 def words_of(chosen: Plan) -> dict[str, Any]:
     """What of a plan is worth writing beside a speed."""
-    names = ("precision", "dequantized_layers", "device_layers", "host_layers", "head_rows")
+    names = ("precision", "dequantized_layers", "device_layers", "host_layers", "head_rows", "embedding")
     names = (
         *names,
         "kept_layers",

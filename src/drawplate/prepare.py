@@ -179,6 +179,7 @@ def placement_of(chosen: Plan, device: torch.device) -> Placement:
         activations=_one_word(policies_of(chosen)),
         slots=chosen.slots,
         head_rows=chosen.head_rows,
+        embedding=chosen.embedding,
         adapter=chosen.adapter,
         compiled=chosen.compiled,
         dequantize=chosen.dequantize,

@@ -286,6 +286,19 @@ def test_layers_that_do_not_fit_are_streamed_and_no_more_than_that() -> None:
     assert resident.host_layers == 0
 
 
+def test_an_embedding_makes_room_for_what_is_worth_more() -> None:
+    untied = replace(LLAMA_3B, tied=False, parameters=3_606_752_256, outside_parameters=788_180_000)
+    words = {"quantization": {"precision": "nf4"}, "train": {"effective_batch_size": 8}}
+    small, large = (
+        plan_of(recipe_of(**words, memory={"vram": vram, "weights": "device"}), model=untied)
+        for vram in ("6GiB", "60GiB")
+    )
+    assert (small.embedding, small.head_rows, small.graphs) == ("host", 0, True)
+    assert "rows" in small.reasons["embedding"]
+    assert large.embedding == "device"
+    assert "embedding" not in large.reasons
+
+
 def test_streamed_layers_are_spread_over_the_walk_and_kept_ones_come_last() -> None:
     plan = replace(
         plan_of(recipe_of()), dequantized_layers=2, device_layers=6, host_layers=3, kept_layers=4, policy="offload"

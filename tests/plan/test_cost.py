@@ -102,6 +102,7 @@ def test_a_small_micro_batch_waits_for_the_host_unless_it_is_captured() -> None:
         ({"activations": "offload"}, False),
         ({"weights": "host"}, False),
         ({"head_rows": 4096}, False),
+        ({"embedding": "host"}, True),
         ({"device": "cpu"}, False),
         ({"packing": True, "compute_dtype": "float32"}, False),
         ({"packing": False, "compute_dtype": "float32"}, True),
@@ -142,6 +143,16 @@ def test_a_streamed_head_costs_what_its_copy_takes_longer_than_its_products() ->
     copy = head_copy_seconds(MODEL, choice_of(head_rows=8192), H100)
     assert 0.5 * copy < line(cost_of(work=work, head_rows=8192), "waiting for the streamed head") < copy
     assert line(cost_of(work=work), "waiting for the streamed head") == 0
+
+
+def test_rows_of_an_embedding_on_the_host_cross_the_bus() -> None:
+    untied, work, name = replace(MODEL, tied=False), work_of(2048), "embedding in host memory"
+    crossing = 2048 * MODEL.hidden * 2 / H100.to_device_rate
+    for changes in ({"embedding": "host"}, {"head_rows": 8192}):
+        assert line(step_cost(untied, choice_of(**changes), work, H100), name) == pytest.approx(crossing)
+    assert line(step_cost(untied, choice_of(), work, H100), name) == 0
+    tied = replace(MODEL, tied=True)
+    assert line(step_cost(tied, choice_of(embedding="host"), work, H100), name) == 0
 
 
 @given(st.sampled_from(["device", "host"]), st.sampled_from(["keep", "recompute", "offload"]), st.integers(16, 40000))

@@ -157,6 +157,20 @@ def test_the_lines_of_a_known_case() -> None:
     assert streamed["ring slots"].bytes == 2 * (lines["frozen weights on the device"].bytes // 28)
 
 
+def test_an_embedding_on_the_host_takes_its_bytes_there_unless_it_is_the_head_too() -> None:
+    table = 128_256 * 3072 * 2
+    for tied in (False, True):
+        model = replace(shape(), tied=tied)
+        here, there = (lines_of(model, **KNOWN, embedding=where) for where in ("device", "host"))
+        assert here["embedding and head"].bytes == (1 if tied else 2) * table
+        assert there["embedding and head"].bytes == table
+        assert ("embedding, page-locked" in there) == (not tied)
+    assert there == here
+    neither = lines_of(replace(shape(), tied=False), **KNOWN, head_rows=8192)
+    assert "embedding and head" not in neither
+    assert neither["embedding, page-locked"].bytes == neither["head, page-locked"].bytes == table
+
+
 def test_tiers_and_policies_can_be_mixed() -> None:
     counts = {"dequantized_layers": 4, "device_layers": 10, "kept_layers": 5, "policy": "offload"}
     plain = {name: value for name, value in KNOWN.items() if name not in ("weights", "activations")}

@@ -23,6 +23,7 @@ from drawplate.model.adapter import Adapter
 from drawplate.model.anatomy import Anatomy
 from drawplate.model.device_batch import DeviceBatch, ShapeBounds, sent
 from drawplate.model.dropout import token_keys
+from drawplate.model.embedding import embedded
 from drawplate.model.graphed import GraphedSteps
 from drawplate.model.head import Head
 from drawplate.model.layers import LayerRunner
@@ -44,7 +45,8 @@ class Placement:
         activations: policy of each layer: keep, host, recompute or offload; one word for all.
         adapter: where trained tensors, their gradients and the optimizer live: device or host.
         slots: of the ring for host layers.
-        head_rows: rows of a slot of the streamed head; 0 keeps embedding and head on the device.
+        head_rows: rows of a slot of the streamed head; 0 keeps the head on the device.
+        embedding: device or host. A tied one is where the head is; beside a streamed head it is on the host.
         compiled: compile the layer function.
         dequantize: weight by weight inside its product, or a whole layer at once: faster to launch, more memory.
         graphs: replay whole training micro-steps as CUDA graphs, where nothing is streamed or offloaded.
@@ -59,6 +61,7 @@ class Placement:
     adapter: str = "device"
     slots: int = 2
     head_rows: int = 0
+    embedding: str = "device"
     compiled: bool = False
     dequantize: str = "product"
     graphs: bool = False
@@ -67,6 +70,10 @@ class Placement:
     def tiers(self, layers: int) -> list[str]:
         """The weights' tier of each layer."""
         return [self.weights] * layers if isinstance(self.weights, str) else list(self.weights)
+
+    def table_on_host(self, *, tied: bool) -> bool:
+        """Whether the embedding's table is in host memory."""
+        return self.head_rows > 0 or (self.embedding == "host" and not tied)
 
     def captures(self, layers: int) -> bool:
         """Whether micro-steps can be and are to be captured as CUDA graphs."""
@@ -103,7 +110,7 @@ class CausalLM:
             compiled=placement.compiled,
             whole_dtype=placement.compute_dtype if placement.dequantize == "layer" else None,
         )
-        self.embedding: nn.Module
+        self.embedding: nn.Embedding
         self.head: Head
         # One long held-out document must not widen what is trained on: the two are compiled apart anyway.
         self._bounds = {"training": ShapeBounds(), "measuring": ShapeBounds()}
@@ -170,7 +177,7 @@ class CausalLM:
         if dropout_seed is not None and self.adapter.config.lora_dropout > 0:
             keys = sent(token_keys(batch.sequence_ids_BT, batch.position_ids_BT, *dropout_seed), device)
         return DeviceBatch(
-            ids_BT=sent(batch.input_ids_BT, next(self.embedding.parameters()).device),
+            ids_BT=sent(batch.input_ids_BT, device),
             position_ids_BT=sent(batch.position_ids_BT, device),
             targets_N=sent(batch.targets_BT.reshape(-1), device),
             token_keys_BT=keys,
@@ -199,17 +206,9 @@ class CausalLM:
         return self.body_forward(self.embed(batch.ids_BT), batch.position_ids_BT, batch.attention)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """Rows of the embedding, looked up where the table is, on the device in the compute dtype."""
-        weight = next(self.embedding.parameters())
-        ids_BT = ids_BT.to(weight.device, non_blocking=True)
-        if weight.device.type == self.placement.device.type:
-            return self.embedding(ids_BT).detach().to(self.placement.compute_dtype)
-        if type(self.embedding) is nn.Embedding:  # straight into page-locked memory
-            rows = torch.empty(*ids_BT.shape, weight.shape[1], dtype=weight.dtype, pin_memory=True)
-            torch.index_select(weight.detach(), 0, ids_BT.flatten(), out=rows.view(-1, weight.shape[1]))
-        else:
-            rows = self.embedding(ids_BT).detach().pin_memory()
-        return rows.to(self.placement.device, non_blocking=True).to(self.placement.compute_dtype)
+        """Rows of the embedding on the device, in the compute dtype, wherever its table is."""
+        ids_BT = ids_BT.to(self.placement.device, non_blocking=True)
+        return embedded(self.embedding, ids_BT).to(self.placement.compute_dtype)
 
     def body_forward(self, embedded_BTH: Tensor, position_ids_BT: Tensor, arguments: dict[str, Any]) -> Tensor:
         """transformers' own forward of the body over embeddings."""

@@ -28,7 +28,7 @@ class DeviceBatch:
     """Tensors, and the numbers that the work's shape depends on.
 
     Attributes:
-        ids_BT: int64, where the embedding is.
+        ids_BT: int64.
         position_ids_BT: int64.
         targets_N: int64, flat.
         token_keys_BT: int32; None switches dropout off.

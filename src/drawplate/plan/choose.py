@@ -101,7 +101,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
 def _of_choice(choice: Choice, model: ModelShape) -> dict[str, Any]:
     """What a plan says of where things are and how they are computed."""
     how = ("precision", "double_quant", "compute_dtype", "compiled", "dequantize", "micro_batch_tokens", "adapter")
-    where = ("dequantized_layers", "device_layers", "kept_layers", "policy", "slots", "head_rows")
+    where = ("dequantized_layers", "device_layers", "kept_layers", "policy", "slots", "embedding", "head_rows")
     return {name: getattr(choice, name) for name in (*how, *where)} | {
         "weights": weight_words(choice, model.layers),
         "activations": activation_words(choice, model.layers),

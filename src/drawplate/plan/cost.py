@@ -105,6 +105,7 @@ class MicroBatchSeconds(NamedTuple):
     recomputation: float
     dequantization: float
     head: float
+    embedding: float
     gaps: float
     streamed_layers: float
     streamed_head: float
@@ -119,6 +120,7 @@ FORMULAS = (
     ("recomputation", "layers that do not keep their activations x a forward without its last product"),
     ("dequantization", "passes x weights of a layer / rate"),
     ("head and loss", "4 FLOPs x hidden x vocabulary x tokens / rate, and passes over the logits"),
+    ("embedding in host memory", "tokens x hidden x bytes / bus"),
     ("gaps between kernels", "kernels x the device's idle moment"),
     ("waiting for streamed layers", "copies of layers, inputs and activations, less the compute that hides them"),
     ("waiting for the streamed head", "its copy, less the compute that hides it"),
@@ -172,6 +174,7 @@ def micro_batch_seconds(
         recomputation=again,
         dequantization=dequantized * units.dequantize,
         head=units.head,
+        embedding=units.input_back if choice.table_on_host(model) and choice.device == "cuda" else 0.0,
         gaps=gaps,
         streamed_layers=_streaming_wait(choice, walk, units),
         streamed_head=_head_wait(model, choice, units.head, speed),

@@ -137,7 +137,11 @@ class _Moments:
         held = sum(n * sizes[k, tier] for (k, tier, _), n in self.groups.items() if tier != "host")
         away = [sizes[k, tier] for k, tier, _ in self.groups if tier == "host"]
         held += min(choice.slots, choice.host_layers(model.layers)) * max(away, default=0)
-        rows = min(choice.head_rows, model.vocab) * 2 if choice.head_rows else model.vocab * (1 if model.tied else 2)
+        rows = 0 if choice.table_on_host(model) else model.vocab
+        if choice.head_rows:
+            rows += 2 * min(choice.head_rows, model.vocab)
+        elif not model.tied:
+            rows += model.vocab
         return held + rows * model.hidden * self.size
 
     def loading(self) -> tuple[int, int]:

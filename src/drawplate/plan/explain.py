@@ -49,7 +49,9 @@ def explain(recipe: Recipe, search: Search, found: Found, budget: Budget, *, sto
     if len(search.space.batches) > 1:
         reasons["micro_batch"] = _micro_batch(search, found, budget)
     if found.choice.head_rows:
-        reasons["head_rows"] = "embedding and head stay in host memory and pass through two slots of so many rows"
+        reasons["head_rows"] = "embedding and head stay in host memory, the head passes through two slots"
+    elif found.choice.table_on_host(search.model):
+        reasons["embedding"] = "a micro-batch reads only its tokens' rows, over the bus"
     return reasons
 
 

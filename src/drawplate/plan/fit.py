@@ -15,7 +15,7 @@ from drawplate.plan.budget import Need
 from drawplate.plan.estimate import estimate
 from drawplate.plan.ledger import Choice, Ledger, ModelShape, Surroundings, ledger
 
-_Pattern = tuple[tuple[int, int], str, str, int, str, int, int]
+_Pattern = tuple[tuple[int, int], str, str, str, int, str, int, int]
 """Tiers as (dequantized, on the device), precision, policy, rows of a head's slot, dequantization, tokens, layers whose
 activations may be kept in host memory."""
 _NOTHING = Need(0, 0)
@@ -31,7 +31,7 @@ class Fit:
     _ledgers: dict[Choice, Ledger] = field(default_factory=dict)
     _corrections: dict[_Pattern, Need] = field(default_factory=dict)
     _estimates: dict[tuple[Any, ...], Need] = field(default_factory=dict)
-    _shifts: dict[tuple[str, int, int, int], tuple[Need, tuple[int, int]]] = field(default_factory=dict)
+    _shifts: dict[tuple[str, str, int, int, int], tuple[Need, tuple[int, int]]] = field(default_factory=dict)
 
     def knows(self, choice: Choice) -> bool:
         """Whether the ledger has been asked."""
@@ -65,7 +65,7 @@ class Fit:
     def _pattern(self, choice: Choice) -> tuple[Need, _Pattern]:
         """Bytes by which a choice's tiers need more than others of the same pattern, and that pattern."""
         layers, dequantized, on_device = self.model.layers, choice.dequantized_layers, choice.device_layers
-        key = (choice.precision, choice.head_rows, dequantized, on_device)
+        key = (choice.precision, choice.embedding, choice.head_rows, dequantized, on_device)
         if key not in self._shifts:
             some, streamed = min(dequantized, 1), min(choice.host_layers(layers), choice.slots)
             alike = (
@@ -82,6 +82,7 @@ class Fit:
             alike,
             choice.precision,
             choice.policy,
+            choice.embedding,
             choice.head_rows,
             choice.dequantize,
             choice.micro_batch_tokens,

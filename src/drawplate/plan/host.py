@@ -85,20 +85,9 @@ class HostLines:
         rows.append((RUNTIME, runtime_bytes, "measured, or typical until a run has"))
         rows.append(("token windows", around.dataset_bytes, "5 bytes a token"))
         rows.append(("frozen weights on the host", stored, "layers x stored tensors, each rounded to 256 bytes"))
+        table, formula = model.vocab * model.hidden * size, "vocabulary x hidden x bytes"
         if choice.head_rows:
-            table = model.vocab * model.hidden * size
-            rows.append(("head, page-locked", table, "vocabulary x hidden x bytes"))
-            if not model.tied:
-                rows.append(("embedding", table, "vocabulary x hidden x bytes"))
-            each = choice.micro_batch_tokens * model.hidden * size
-            looked_up = (each + self._locked(each)) * (choice.device == "cuda")
-            rows.append(("embedded tokens", looked_up, "tokens x hidden x bytes, and again page-locked"))
+            rows.append(("head, page-locked", table, formula))
+        if choice.table_on_host(model) and not model.tied:
+            rows.append(("embedding, page-locked", table, formula))
         return rows
-
-    def _locked(self, size: int) -> int:
-        return power_of_two(size) if self.choice.device == "cuda" else size
-
-
-def power_of_two(size: int) -> int:
-    """What torch's page-locked allocator makes of a request."""
-    return 1 << max(0, size - 1).bit_length()

@@ -95,8 +95,9 @@ class Loading:
         tables = table * (1 if model.tied else 2)
         inside = sum(sum(kind.plain) for kind in self.stage.kinds)
         others = max(0, model.outside_parameters - inside) * self.size - tables
-        if not choice.head_rows:
+        if not choice.table_on_host(model):
             device.take("embedding and head", ("embedding",), table)
+        if not choice.head_rows:
             if not model.tied:
                 device.take("embedding and head", ("head",), table)
         else:

@@ -194,11 +194,9 @@ class MicroBatch:
         """The batch, its embedding, and what all layers share."""
         line = "batch and what layers share"
         self.device.now = "the embedding"
-        if not self.choice.head_rows:
-            self.device.take(line, ("ids",), 8 * rows.tokens)
+        self.device.take(line, ("ids",), 8 * rows.tokens)
         self.device.take("layer inputs kept", ("embedded",), rows.tokens * self.model.hidden * self.size)
-        if self.device.has(("ids",)):
-            self.device.give(("ids",))
+        self.device.give(("ids",))
         self.device.take(line, ("positions",), 8 * rows.tokens)
         self.stage.product_workspace("forward")
         self.stage.run(self.model.opening[self.stage.inner[0]].inference, line, ("shared",), rows)

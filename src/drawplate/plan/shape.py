@@ -75,7 +75,8 @@ class Choice:
         documents: packed, the most in a row.
         micro_batches: of an optimizer step; from 2 on, gradients are there from forward to backward.
         slots: of the ring.
-        head_rows: rows of a slot of the streamed head; 0 for embedding and head on the device.
+        head_rows: rows of a slot of the streamed head; 0 for a head on the device.
+        embedding: device or host. A tied one is where the head is; beside a streamed head it is on the host.
         compiled, dequantize: how layers are computed (`layer`: dequantized whole before they are called).
         dropout: of the adapter.
         eval_tokens, eval_rows: positions and rows of an evaluation micro-batch; None for those of training.
@@ -101,6 +102,7 @@ class Choice:
     micro_batches: int = 2
     slots: int = 2
     head_rows: int = 0
+    embedding: Literal["device", "host"] = "device"
     compiled: bool = False
     dequantize: Literal["layer", "product"] = "product"
     dropout: float = 0.0
@@ -129,6 +131,10 @@ class Choice:
     def on_host(self, layers: int) -> int:
         """Layers that keep their activations in host memory: none of those that keep them on the device."""
         return min(self.host_kept_layers, layers - self.kept_layers)
+
+    def table_on_host(self, model: ModelShape) -> bool:
+        """Whether the embedding's table is in host memory."""
+        return self.head_rows > 0 or (self.embedding == "host" and not model.tied)
 
     def captured(self, model: ModelShape) -> bool:
         """Whether micro-steps are replayed as CUDA graphs: nothing of them crosses the bus (model/graphed.py).

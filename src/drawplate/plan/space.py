@@ -64,7 +64,7 @@ def choices(model: ModelShape, space: Space, precision: str, batch: MicroBatch) 
     cuda = fixed.device == "cuda"
     for dequantized, on_device in tiers(model.layers, space.weights, precision, cuda=cuda):
         for policy, fewest, most in policies(model.layers, space.activations, cuda=cuda):
-            for head_rows in (0, HEAD_SLOT_ROWS) if cuda else (0,):
+            for embedding, head_rows in outside(model, cuda=cuda):
                 for dequantize in dequantizations(model, fixed, precision):
                     choice = replace(
                         fixed,
@@ -72,6 +72,7 @@ def choices(model: ModelShape, space: Space, precision: str, batch: MicroBatch) 
                         dequantized_layers=dequantized,
                         device_layers=on_device,
                         policy=policy,
+                        embedding=embedding,
                         head_rows=head_rows,
                         dequantize=dequantize,
                         compiled=space.fixed.device == "cuda" if space.compiled == "auto" else space.compiled,
@@ -80,6 +81,15 @@ def choices(model: ModelShape, space: Space, precision: str, batch: MicroBatch) 
                         micro_batches=max(1, round(batch.work.micro_batches)),
                     )
                     yield choice, fewest, most
+
+
+def outside(model: ModelShape, *, cuda: bool) -> list[tuple[Literal["device", "host"], int]]:
+    """(where the embedding is, rows of a slot of the streamed head): both on the device, only the head, neither."""
+    if not cuda:
+        return [("device", 0)]
+    if model.tied:
+        return [("device", 0), ("host", HEAD_SLOT_ROWS)]
+    return [("device", 0), ("host", 0), ("host", HEAD_SLOT_ROWS)]
 
 
 def may_keep_in_host_memory(model: ModelShape, choice: Choice) -> bool:

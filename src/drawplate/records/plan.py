@@ -90,7 +90,8 @@ class Plan:
 
     Attributes:
         slots: of the ring for streamed layers.
-        head_rows: rows of a slot of the streamed head; 0 keeps embedding and head on the device.
+        head_rows: rows of a slot of the streamed head; 0 keeps the head on the device.
+        embedding: device or host; beside a streamed head it is on the host, and a tied one is where the head is.
         adapter: where trained tensors, their gradients and the optimizer live: device or host.
         assumptions: what was not known and is assumed.
     """
@@ -130,6 +131,7 @@ class Plan:
     policy: str = "recompute"
     slots: int = 2
     head_rows: int = 0
+    embedding: str = "device"
     adapter: str = "device"
     times: PlanTimes | None = None
     frontier: tuple[FrontierPoint, ...] = ()
