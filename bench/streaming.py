@@ -2,6 +2,7 @@
 
     python bench/streaming.py OUT.json SHAPE:PRECISION:WEIGHTS:ACTIVATIONS:ROWSxLENGTH[,...][:OPTION...] ...
 
+WEIGHTS is one tier for all layers, or counts, of which those on the host are spread evenly: 12device+20host.
 ACTIVATIONS is one policy for all layers, or counts in their order: 8host+3recompute+17keep.
 OPTIONS: head=ROWS streams the head, embedding=host keeps an untied one there, layers=N cuts the model short, eager
 compiles nothing, alone computes every adapter by itself, launches captures no CUDA graphs, profile adds a table of
@@ -38,6 +39,17 @@ def policies_of(activations: str) -> str | tuple[str, ...]:
     return tuple(policy for count, policy in counted for _ in range(int(count))) if counted else activations
 
 
+def weights_of(weights: str) -> str | tuple[str, ...]:
+    """A case's tiers, as in Placement; `20host` of `12device+20host` are spread evenly, as a plan's."""
+    from types import SimpleNamespace
+
+    from drawplate.prepare import tiers_of
+
+    counts = {f"{tier}_layers": int(count) for count, tier in re.findall(r"(\d+)([a-z]+)", weights)}
+    none = dict.fromkeys(("dequantized_layers", "device_layers", "host_layers"), 0)
+    return tiers_of(SimpleNamespace(**none | counts)) if counts else weights  # type: ignore[arg-type]
+
+
 def load_case(case: str) -> tuple[Any, list[str]]:
     """The model that a case describes, with random weights, and the case's sizes."""
     import torch
@@ -59,7 +71,7 @@ def load_case(case: str) -> tuple[Any, list[str]]:
         device=torch.device("cuda", 0),
         storage=Storage(precision),
         compute_dtype=torch.bfloat16,
-        weights=weights,
+        weights=weights_of(weights),
         activations=policies_of(activations),
         adapter=flags.get("adapter", "device"),
         head_rows=int(flags.get("head", 0)),
