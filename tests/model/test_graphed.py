@@ -192,6 +192,21 @@ def test_replays_give_the_bits_of_launches(compiled: bool, precision: str, activ
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic_attention")
+def test_replays_read_their_own_tokens_rows_of_an_embedding_in_host_memory() -> None:
+    checkpoint = random_checkpoint("8b", layers=1)
+    batches = cut_padded(random_sequences([256, 200, 256, 256, 120, 250]), 2, 256, 0)
+    where = {"device": torch.device("cuda", 0), "graphs": True}
+    here, there = (build(checkpoint, embedding=embedding, **where) for embedding in ("device", "host"))
+    assert there.embedding.weight.device.type == "cpu"
+    assert there.embedding.weight.is_pinned()
+    for ours, theirs in zip(steps(there, batches, 3), steps(here, batches, 3), strict=True):
+        assert torch.equal(ours, theirs)
+    assert there.graphed is not None
+    assert there.graphed.replays >= 2 * len(batches)
+
+
+@pytest.mark.gpu
 def test_packed_rows_of_many_widths_replay_within_the_spread_of_launches() -> None:
     checkpoint = random_checkpoint("1b", layers=3)
     lengths = torch.randint(20, 500, (60,), generator=torch.Generator().manual_seed(0)).tolist()
