@@ -133,7 +133,7 @@ def _watched(step: Any) -> list[Activity]:
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as watched:  # without, 2.11 warns
         for number in range(LOOPED):
             torch.cuda._sleep(1)
             step(number)
