@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +18,7 @@ from bench.shapes import random_checkpoint
 from drawplate.data.batches import Batch, cut_packed, cut_padded
 from drawplate.errors import EnvironmentProblem
 from drawplate.model.adapter import lora_config
+from drawplate.model.arena import HOST_REGISTER_READ_ONLY, HostMemory
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.device_batch import DeviceBatch
@@ -78,7 +85,7 @@ def test_a_micro_step_on_leaves_of_its_own_adds_the_same_gradients(
 ) -> None:
     cpu = {"storage": Storage("fp32"), "compute_dtype": torch.float32, "activations": activations}
     model, twin = build(llama, **cpu), build(llama, **cpu)
-    graphed = GraphedSteps(model._nats, model.adapter, nothing)
+    graphed = GraphedSteps(model._nats, model.adapter, model.residency, model._settle)
     model.adapter.zero_gradients()
     twin.adapter.zero_gradients()
     for batch in cut_packed(sequences, 64, 16, 0):
@@ -99,25 +106,50 @@ def test_adapters_of_modules_that_are_never_called_get_no_gradient(llama: Checkp
         return used.sum() * scale, torch.zeros(1)
 
     batch = model.placed(cut_packed(sequences, 64, 16, 0)[0], None)
-    GraphedSteps(step, model.adapter, nothing)._add_gradients(batch, torch.tensor(2.0))
+    GraphedSteps(step, model.adapter, model.residency, model._settle)._add_gradients(batch, torch.tensor(2.0))
     first, *others = model.adapter.parameters()
     assert (first.grad == 2).all()
     assert not any(p.grad.any() for p in others)
 
 
-def nothing() -> None:
-    """There are no streams to bring together."""
+class Captures:
+    """torch's captures on a CPU, which issue their work; what is done with streams and pools is noted in order.
 
+    As on a GPU, the end of a capture that was broken off complains of that, unless its streams have come together."""
 
-class BrokenOff:
-    """As torch.cuda.graph: the end of a capture that was broken off complains of that."""
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.joins = True
+        stand_ins = {"graph": self.graph, "CUDAGraph": self.cuda_graph, "graph_pool_handle": object}
+        for name, stand_in in {**stand_ins, "current_stream": lambda: None, "current_device": lambda: 0}.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        for name in ("endAllocateToPool", "releasePool"):
+            note = lambda *_, name=name: self.events.append(name)  # noqa: E731
+            monkeypatch.setattr(torch._C, f"_cuda_{name}", note, raising=False)
 
-    def __init__(self, *_: object, **__: object) -> None: ...
+    def settle(self) -> None:
+        self.events.append("settle")
 
-    def __enter__(self) -> None: ...
+    def cuda_graph(self) -> object:
+        def pool() -> tuple[int, int]:
+            if "end" not in self.events:
+                raise RuntimeError("without a preceding successful capture")
+            return (0, 1)
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        raise RuntimeError("capturing stream has unjoined work")
+        return SimpleNamespace(pool=pool, replay=lambda: self.replay())
+
+    def replay(self) -> None:
+        self.events.append("replay")
+
+    @contextmanager
+    def graph(self, *_: object, **__: object) -> Iterator[None]:
+        self.events = ["begin"]
+        try:
+            yield
+        finally:
+            if not (self.joins and self.events[-1] == "settle"):
+                raise RuntimeError("capturing stream has unjoined work")
+            self.events.append("end")
 
 
 @pytest.mark.parametrize(
@@ -129,12 +161,15 @@ class BrokenOff:
         KeyboardInterrupt("asked to stop"),
     ],
 )
+@pytest.mark.parametrize("joins", [True, False])
 def test_a_capture_that_was_broken_off_says_why(
-    llama: Checkpoint, sequences: list, cause: BaseException, monkeypatch: pytest.MonkeyPatch
+    llama: Checkpoint, sequences: list, cause: BaseException, joins: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(llama, storage=Storage("fp32"), compute_dtype=torch.float32)
     model.adapter.zero_gradients()
     batch, calls = model.placed(cut_packed(sequences, 64, 16, 0)[0], None), []
+    captures = Captures(monkeypatch)
+    captures.joins = joins
 
     def step(batch: DeviceBatch, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(1)
@@ -142,17 +177,41 @@ def test_a_capture_that_was_broken_off_says_why(
             raise cause
         return model._nats(batch, scale)
 
-    graphed = GraphedSteps(step, model.adapter, nothing)
-    for name, fake in (("graph", BrokenOff), ("CUDAGraph", object), ("graph_pool_handle", object)):
-        monkeypatch.setattr(torch.cuda, name, fake)
+    graphed = GraphedSteps(step, model.adapter, model.residency, captures.settle)
     nats = graphed.run(batch, 1.0)
     if str(cause) != "waits for the device":
         with pytest.raises(type(cause), match=str(cause).partition("\n")[0]):
             graphed.run(batch, 1.0)
+        assert ("end" in captures.events) == joins, "its streams came together before its end"
+        assert captures.events.count("releasePool") == (not joins), "a pool is given up once"
         return
     with pytest.warns(UserWarning, match="waits for the device"):
         assert torch.equal(graphed.run(batch, 1.0), nats), "launched instead"
     assert graphed.refused == "waits for the device"
+
+
+def test_a_replay_begins_and_ends_with_the_layers_of_its_capture_in_the_ring(
+    llama: Checkpoint, sequences: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(llama, storage=Storage("fp32"), compute_dtype=torch.float32, weights="host")
+    model.adapter.zero_gradients()
+    batch, captures, ring = model.placed(cut_packed(sequences, 64, 16, 0)[0], None), Captures(monkeypatch), []
+
+    def settle() -> None:
+        captures.settle()
+        model._settle()
+
+    graphed = GraphedSteps(model._nats, model.adapter, model.residency, settle)
+    monkeypatch.setattr(captures, "replay", lambda: ring.append(model.residency.holds()))
+    for _ in range(3):
+        graphed.run(batch, 1.0)
+        after = model.residency.holds()
+        with torch.no_grad():
+            model._nats(batch, 1.0)
+        assert model.residency.holds() != after, "an evaluation leaves others there"
+    assert len(ring) == graphed.replays == 2
+    assert ring[0] == ring[1]
+    assert None not in after
 
 
 def launched(model: CausalLM) -> CausalLM:
@@ -204,6 +263,87 @@ def test_replays_read_their_own_tokens_rows_of_an_embedding_in_host_memory() -> 
         assert torch.equal(ours, theirs)
     assert there.graphed is not None
     assert there.graphed.replays >= 2 * len(batches)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic_attention")
+@pytest.mark.parametrize(
+    "activations", ["keep", ("offload",) * 4 + ("keep",) * 2, ("host", "offload", "recompute", "host", "keep", "keep")]
+)
+@pytest.mark.parametrize("weights", ["host", ("device", "host", "host", "device", "host", "host")])
+def test_replays_of_what_crosses_the_bus_give_the_bits_of_launches(
+    weights: str | tuple, activations: str | tuple
+) -> None:
+    """Two shapes in turn, and an evaluation between the steps, which leaves other layers in the ring."""
+    checkpoint = random_checkpoint("1b", layers=6)
+    batches = [cut_padded(random_sequences([n] * 2), 2, 16, 0)[0] for n in (256, 512, 256, 512)]
+    where = {"device": torch.device("cuda", 0), "storage": Storage("nf4"), "head_rows": 20000, "dequantize": "layer"}
+    where |= {"weights": weights, "activations": activations, "poison": True, "graphs": True}
+    graphed, plain = (build(checkpoint, **where) for _ in range(2))
+    launched(plain)
+    for step in range(3):
+        for ours, theirs in zip(steps(graphed, batches, 2), steps(plain, batches, 2), strict=True):
+            assert torch.isfinite(ours).all()
+            assert torch.equal(ours, theirs), f"after {step} evaluations"
+        with torch.no_grad():
+            assert torch.equal(graphed.sum_nats(batches[0])[0], plain.sum_nats(batches[0])[0])
+    assert graphed.graphed is not None
+    assert not graphed.graphed.refused
+    assert graphed.graphed.replays >= 20
+
+
+@pytest.mark.gpu
+def test_copies_from_page_locked_prepared_weights_can_be_captured(tmp_path: Path) -> None:
+    """The mapping of a file is locked for reading alone, or copied where that is refused."""
+    size = 64 * 2**20
+    path = tmp_path / "bytes"
+    path.write_bytes(os.urandom(size))
+    with path.open("rb") as opened:
+        memory = HostMemory(opened.fileno(), size, prot=mmap.PROT_READ)
+    source = memory.tensor()
+    if memory.page_lock([source], HOST_REGISTER_READ_ONLY) != 0:
+        pytest.skip("this machine locks no memory for reading alone")
+    there, beside, graph = (
+        torch.zeros(size, dtype=torch.uint8, device="cuda"),
+        torch.cuda.Stream(),
+        torch.cuda.CUDAGraph(),
+    )
+    with torch.cuda.graph(graph):
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            there.copy_(source, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(beside)
+    assert not there.any(), "recorded, not made"
+    graph.replay()
+    assert torch.equal(there.cpu(), source)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic_attention")
+def test_a_streamed_capture_without_room_says_so_and_gives_its_memory_back() -> None:
+    """With the allocator capped, so that the launched step fits and the graph beside it does not."""
+    checkpoint = random_checkpoint("1b", layers=6)
+    batch = cut_padded(random_sequences([512] * 2), 2, 16, 0)[0]
+    where = {"device": torch.device("cuda", 0), "storage": Storage("nf4"), "head_rows": 20000, "dequantize": "layer"}
+    model = build(checkpoint, weights="host", activations="keep", graphs=True, **where)
+    steps(model, [batch], 1)
+    gc.collect()
+    torch.cuda.empty_cache()
+    held, total = torch.cuda.memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((held + 300 * 2**20) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            steps(model, [batch], 1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    model.forget_graphs()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= held + 64 * 2**20
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.isfinite(steps(model, [batch], 3)[-1]).all()
+    assert model.graphed is not None
+    assert model.graphed.replays >= 2, "captured once there is room"
 
 
 @pytest.mark.gpu

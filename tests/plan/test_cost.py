@@ -100,16 +100,25 @@ def test_a_small_micro_batch_waits_for_the_host_unless_it_is_captured() -> None:
         ({"activations": "recompute"}, True),
         ({"weights": "dequantized"}, True),
         ({"activations": "offload"}, False),
-        ({"weights": "host"}, False),
-        ({"head_rows": 4096}, False),
+        ({"activations": "offload", "kept": 1}, True),
+        ({"weights": "host"}, True),
+        ({"weights": "host", "activations": "recompute"}, False),
+        ({"weights": "host", "activations": "offload", "kept": 2}, True),
+        ({"head_rows": 4096}, True),
+        ({"head_rows": 4096, "activations": "recompute"}, False),
         ({"embedding": "host"}, True),
+        ({"embedding": "host", "activations": "recompute"}, True),
         ({"device": "cpu"}, False),
         ({"packing": True, "compute_dtype": "float32"}, False),
         ({"packing": False, "compute_dtype": "float32"}, True),
     ],
 )
-def test_micro_steps_are_captured_where_nothing_crosses_the_bus(changes: dict[str, Any], captured: bool) -> None:
-    assert choice_of(**changes).captured(MODEL) == captured
+def test_micro_steps_are_captured_where_nothing_crosses_the_bus_or_there_is_room(
+    changes: dict[str, Any], captured: bool
+) -> None:
+    words = {name: value for name, value in changes.items() if name != "kept"}
+    choice = choice_of(**words)
+    assert replace(choice, kept_layers=changes.get("kept", choice.kept_layers)).captured(MODEL) == captured
 
 
 @pytest.mark.parametrize(("packing", "captured"), [(True, False), (False, True)])

@@ -11,6 +11,7 @@ mode, so that the only noise is the adapter's own dropout, which is a function o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +50,7 @@ class Placement:
         embedding: device or host. A tied one is where the head is; beside a streamed head it is on the host.
         compiled: compile the layer function.
         dequantize: weight by weight inside its product, or a whole layer at once: faster to launch, more memory.
-        graphs: replay whole training micro-steps as CUDA graphs, where nothing is streamed or offloaded.
+        graphs: replay whole training micro-steps as CUDA graphs, where `captures` says so.
         poison: fill slots with NaN between uses (tests).
     """
 
@@ -75,11 +76,14 @@ class Placement:
         """Whether the embedding's table is in host memory."""
         return self.head_rows > 0 or (self.embedding == "host" and not tied)
 
-    def captures(self, layers: int) -> bool:
-        """Whether micro-steps can be and are to be captured as CUDA graphs."""
-        streamed = self.head_rows > 0 or "host" in (self.adapter, *self.tiers(layers))
-        streamed = streamed or "offload" in self.policies(layers)
-        return self.graphs and self.device.type == "cuda" and not streamed
+    def captures(self, policies: Sequence[str]) -> bool:
+        """Whether micro-steps are captured as CUDA graphs, the layers' activations having these policies.
+
+        Where layers, head or inputs cross the bus only if some layer keeps its activations: a plan that keeps none has
+        no room for what a graph holds beside them. By plan/shape.py, `Choice.captured`."""
+        crosses = self.head_rows > 0 or "host" in self.tiers(len(policies)) or "offload" in policies
+        able = self.graphs and self.device.type == "cuda" and self.adapter == "device"
+        return able and (not crosses or "keep" in policies)
 
     def policies(self, layers: int) -> list[str]:
         """The activations' policy of each layer."""
@@ -114,8 +118,8 @@ class CausalLM:
         self.head: Head
         # One long held-out document must not widen what is trained on: the two are compiled apart anyway.
         self._bounds = {"training": ShapeBounds(), "measuring": ShapeBounds()}
-        captures = placement.captures(len(anatomy.layers))
-        self.graphed = GraphedSteps(self._nats, adapter, self.runner.activations.settle) if captures else None
+        captures = placement.captures(self.runner.policies)
+        self.graphed = GraphedSteps(self._nats, adapter, residency, self._settle) if captures else None
 
     def sum_nats(
         self,
@@ -145,7 +149,8 @@ class CausalLM:
         Returns:
             The sum of nats in float64, on the device; good until the next call.
         """
-        if self.graphed is not None and "offload" not in self.runner.policies:  # which may change when memory is short
+        # Policies may change when memory is short.
+        if self.graphed is not None and self.placement.captures(self.runner.policies):
             return self.graphed.run(self.placed(batch, dropout_seed), scale)
         loss, nats_N = self.sum_nats(batch, scale=scale, dropout_seed=dropout_seed)
         loss.backward()
@@ -204,6 +209,10 @@ class CausalLM:
     def _hidden_states(self, batch: DeviceBatch) -> Tensor:
         self.runner.begin(batch.token_keys_BT)
         return self.body_forward(self.embed(batch.ids_BT), batch.position_ids_BT, batch.attention)
+
+    def _settle(self) -> None:
+        self.runner.settle()
+        self.head.weights.settle()
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Rows of the embedding on the device, in the compute dtype, wherever its table is."""

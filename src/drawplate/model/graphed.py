@@ -9,9 +9,16 @@ Memory: a graph keeps what a micro-step allocates at its peak, in a pool that al
 to it: a shape not seen before gives the pool back before it runs, a shape larger than those captured too, and whoever
 needs memory for something else (evaluation) calls `forget()`. Capturing again costs little more than a micro-step.
 
-Only where nothing of a micro-step depends on the host: every layer and the head on the device, no offloaded inputs.
-Activations that lie in host memory are copied on streams that part and meet again within the step. Left out: graphs for
-evaluation; streamed layers, whose capture was tried (docs/log.md).
+What crosses the bus is captured too, each kind of copy on its stream, which parts from the step's and meets it again
+within it: streamed layers, the head, offloaded inputs, activations. A graph begins with the layers that were in the
+ring's slots when it was captured, so they are put there before a replay where something else (evaluation) has moved
+them. No event of the time before is waited for in a capture, nor one of a capture after it. Host memory that a graph
+copies to or from stays as long as the model: the ring's, the head's, and what two stores keep for every shape that they
+have seen (model/saved_inputs.py, model/host_activations.py); a new shape, for which they may make it anew, drops all
+graphs first. Left out: graphs for evaluation; an adapter in host memory.
+
+While it captures, torch's allocator gives no cached memory back to find room, so a capture needs what the plan says it
+needs. One that breaks off brings its streams together before it ends, or torch would keep its memory for good.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +35,7 @@ from torch import Tensor
 
 from drawplate.model.adapter import Adapter
 from drawplate.model.device_batch import DeviceBatch
+from drawplate.model.residency import Residency
 
 MOST_GRAPHS = 16
 
@@ -46,11 +55,12 @@ class GraphedSteps:
     Args:
         step: forward and loss.
         adapter: what is trained; the `grad` of its tensors must be buffers that stay (`Adapter.zero_gradients`).
-        settle: called when a step has been issued, so that all its streams come together again.
+        ring: of the layers that `step` streams.
+        settle: lets the current stream wait for all copies of a step, and nothing later for what was before.
     """
 
-    def __init__(self, step: Step, adapter: Adapter, settle: Callable[[], None]) -> None:
-        self._step, self._adapter, self._settle = step, adapter, settle
+    def __init__(self, step: Step, adapter: Adapter, ring: Residency, settle: Callable[[], None]) -> None:
+        self._step, self._adapter, self._ring, self._settle = step, adapter, ring, settle
         self._parameters = adapter.parameters()
         self._known: set[object] = set()
         self._graphs: dict[object, _Graph] = {}
@@ -72,7 +82,13 @@ class GraphedSteps:
         if batch.shape not in self._graphs and not self._capture(batch):
             return self._add_gradients(batch, torch.full((), scale, device=batch.targets_N.device))
         self.replays += 1
-        return self._graphs[batch.shape].replay(batch, scale)
+        graph = self._graphs[batch.shape]
+        self._settle()
+        self._ring.hold(graph.before)
+        nats = graph.replay(batch, scale)
+        assert graph.after is not None
+        self._ring.believe(graph.after)
+        return nats
 
     def forget(self) -> None:
         """Give the graphs' memory back, and begin anew: how a step is done may be about to change."""
@@ -94,7 +110,11 @@ class GraphedSteps:
         tokens = [graph.batch.tokens for graph in self._graphs.values()]
         if len(tokens) == MOST_GRAPHS or (tokens and batch.tokens > max(tokens)):
             self._drop()  # the largest goes first: smaller ones then fit into its memory
-        graph = _Graph(batch.copied(), torch.ones((), device=batch.targets_N.device), torch.cuda.CUDAGraph())
+        self._settle()
+        graph = _Graph(
+            batch.copied(), torch.ones((), device=batch.targets_N.device), torch.cuda.CUDAGraph(), self._ring.holds()
+        )
+        gc.collect()  # what the compiler left in cycles holds memory, and torch 2.11 does not collect it
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         why, out_of_memory = self._record(graph)
@@ -115,18 +135,45 @@ class GraphedSteps:
         raised: the end of a capture that was broken off has a complaint of its own, which would hide it."""
         cause: BaseException | None = None
         try:
-            with torch.cuda.graph(graph.graph, pool=self._pool):  # empties the allocator's cache first
-                try:
+            # Where the end of a capture fails, torch leaves its own stream as the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph.graph, pool=self._pool):
+                try:  # entering it has emptied the allocator's cache
                     graph.nats = self._add_gradients(graph.batch, graph.scale)
                 except BaseException as error:
                     cause = error
+                    self._come_together()
                     raise
+            graph.after = self._ring.holds()
         except RuntimeError as error:
             cause = cause or error
             if not isinstance(cause, RuntimeError):
                 raise cause from None
             return str(cause) or type(cause).__name__, isinstance(cause, torch.OutOfMemoryError)
+        finally:
+            self._settle()
+            # Its copies were recorded, not made; of a capture that broke off that is not certain.
+            self._ring.believe(graph.before if graph.after is not None else (None,) * len(graph.before))
+            if graph.after is None:
+                self._give_up(graph.graph)
         return "", False
+
+    def _come_together(self) -> None:
+        """A capture cannot end while its streams are apart. If it cannot go on either, this fails and its end will."""
+        with suppress(RuntimeError):
+            self._settle()
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Let go of the pool of a graph that was not captured. Where torch could not end the capture it would keep that
+        pool, and give nothing of any pool back to make room, for as long as the process lives."""
+        try:
+            graph.pool()  # refused where the capture did not end
+        except RuntimeError:
+            device = torch.cuda.current_device()
+            with suppress(RuntimeError):  # it had not begun
+                torch._C._cuda_endAllocateToPool(device, self._pool)
+                torch._C._cuda_releasePool(device, self._pool)
+        if not self._graphs:
+            self._pool = None
 
     def _add_gradients(self, batch: DeviceBatch, scale: Tensor) -> Tensor:
         with self._adapter.aliased() as leaves:
@@ -141,11 +188,13 @@ class GraphedSteps:
 
 @dataclass
 class _Graph:
-    """What one graph reads, and what it leaves."""
+    """What one graph reads, and what it leaves; the layers in the ring's slots before and after it."""
 
     batch: DeviceBatch
     scale: Tensor
     graph: torch.cuda.CUDAGraph
+    before: tuple[int | None, ...]
+    after: tuple[int | None, ...] | None = None
     nats: Tensor | None = None
 
     def replay(self, batch: DeviceBatch, scale: float) -> Tensor:

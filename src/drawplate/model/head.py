@@ -38,6 +38,10 @@ class HeadRows(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Let the current stream wait for all copies, and nothing later for what was before. Between passes."""
+        ...
+
 
 class ResidentRows:
     """A head that lives on the device: one tensor, one chunk."""
@@ -50,6 +54,9 @@ class ResidentRows:
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the whole matrix."""
         yield 0, self.weight_VH
+
+    def settle(self) -> None:
+        """Nothing is copied."""
 
 
 class StreamedRows:
@@ -81,11 +88,9 @@ class StreamedRows:
         self._slots = [host_VH.new_empty(self.chunk_rows, self.hidden, device=device) for _ in range(self.SLOTS)]
         self._queued = 0  # chunks of the present pass whose copy has been queued
         self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
-        if self._stream is not None:
-            self._copied = [torch.cuda.Event() for _ in self._slots]
-            self._consumed = [torch.cuda.Event() for _ in self._slots]
-            for event in self._consumed:  # the slots' memory may still be in use by whoever had it before
-                event.record(torch.cuda.current_stream(device))
+        # Of each slot the copy into it, and the work that read it last; None where there is nothing to wait for.
+        self._copied: list[torch.cuda.Event | None] = [None] * self.SLOTS
+        self._consumed: list[torch.cuda.Event | None] = [None] * self.SLOTS
 
     @property
     def device_bytes(self) -> int:
@@ -97,14 +102,21 @@ class StreamedRows:
         while self._queued < self.SLOTS:
             self._queue_copy()
 
+    def settle(self) -> None:
+        """As in HeadRows."""
+        if self._stream is not None and any(self._copied):
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self._queued, self._copied, self._consumed = 0, [None] * self.SLOTS, [None] * self.SLOTS
+
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield every chunk in order. One pass at a time."""
         self.prefetch()
         try:
             for index, first_row in enumerate(range(0, self.vocab, self.chunk_rows)):
                 slot = index % self.SLOTS
-                if self._stream is not None:
-                    torch.cuda.current_stream(self._stream.device).wait_event(self._copied[slot])
+                copied = self._copied[slot]
+                if self._stream is not None and copied is not None:
+                    torch.cuda.current_stream(self._stream.device).wait_event(copied)
                 try:
                     yield first_row, self._slots[slot][: self.vocab - first_row]
                 finally:
@@ -117,7 +129,8 @@ class StreamedRows:
         if self.poison:
             self._slots[slot].fill_(math.nan)
         if self._stream is not None:
-            self._consumed[slot].record(torch.cuda.current_stream(self._stream.device))
+            consumed = self._consumed[slot] = self._consumed[slot] or torch.cuda.Event()
+            consumed.record(torch.cuda.current_stream(self._stream.device))
 
     def _queue_copy(self) -> None:
         rows_VH = self.host_VH[self._queued * self.chunk_rows :][: self.chunk_rows]
@@ -126,10 +139,15 @@ class StreamedRows:
         if self._stream is None:
             self._slots[slot][: len(rows_VH)].copy_(rows_VH)
             return
+        consumed = self._consumed[slot]
+        if consumed is None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        else:
+            self._stream.wait_event(consumed)
+        copied = self._copied[slot] = self._copied[slot] or torch.cuda.Event()
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._consumed[slot])
             self._slots[slot][: len(rows_VH)].copy_(rows_VH, non_blocking=True)
-            self._copied[slot].record(self._stream)
+            copied.record(self._stream)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,6 +194,13 @@ class LayerRunner:
             self._held_for_backward = layer
         self.activations.begin_backward(layer)
 
+    def settle(self) -> None:
+        """A micro-step is over: let the current stream wait for all copies, and nothing later for what was before."""
+        self.let_go()
+        self.residency.settle()
+        self.inputs.settle()
+        self.activations.settle()
+
     def let_go(self) -> None:
         """The streamed layer that backward had brought back is done with."""
         if self._held_for_backward is not None:

@@ -79,9 +79,9 @@ class _Slot:
         self.users = 0
         self.views: dict[str, Tensor] = {}
         self.views_of: dict[int, dict[str, Tensor]] = {}
-        cuda = device.type == "cuda"
-        self.ready = torch.cuda.Event() if cuda else None
-        self.free = torch.cuda.Event() if cuda else None
+        # The copy into it, and the work that read it last; None where there is nothing to wait for.
+        self.ready: torch.cuda.Event | None = None
+        self.free: torch.cuda.Event | None = None
 
 
 class Residency:
@@ -125,6 +125,7 @@ class Residency:
         largest = max((layouts[i].bytes for i in host_layers), default=0)
         self._slots = [_Slot(largest, device) for _ in range(min(slots, len(host_layers)))]
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" and host_layers else None
+        self._copying = False  # since the last `settle`
 
     @property
     def device_bytes(self) -> int:
@@ -170,15 +171,38 @@ class Residency:
         assert slot is not None, f"layer {layer} was released without being acquired"
         assert slot.users > 0, f"layer {layer} was released twice"
         slot.users -= 1
-        if slot.free is not None:
-            slot.free.record(torch.cuda.current_stream(self.device))
+        self._mark_free(slot)
 
     def release_all(self) -> None:
         """Free the slots that a step which failed in the middle of a layer left in use."""
         for slot in self._slots:
-            if slot.users and slot.free is not None:
-                slot.free.record(torch.cuda.current_stream(self.device))
+            if slot.users:
+                self._mark_free(slot)
             slot.users = 0
+
+    def settle(self) -> None:
+        """Let the current stream wait for all copies, and nothing later for what was before."""
+        if self._copying and self._copy_stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._copy_stream)
+        self._copying = False
+        for slot in self._slots:
+            slot.ready = slot.free = None
+
+    def holds(self) -> tuple[int | None, ...]:
+        """The layer in each slot."""
+        return tuple(slot.layer for slot in self._slots)
+
+    def believe(self, layers: Sequence[int | None]) -> None:
+        """The slots hold these layers, whatever was thought so far: copies were recorded and not made, or replayed."""
+        for slot, layer in zip(self._slots, layers, strict=True):
+            self._name(slot, layer)
+
+    def hold(self, layers: Sequence[int | None]) -> None:
+        """Load these layers into the slots, where they are not there."""
+        for slot, layer in zip(self._slots, layers, strict=True):
+            if layer is not None and slot.layer != layer:
+                self._copy_into(slot, layer)
+        self.settle()
 
     def held_buffer(self, layer: int) -> Tensor:
         """The slot that holds a layer which is acquired now."""
@@ -214,24 +238,34 @@ class Residency:
 
     def _copy_into(self, slot: _Slot, layer: int) -> None:
         source = self._host[layer]
-        slot.layer = layer
-        if layer not in slot.views_of:
-            slot.views_of[layer] = self.layouts[layer].views(slot.buffer)
-        slot.views = slot.views_of[layer]
+        self._name(slot, layer)
         self.copies += 1
         if self._copy_stream is None:
             if self.poison:
                 slot.buffer.fill_(POISON)
             slot.buffer[: source.numel()].copy_(source)
             return
-        assert slot.free is not None
-        assert slot.ready is not None
-        self._copy_stream.wait_event(slot.free)
+        if slot.free is None:
+            self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))
+        else:
+            self._copy_stream.wait_event(slot.free)
+        slot.ready, self._copying = slot.ready or torch.cuda.Event(), True
         with torch.cuda.stream(self._copy_stream):
             if self.poison:
                 slot.buffer.fill_(POISON)
             slot.buffer[: source.numel()].copy_(source, non_blocking=True)
             slot.ready.record(self._copy_stream)
+
+    def _name(self, slot: _Slot, layer: int | None) -> None:
+        slot.layer = layer
+        if layer is not None and layer not in slot.views_of:
+            slot.views_of[layer] = self.layouts[layer].views(slot.buffer)
+        slot.views = {} if layer is None else slot.views_of[layer]
+
+    def _mark_free(self, slot: _Slot) -> None:
+        if self._copy_stream is not None:
+            slot.free = slot.free or torch.cuda.Event()
+            slot.free.record(torch.cuda.current_stream(self.device))
 
     def _fetch_ahead(self, now: int, backward: bool, training: bool) -> None:
         """Load the layers needed soonest into idle slots whose content is needed later."""

@@ -43,6 +43,7 @@ class InputStore:
         self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
         self._return_buffers: list[Tensor] = []
         self._next_buffer = 0
+        self._copying = False  # since the last `settle`
         self.host_bytes = 0
 
     def put(self, hidden: Tensor, *, offload: bool) -> SavedInput:
@@ -56,6 +57,7 @@ class InputStore:
             return saved
         self.let_leave()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._copying = True
         with torch.cuda.stream(self._stream):
             host.copy_(hidden.detach(), non_blocking=True)
             gone = torch.cuda.Event()
@@ -98,6 +100,12 @@ class InputStore:
             self._last = self._last.previous
         if self._leaving is not None:
             self.let_leave()
+
+    def settle(self) -> None:
+        """Let the current stream wait for all copies; the device buffers are made anew. After a backward."""
+        if self._copying and self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        self._copying, self._leaving, self._return_buffers = False, None, []
 
     def _begin_return(self, saved: SavedInput) -> None:
         if saved.returning is not None or saved.host is None:

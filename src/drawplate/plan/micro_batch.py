@@ -27,6 +27,8 @@ class MicroBatch:
         self.device, self.size = stage.device, stage.size
         self._first_kept = stage.model.layers - stage.choice.kept_layers
         self._host_kept = HostKept(stage)
+        # Taken by model/graphed.py, launched or captured: it brings its own gradients and lets its buffers go.
+        self._graphed = stage.choice.captured(stage.model)
 
     def train(self, rows: Rows) -> None:
         """Forward and backward; gradients are added to the adapter's."""
@@ -49,6 +51,8 @@ class MicroBatch:
         self._loss(rows, ("closing", "out"), training=True)
         self.device.give(("closing", "out"))
         self._backward(rows, hidden, closing)
+        if self._graphed:
+            self.device.give_all(("return", i) for i in range(RETURN_BUFFERS) if self.device.has(("return", i)))
         self._add_up()
         self._give_shared()
         self._give_batch()
@@ -177,16 +181,16 @@ class MicroBatch:
         self.device.rename(("next grad",), ("grad",))
 
     def _accumulate(self, new: Name, later: Name) -> None:
-        """A gradient is added to the parameter's, by a captured micro-step only at its end."""
+        """A gradient is added to the parameter's, by one that is or will be captured only at its end."""
         if not self.device.has(new):
             return
-        if self.device.capturing:
+        if self._graphed:
             self.device.rename(new, later, "captured micro-step: its own gradients")
         else:
             self.device.give(new)
 
     def _add_up(self) -> None:
-        """The end of a captured micro-step: its gradients are added to the parameters'."""
+        """The end of such a micro-step: its gradients are added to the parameters'."""
         for i, trained in enumerate(self.stage.trained):
             self.device.give_all(("new", i, j) for j in range(len(trained)) if self.device.has(("new", i, j)))
 

@@ -137,13 +137,15 @@ class Choice:
         return self.head_rows > 0 or (self.embedding == "host" and not model.tied)
 
     def captured(self, model: ModelShape) -> bool:
-        """Whether micro-steps are replayed as CUDA graphs: nothing of them crosses the bus (model/graphed.py).
+        """Whether micro-steps are replayed as CUDA graphs (model/graphed.py): where layers, head or inputs cross the
+        bus only if some layer keeps its activations, because what a graph holds takes room too.
 
         In float32 too, packed documents are attended to one by one (model/attention.py)."""
+        one_by_one = self.packing and (model.one_by_one or self.compute_dtype == "float32")
         offloads = self.policy == "offload" and self.kept_layers < model.layers
         crosses = self.host_layers(model.layers) or self.head_rows or offloads
-        one_by_one = self.packing and (model.one_by_one or self.compute_dtype == "float32")
-        return self.device == "cuda" and self.adapter == "device" and not (crosses or one_by_one or self.launched)
+        able = self.device == "cuda" and self.adapter == "device" and not (one_by_one or self.launched)
+        return able and (not crosses or self.kept_layers > 0)
 
     def tier(self, layer: int) -> str:
         """dequantized, device or host."""
