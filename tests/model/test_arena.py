@@ -409,6 +409,19 @@ def test_the_mapping_itself_is_page_locked_once_for_each_run_of_layers(monkeypat
     assert driver.locked == {first: (apart, 8), last: (found.buffers[4].data_ptr() - last, 8)}
 
 
+def test_each_layer_is_a_storage_that_begins_with_what_is_page_locked(monkeypatch):
+    """By the storage's first byte torch decides whether a copy can be captured; the file's is not locked."""
+    driver, found = Driver(monkeypatch), kept(fill)
+    assert found is not None
+    buffers = found.page_locked([1, 2, 4])
+    for i, buffer in buffers.items():
+        first = buffer.untyped_storage().data_ptr()
+        assert first == buffer.data_ptr()
+        assert any(start <= first < start + size for start, (size, _) in driver.locked.items())
+        assert buffer.numel() == LAYOUTS[i].bytes
+    assert_right(found)
+
+
 def test_page_locks_are_given_back_when_the_last_tensor_is_gone(monkeypatch):
     driver, found = Driver(monkeypatch), kept(fill)
     assert found is not None
@@ -470,6 +483,28 @@ def test_a_large_file_is_page_locked_in_place(tmp_path):
     assert memory.page_lock([tensor], arena.HOST_REGISTER_READ_ONLY) == 0
     assert tensor.is_pinned()
     assert tensor[MIB:].is_pinned()
+
+
+@pytest.mark.gpu
+def test_copies_from_what_is_page_locked_of_a_file_are_captured(tmp_path):
+    """From the rest of it, or from views of the whole, they are refused, which would break off a captured micro-step."""
+    start, path = 4096, tmp_path / "bytes"
+    path.write_bytes(os.urandom(64 * MIB))
+    with path.open("rb") as opened:
+        memory = HostMemory(opened.fileno(), 64 * MIB, prot=mmap.PROT_READ)
+    whole, part = memory.tensor(), memory.part(start, 64 * MIB - start)
+    assert memory.page_lock([part], arena.HOST_REGISTER_READ_ONLY) == 0
+    assert part.is_pinned()
+    assert not whole[start:].is_pinned(), "which the layers' buffers were"
+    there, beside, graph = torch.zeros_like(part, device="cuda"), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            there.copy_(part, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(beside)
+    assert not there.any(), "recorded, not made"
+    graph.replay()
+    assert torch.equal(there.cpu(), part)
 
 
 @pytest.mark.gpu

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import mmap
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +15,6 @@ from bench.shapes import random_checkpoint
 from drawplate.data.batches import Batch, cut_packed, cut_padded
 from drawplate.errors import EnvironmentProblem
 from drawplate.model.adapter import lora_config
-from drawplate.model.arena import HOST_REGISTER_READ_ONLY, HostMemory
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.device_batch import DeviceBatch
@@ -290,32 +286,6 @@ def test_replays_of_what_crosses_the_bus_give_the_bits_of_launches(
     assert graphed.graphed is not None
     assert not graphed.graphed.refused
     assert graphed.graphed.replays >= 20
-
-
-@pytest.mark.gpu
-def test_copies_from_page_locked_prepared_weights_can_be_captured(tmp_path: Path) -> None:
-    """The mapping of a file is locked for reading alone, or copied where that is refused."""
-    size = 64 * 2**20
-    path = tmp_path / "bytes"
-    path.write_bytes(os.urandom(size))
-    with path.open("rb") as opened:
-        memory = HostMemory(opened.fileno(), size, prot=mmap.PROT_READ)
-    source = memory.tensor()
-    if memory.page_lock([source], HOST_REGISTER_READ_ONLY) != 0:
-        pytest.skip("this machine locks no memory for reading alone")
-    there, beside, graph = (
-        torch.zeros(size, dtype=torch.uint8, device="cuda"),
-        torch.cuda.Stream(),
-        torch.cuda.CUDAGraph(),
-    )
-    with torch.cuda.graph(graph):
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            there.copy_(source, non_blocking=True)
-        torch.cuda.current_stream().wait_stream(beside)
-    assert not there.any(), "recorded, not made"
-    graph.replay()
-    assert torch.equal(there.cpu(), source)
 
 
 @pytest.mark.gpu

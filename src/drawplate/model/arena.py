@@ -78,6 +78,13 @@ class HostMemory(mmap.mmap):
             warnings.simplefilter("ignore")  # torch warns that it cannot know of read-only memory
             return torch.frombuffer(self, dtype=torch.uint8)
 
+    def part(self, start: int, size: int) -> Tensor:
+        """Some of the bytes, in a storage of its own: torch captures a copy from host memory into a CUDA graph only where
+        the first byte of the storage is page-locked, and a file's header is not."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.frombuffer(self, dtype=torch.uint8, offset=start, count=size)
+
     def page_lock(self, parts: Iterable[Tensor], flags: int) -> int:
         """Page-lock parts of this memory, all or none; CUDA's status, 0 where it worked."""
         for part in parts:
@@ -128,7 +135,7 @@ class Arena:
     def __init__(self, file: ArenaFile, memory: HostMemory) -> None:
         self.file, self._memory = file, memory
         self._bytes = memory.tensor()
-        self.buffers = [self._bytes[start : start + size] for start, size in file.spans]
+        self.buffers = [memory.part(start, size) for start, size in file.spans]
 
     def views(self, layer: int) -> dict[str, Tensor]:
         """A layer's tensors."""
