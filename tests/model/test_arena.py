@@ -487,7 +487,7 @@ def test_a_large_file_is_page_locked_in_place(tmp_path):
 
 @pytest.mark.gpu
 def test_copies_from_what_is_page_locked_of_a_file_are_captured(tmp_path):
-    """From the rest of it, or from views of the whole, they are refused, which would break off a captured micro-step."""
+    """Views of the whole are not seen as page-locked: a copy from one would break off a captured micro-step."""
     start, path = 4096, tmp_path / "bytes"
     path.write_bytes(os.urandom(64 * MIB))
     with path.open("rb") as opened:

@@ -74,15 +74,15 @@ class HostMemory(mmap.mmap):
 
     def tensor(self) -> Tensor:
         """The bytes, uint8. Writing to those of a file is a segmentation fault: they are everybody's."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that it cannot know of read-only memory
-            return torch.frombuffer(self, dtype=torch.uint8)
+        return self.part(0, len(self))
 
     def part(self, start: int, size: int) -> Tensor:
-        """Some of the bytes, in a storage of its own: torch captures a copy from host memory into a CUDA graph only where
-        the first byte of the storage is page-locked, and a file's header is not."""
+        """Some of the bytes, in a storage of its own.
+
+        torch captures a copy from host memory only where its storage's first byte is page-locked: of a view of a whole
+        file, whose header is not, it refuses."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # torch warns that it cannot know of read-only memory
             return torch.frombuffer(self, dtype=torch.uint8, offset=start, count=size)
 
     def page_lock(self, parts: Iterable[Tensor], flags: int) -> int:
