@@ -71,10 +71,10 @@ def test_streaming_is_free_above_the_tokens_that_docs_streaming_names_and_not_be
     free = 2 * rate / (2 * H100.to_device_rate)
     above, below = work_of(2 * free), work_of(free / 8)
     name = "waiting for streamed layers"
-    assert line(cost_of("host", "offload", above), name) == 0
-    waiting = line(cost_of("host", "offload", below), name)
     copies = 2 * (MODEL.layers - 2) * layer_copy_seconds(MODEL, choice_of(), H100)
-    assert 0 < waiting < copies
+    assert line(cost_of("host", "offload", above), name) < 0.2 * copies, "next to nothing"
+    waiting = line(cost_of("host", "offload", below), name)
+    assert 0.2 * copies < waiting < copies
 
 
 def test_packed_documents_cost_the_sum_of_their_squares_and_what_each_position_takes() -> None:

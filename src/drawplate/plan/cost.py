@@ -39,6 +39,10 @@ KERNELS = {True: (38, 47), False: (110, 150)}
 GAP_SECONDS = {False: 6e-6, True: 0.5e-6}
 """Kernels of a layer's forward and backward, and the idle moment after each of them on a GPU: launched (4.7 and 7.7
 microseconds in bench/results/profile-launched-h100.json), captured (none to be seen in profile-captured-*.json)."""
+NOT_HIDDEN = 0.05
+"""Of all copies, where layers are streamed: each has to be there when the layer before it is through, so what disturbs
+one is waited for. Some 8 of 183 ms: a captured 8B takes 302 ms, 269 of them kernels, 14 its embedding (not a kernel
+then), 6 its head, the rest between kernels (bench/results/profile-host-kept-8b-h100.json)."""
 REPLAY_LAUNCHES = 250.0
 """Host time of a captured micro-step: placing its inputs and replaying it (bench/results/profile-captured-*.json)."""
 
@@ -201,7 +205,7 @@ def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
     Forward: the layers come in while inputs and activations go out, each slower for it. Backward: layers kept on the
     device first, then those computed again, whose offloaded inputs share the bus with the layers, then those kept in
     host memory: what kept layers made room for comes back before them, where streamed layers and inputs leave the bus
-    free. On a CPU nothing runs beside.
+    free. NOT_HIDDEN of all that is waited for in any case. On a CPU nothing runs beside.
     """
     each, again, dequantize = units.backward.total, units.again.total, units.dequantize
     forward = walk.layers * units.forward.total + walk.quantized * dequantize
@@ -217,13 +221,15 @@ def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
     copies[1] += inputs * units.input_back
     early = min(walk.kept, due_back(walk.layers, walk.kept_on_host)) * units.kept_back
     copies[2] += walk.kept_on_host * units.kept_back - early
+    crossing = arriving + out + sum(copies) + early
     if choice.device == "cpu":
-        return arriving + out + sum(copies) + early
+        return crossing
     waits = max(0.0, max(arriving, out, (arriving + out) / units.both_ways) - forward)
     for (_, compute), copy in zip(phases[:2], copies[:2], strict=True):
         waits += max(0.0, copy - compute)
         early = max(0.0, early - max(0.0, compute - copy))
-    return waits + max(0.0, copies[2] + early - phases[2][1])
+    waits += max(0.0, copies[2] + early - phases[2][1])
+    return waits + (NOT_HIDDEN * crossing if walk.host else 0.0)
 
 
 def carried_layers(choice: Choice, walk: Walk, units: Units) -> int:
