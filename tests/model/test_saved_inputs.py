@@ -49,3 +49,14 @@ def test_what_was_never_taken_is_given_back_after_settling() -> None:
     store.settle()  # a capture that broke off between forward and backward
     store.forget()
     assert len(addresses(store)) == 3
+
+
+def test_an_expected_input_is_on_its_way_before_it_is_taken() -> None:
+    store = InputStore(torch.device("cpu"))
+    inputs = [torch.randn(16, 8) for _ in range(3)]
+    saved = [store.put(x, offload=True) for x in inputs]
+    store.expect()
+    assert [put.returning is not None for put in saved] == [False, False, True]
+    for x, put in zip(reversed(inputs), reversed(saved), strict=True):
+        assert torch.equal(store.take(put), x)
+    store.expect()  # nothing is left

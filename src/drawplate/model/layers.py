@@ -120,9 +120,11 @@ class LayerRunner:
         else:
             out = self.compute(call, self.residency.acquire(layer), trained, hidden)
         self.activations.end_forward(layer)
-        if self.policies[layer] in AGAIN or not (self.residency.streamed[layer] or self.activations.used):
-            return out
-        return _BeginBackward.apply(out, self, layer)
+        moves = self.residency.streamed[layer] or self.activations.used or self._follows_offloaded(layer)
+        return _BeginBackward.apply(out, self, layer) if moves and self.policies[layer] not in AGAIN else out
+
+    def _follows_offloaded(self, layer: int) -> bool:
+        return layer > 0 and self.policies[layer - 1] == "offload"
 
     def _run_with_moved_tensors(self, call: LayerCall, trained: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """What the layer saves of its slot is remembered by address; of the rest, its policy decides."""
@@ -192,6 +194,8 @@ class LayerRunner:
         if self.residency.streamed[layer]:
             self.residency.acquire(layer, backward=True)
             self._held_for_backward = layer
+        if self._follows_offloaded(layer):
+            self.inputs.expect()
         self.activations.begin_backward(layer)
 
     def settle(self) -> None:

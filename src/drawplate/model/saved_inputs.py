@@ -71,6 +71,12 @@ class InputStore:
             torch.cuda.current_stream(self.device).wait_event(self._leaving[1])
             self._leaving = None
 
+    def expect(self) -> None:
+        """Backward will soon ask for what was put last: it begins its way back."""
+        if self._last is not None:
+            self.let_leave()
+            self._begin_return(self._last)
+
     def take(self, saved: SavedInput) -> Tensor:
         """The tensor that was put, good until the second `take` after this one; the one put before it begins its way
         back."""

@@ -155,7 +155,7 @@ class MicroBatch:
         device.now = f"layer {layer}, " + ("backward" if keeps else "recomputed and backward")
         line = "backward of a kept layer" if keeps else "layer being recomputed"
         self._host_kept.begin_backward(layer)
-        if self._offloads(layer):
+        if self._offloads(layer) or (layer and self._offloads(layer - 1)):  # the next one's begins its way back
             for i in range(RETURN_BUFFERS):
                 if not device.has(("return", i)):
                     device.take(
