@@ -17,16 +17,16 @@ copies to or from stays as long as the model: the ring's, the head's, and what t
 have seen (model/saved_inputs.py, model/host_activations.py); a new shape, for which they may make it anew, drops all
 graphs first. Left out: graphs for evaluation; an adapter in host memory.
 
-While it captures, torch's allocator gives no cached memory back to find room, so a capture needs what the plan says it
-needs. One that breaks off brings its streams together before it ends, or torch would keep its memory for good.
+While it captures, torch's allocator gives no cached memory back to find room: a capture needs what the plan says, at
+once. One that breaks off brings its streams together before it ends, or torch would keep its memory for good.
 """
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ from torch import Tensor
 from drawplate.model.adapter import Adapter
 from drawplate.model.device_batch import DeviceBatch
 from drawplate.model.residency import Residency
+from drawplate.units import format_bytes
 
 MOST_GRAPHS = 16
 
@@ -136,8 +137,12 @@ class GraphedSteps:
         cause: BaseException | None = None
         try:
             # Where the end of a capture fails, torch leaves its own stream as the current one.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph.graph, pool=self._pool):
-                try:  # entering it has emptied the allocator's cache
+            with (
+                _capped_at_its_end(),
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph.graph, pool=self._pool),  # empties the allocator's cache first
+            ):
+                try:
                     graph.nats = self._add_gradients(graph.batch, graph.scale)
                 except BaseException as error:
                     cause = error
@@ -204,6 +209,30 @@ class _Graph:
         self.graph.replay()
         assert self.nats is not None
         return self.nats
+
+
+@contextmanager
+def _capped_at_its_end() -> Iterator[None]:
+    """The cap on torch's allocator (memory.vram) holds for what is reserved once a capture is over.
+
+    The allocator compares the cap with what is reserved and the whole of a new block, though its segment grows by what
+    is missing of it, and gives cached blocks back to try again: not within a capture, which would need up to a block
+    more than on a card of that size.
+
+    Raises:
+        OutOfMemoryError: more is reserved than the cap allows.
+    """
+    share = torch.cuda.get_per_process_memory_fraction()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(share)
+    reserved, device = torch.cuda.memory_reserved(), torch.cuda.current_device()
+    if share < 1.0 and reserved > (room := int(share * torch.cuda.get_device_properties(device).total_memory)):
+        raise torch.OutOfMemoryError(
+            f"Out of memory: a captured micro-step needs {format_bytes(reserved)}, {format_bytes(room)} are allowed."
+        )
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
