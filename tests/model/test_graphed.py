@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,9 +22,11 @@ from drawplate.model.device_batch import DeviceBatch
 from drawplate.model.graphed import GraphedSteps
 from drawplate.model.storage import Storage
 from drawplate.model.weights import Checkpoint
+from drawplate.plan.shape import Choice, ModelShape
 from drawplate.recipe import LoraSection
 from tests.model.conftest import random_sequences
 
+LAYERS = 4
 CUBLAS_WORKSPACE_BYTES = 256 * 2**20
 """cuBLAS and cuBLASLt keep 32 MiB each for every stream; capture has one of its own. Rounded up for the allocator."""
 
@@ -106,6 +109,25 @@ def test_adapters_of_modules_that_are_never_called_get_no_gradient(llama: Checkp
     first, *others = model.adapter.parameters()
     assert (first.grad == 2).all()
     assert not any(p.grad.any() for p in others)
+
+
+@pytest.mark.parametrize("weights", ["device", "dequantized", "host"])
+@pytest.mark.parametrize("policy", ["recompute", "offload"])
+@pytest.mark.parametrize("kept", [0, 1, LAYERS])
+@pytest.mark.parametrize("others", [{}, {"head_rows": 8}, {"embedding": "host"}, {"adapter": "host"}])
+def test_what_the_plan_takes_for_captured_is(weights: str, policy: str, kept: int, others: dict[str, object]) -> None:
+    shape = ModelShape(
+        parameters=0, layers=LAYERS, linear_parameters=0, outside_parameters=0, hidden=8, intermediate=8, vocab=8,
+        attention_width=8, trained_parameters=0, max_positions=8,
+    )  # fmt: skip
+    words = {"precision": "nf4", "double_quant": True, "compute_dtype": "bfloat16", "micro_batch_tokens": 8, **others}
+    choice = Choice.in_words(LAYERS, weights=weights, activations=policy, device="cuda", packing=False, **words)
+    choice = replace(choice, kept_layers=kept)
+    policies = (policy,) * (LAYERS - kept) + ("keep",) * kept
+    placement = Placement(device=torch.device("cuda"), weights=weights, activations=policies, graphs=True, **others)  # type: ignore[arg-type]
+    assert placement.captures(policies) == choice.captured(shape)
+    assert not replace(placement, graphs=False).captures(policies)
+    assert not replace(placement, device=torch.device("cpu")).captures(policies)
 
 
 class Captures:

@@ -21,6 +21,7 @@ from drawplate.plan.ledger import (
     ledger,
     stored_bits,
 )
+from drawplate.plan.replay import Replay
 from drawplate.plan.sketch import sketched
 from drawplate.plan.stage import Stage
 from drawplate.records import LedgerLine
@@ -226,6 +227,20 @@ def test_a_captured_micro_step_holds_its_batch_and_workspaces_of_its_own() -> No
     assert not own & launched.keys()
     assert captured["cuBLAS workspace"].bytes == 2 * launched["cuBLAS workspace"].bytes
     assert captured["adapter gradients"].bytes == launched["adapter gradients"].bytes == 4 * 2_293_760
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_return_buffers_of_steps_that_are_captured_go_with_the_step(launched: bool) -> None:
+    """model/graphed.py settles the store of inputs after each of them; a loop that launches all keeps its buffers."""
+    words = {**KNOWN, "weights": "host", "activations": "offload", "launched": launched}
+    model, choice = sketched(shape()), replace(Choice.in_words(28, **words), kept_layers=4)
+    assert choice.captured(model) != launched
+    replay = Replay(model, choice, AROUND)
+    replay.load()
+    replay.training()
+    assert "return buffers of offloaded inputs" in replay.device.totals
+    assert replay.device.has(("return", 0)) == launched
+    assert replay.device.totals.get("captured micro-step: its own gradients", 0) == 0, "they were added up"
 
 
 def test_a_compiled_layers_kernels_are_tried_once_in_room_of_their_own() -> None:
