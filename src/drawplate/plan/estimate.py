@@ -227,4 +227,5 @@ class _Moments:
     def _loss(self, rows: Rows, *, training: bool) -> int:
         width = rows.counted * self.model.hidden
         tile = sum(loss_tile(self.model, self.choice, rows.counted, training=training))
-        return tile + width * self.size + (width * (4 + self.size) if training else 0) + 40 * rows.tokens
+        compact = width * self.size if rows.counted < rows.tokens else 0
+        return tile + compact + (width * (4 + self.size) if training else 0) + 40 * rows.tokens
