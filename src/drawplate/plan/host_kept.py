@@ -69,6 +69,17 @@ def leaving(layers: int, count: int, sizes: tuple[int, ...]) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
+def leaving_last(layers: int, count: int, sizes: tuple[int, ...]) -> int:
+    """Of such layers, the bytes on their way out during the forward of the model's last layer."""
+    pace, begun = EvenPace(layers, range(count), ()), []
+    for layer in range(layers - 1):
+        if layer < count:
+            pace.sends(layer, sizes)
+        begun.append(sum(sizes[block.number] for block in pace.leaving(layer)))
+    return sum(begun[-LEAVING_LAYERS:])
+
+
+@lru_cache(maxsize=4096)
 def most_back(layers: int, count: int, kept: int, sizes: tuple[int, ...]) -> int:
     """Of such layers, the most bytes that are on the device again during a backward, the last `kept` layers having kept
     theirs there."""
