@@ -8,8 +8,11 @@ and plan/host_kept.py counts by it. How large a layer is that has not run yet is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
+KEEPS_TIME, AGAIN_TIME = 2, 3
+"""How long backward takes with a layer that kept its activations, and with one that it computes again."""
 LEAVING_LAYERS = 2
 """Layers beside whose forward a block leaves: the copies of one may take longer than it does."""
 
@@ -37,6 +40,8 @@ class EvenPace:
         self._queue: list[BlockAt] = []
         self._back: set[BlockAt] = set()
         self._bytes_out = self._bytes_back = 0
+        times = [KEEPS_TIME if layer in self._keeps else AGAIN_TIME for layer in range(layers)]
+        self._after = [0, *accumulate(reversed(times[1:]))][::-1]  # of each layer, the time of those after it
 
     def sends(self, layer: int, sizes: Sequence[int]) -> None:
         """A layer has run, and these are the bytes of its blocks."""
@@ -56,7 +61,7 @@ class EvenPace:
         """The blocks that begin to come back when backward comes to a layer: of as many layers as are through with what
         they kept, the last first."""
         through = sum(keeps > layer for keeps in self._keeps)
-        pace, found = self._expected * min(1.0, (self._last - layer) / max(1, self._last - 1)), []
+        pace, found = self._expected * self.over(layer), []
         for index in sorted(self._sizes, reverse=True)[:through]:
             for number in range(len(self._sizes[index])):
                 block = BlockAt(index, number)
@@ -64,6 +69,11 @@ class EvenPace:
                     found.append(block)
                     self.needed(block)
         return found
+
+    def over(self, layer: int) -> float:
+        """The share of the backward's time that is over when it comes to a layer: all of it at the second one, so that
+        nothing is left for the first."""
+        return min(1.0, self._after[layer] / max(1, self._after[min(1, self._last)]))
 
     def needed(self, block: BlockAt) -> bool:
         """Whether a block that backward asks for has yet to be brought back; from now on it has been."""

@@ -244,8 +244,8 @@ class _RecomputedLayer(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         runner, call = ctx.runner, ctx.call
         runner.let_go()
+        weights = runner.residency.acquire(call.layer, backward=True)  # the ring's next copy is needed sooner
         runner.activations.begin_backward(call.layer)
-        weights = runner.residency.acquire(call.layer, backward=True)
         with torch.enable_grad():
             # The first layer's input needs no gradient; asking all the same keeps it the same compiled function.
             hidden = runner.inputs.take(ctx.saved_input).detach().requires_grad_()

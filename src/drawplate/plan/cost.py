@@ -43,6 +43,8 @@ NOT_HIDDEN = 0.05
 """Of all copies, where layers are streamed: each has to be there when the layer before it is through, so what disturbs
 one is waited for. Some 8 of 183 ms: a captured 8B takes 302 ms, 269 of them kernels, 14 its embedding (not a kernel
 then), 6 its head, the rest between kernels (bench/results/profile-host-kept-8b-h100.json)."""
+BESIDE_STREAMED = 0.85
+"""Of what the bus could carry to host memory and back beside streamed layers: a queue that is full makes them wait."""
 REPLAY_LAUNCHES = 250.0
 """Host time of a captured micro-step: placing its inputs and replaying it (bench/results/profile-captured-*.json)."""
 
@@ -219,7 +221,7 @@ def _streaming_wait(choice: Choice, walk: Walk, units: Units) -> float:
     out = inputs * units.input_out + walk.kept_on_host * units.kept_out
     copies = [arriving * layers / walk.layers for layers, _ in phases]
     copies[1] += inputs * units.input_back
-    early = min(walk.kept, due_back(walk.layers, walk.kept_on_host)) * units.kept_back
+    early = min(walk.kept, due_back(walk.layers, walk.kept_on_host, walk.kept)) * units.kept_back
     copies[2] += walk.kept_on_host * units.kept_back - early
     crossing = arriving + out + sum(copies) + early
     if choice.device == "cpu":
@@ -247,6 +249,8 @@ def carried_layers(choice: Choice, walk: Walk, units: Units) -> int:
     out = min(forward, units.both_ways * forward - arriving) - again * input_out
     back = walk.layers * units.backward.total + again * units.again.total + dequantize
     back -= again * input_back + arriving
+    if walk.host:
+        out, back = BESIDE_STREAMED * out, BESIDE_STREAMED * back
     each_out, each_back = units.kept_out - input_out, units.kept_back - input_back + units.again.total
     most = [room / each for room, each in ((out, each_out), (back, each_back)) if each > 0]
     return max(0, min(again, *(int(n) for n in most))) if most else 0

@@ -51,9 +51,11 @@ def sent_input_bytes(part: Footprint, hidden_bytes: int) -> int:
     return hidden_bytes if part.keeps_input and hidden_bytes >= SENT_FROM_BYTES else 0
 
 
-def due_back(layers: int, count: int) -> float:
-    """Of so many layers on the host, those whose blocks are to be back before backward reaches the first of them."""
-    return min(count, count * (layers - count) / max(1, layers - 2))
+@lru_cache(maxsize=4096)
+def due_back(layers: int, count: int, kept: int) -> float:
+    """Of so many layers on the host, those whose blocks are to be back before backward reaches the first of them, the
+    last `kept` layers having kept theirs on the device."""
+    return count * EvenPace(layers, range(count), range(layers - kept, layers)).over(count - 1) if count else 0.0
 
 
 @lru_cache(maxsize=4096)

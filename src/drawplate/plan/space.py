@@ -93,13 +93,13 @@ def outside(model: ModelShape, *, cuda: bool) -> list[tuple[Literal["device", "h
 
 
 def may_keep_in_host_memory(model: ModelShape, choice: Choice) -> bool:
-    """Only in captured micro-steps where nothing else crosses the bus and layers are not multiplied in fp8.
+    """Only in captured micro-steps whose inputs stay on the device, and where layers are not multiplied in fp8.
 
-    Beside streamed layers an 8B was no faster for it, or slower (bench/results/profile-host-kept-8b-h100.json). In fp8
-    a layer is computed again in half the time, and a 3B fell 6 to 13 % short of its plan (compare-small-3b-h100.json).
+    Inputs on their way would wait behind activations, and the computation for them. In fp8 a layer is computed again in
+    half the time, and a 3B fell 6 to 13 % short of its plan (bench/results/compare-small-3b-h100.json).
     """
-    crosses = choice.host_layers(model.layers) or choice.head_rows or choice.policy == "offload"
-    return choice.captured(model) and not crosses and choice.precision != "fp8"
+    captured = replace(choice, kept_layers=FEWEST_KEPT).captured(model)
+    return captured and choice.policy == "recompute" and choice.precision != "fp8"
 
 
 def tiers(layers: int, weights: str, precision: str, *, cuda: bool) -> list[tuple[int, int]]:
