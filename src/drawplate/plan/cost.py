@@ -41,10 +41,11 @@ GAP_SECONDS = {False: 6e-6, True: 0.5e-6}
 microseconds in bench/results/profile-launched-h100.json), captured (none to be seen in profile-captured-*.json)."""
 NOT_HIDDEN = 0.05
 """Of all copies, where layers are streamed: each has to be there when the layer before it is through, so what disturbs
-one is waited for. Some 8 of 183 ms: a captured 8B takes 302 ms, 269 of them kernels, 14 its embedding (not a kernel
-then), 6 its head, the rest between kernels (bench/results/profile-host-kept-8b-h100.json)."""
+one is waited for. Captured, an 8B waits 11 to 24 ms for copies that take 250 to 300
+(bench/results/profile-captured-8b-h100.json)."""
 BESIDE_STREAMED = 0.85
-"""Of what the bus could carry to host memory and back beside streamed layers: a queue that is full makes them wait."""
+"""Of what the bus could carry to host memory and back beside streamed layers: a queue that is full makes them wait.
+With 10 layers there an 8B waits 17 ms for copies, with 12 it waits 46 (the same file)."""
 REPLAY_LAUNCHES = 250.0
 """Host time of a captured micro-step: placing its inputs and replaying it (bench/results/profile-captured-*.json)."""
 

@@ -96,7 +96,7 @@ def may_keep_in_host_memory(model: ModelShape, choice: Choice) -> bool:
     """Only in captured micro-steps whose inputs stay on the device, and where layers are not multiplied in fp8.
 
     Inputs on their way would wait behind activations, and the computation for them. In fp8 a layer is computed again in
-    half the time, and a 3B fell 6 to 13 % short of its plan (bench/results/compare-small-3b-h100.json).
+    half the time, and a 3B fell 6 to 13 % short of its plan (bench/results/compare-small-3b-fp8-on-host-h100.json).
     """
     captured = replace(choice, kept_layers=FEWEST_KEPT).captured(model)
     return captured and choice.policy == "recompute" and choice.precision != "fp8"
