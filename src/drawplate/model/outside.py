@@ -14,6 +14,9 @@ from drawplate.model.checkpoint_names import CheckpointNames
 from drawplate.model.head import Head, ResidentRows, StreamedRows
 from drawplate.model.tables import computed_tables, kept_buffers
 
+WITHOUT = "memory.vram higher, so that embedding and head stay on the device"
+"""What needs no page-locked memory for them."""
+
 
 @torch.no_grad()
 def fill_outside(model: CausalLM, names: CheckpointNames) -> None:
@@ -57,7 +60,7 @@ def _in_host_memory(table: Tensor, *, pinned: bool) -> Tensor:
     """As it is, or page-locked, where a GPU is to read it."""
     if not pinned:
         return table.cpu()
-    locked = private_bytes(table.numel() * table.element_size(), pinned=True)
+    locked = private_bytes(table.numel() * table.element_size(), pinned=True, without=WITHOUT)
     return locked.view(table.dtype).view(table.shape).copy_(table)
 
 
