@@ -4,9 +4,9 @@ A case is SHAPE:PRECISION:TIERS:POLICY:SIZES:RANK:TARGETS:DROPOUT:PACKING[:optio
 `3b:nf4:streamed:offload:2x2048,1x1024:8:qv:0.1:padded:head=8192`. TIERS is resident, dequantized, streamed or partial
 (the first half on the device); POLICY keep, recompute, offload or mixed (the last quarter keeps, the others recompute);
 with :host=N the first N layers keep their activations in host memory.
-Each size runs one evaluation micro-batch, three optimizer steps, a save of the adapter and another evaluation, as a run
-does: gradients in one run of memory, micro-steps captured where the placement allows it (not with :launched), layers
-compiled (not with :eager).
+Each size runs one evaluation micro-batch, three optimizer steps, a save of the adapter, another evaluation and two more
+steps, as a run does, so that what can be captured is captured twice: gradients in one run of memory, micro-steps
+captured where the placement allows it (not with :launched), layers compiled (not with :eager).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-STEPS = 3
+STEPS, STEPS_AGAIN = 3, 2
 OUTSIDE = ("CUDA context", "allocator: rounding and gaps")
 
 
@@ -107,7 +107,7 @@ def batch_of(model: Any, size: str, packing: str) -> Any:
 
 
 def run_size(model: Any, size: str, packing: str, tracing: Callable[[], Any] | None = None) -> dict[str, Any]:
-    """One evaluation, some optimizer steps, another evaluation; the peaks of each, and what `tracing` makes is told."""
+    """Evaluation, optimizer steps, evaluation, steps; the peaks of each, and what `tracing` makes is told."""
     import torch
 
     from drawplate.recipe import TrainSection
@@ -140,7 +140,8 @@ def run_size(model: Any, size: str, packing: str, tracing: Callable[[], Any] | N
         return 0.0
 
     steps = {f"step{i}": lambda i=i: step(i) for i in range(STEPS)}
-    stages = {"baseline": evaluate} | steps | {"checkpoint": checkpoint, "final": evaluate_again}
+    again = {f"again{i}": lambda i=i: step(STEPS + i) for i in range(STEPS_AGAIN)}
+    stages = {"baseline": evaluate} | steps | {"checkpoint": checkpoint, "final": evaluate_again} | again
     trace = tracing() if tracing else None
     for name, stage in stages.items():
         torch.cuda.synchronize()

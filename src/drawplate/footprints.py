@@ -32,13 +32,15 @@ Trace = tuple[tuple[str, Line | None], ...]
 
 Names with a meaning: `out` is returned, `grad_in` is the gradient to the input, `grad:0` ... those to trained tensors.
 `grad_out` is the gradient that comes in, where the part itself lets go of it.
-Names that begin with `WEIGHT` are those of a layer's weights, dequantized before it is called.
+Names that begin with `WEIGHT` are those of dequantized weights: a layer's, before it is called, or a product's own.
 Names that begin with `TRIAL` are copies which the compiler makes while it tries a kernel that writes in place; they are
 there only the first time that the kernel runs.
 """
 
 TRIAL = "trial "
 WEIGHT = "w"
+INPUT = "in"
+"""A part's input, which is in no trace of its own, among what is `saved`."""
 
 SENT_FROM_BYTES = 2**20
 """Of a layer that keeps its activations in host memory, smaller blocks stay on the device: a copy of each costs more
@@ -54,6 +56,7 @@ class Footprint:
         forward: one that is differentiated later; ends with `out` and what autograd keeps.
         backward: goes on from there; ends with the gradients.
         keeps_input: autograd keeps the input too.
+        saved: what autograd keeps, in the order in which it does: blocks of `forward`, and INPUT.
         keys: trained linear layers, each of which has a dropout key per token.
         again: a layer's forward and backward where it is computed a second time for its backward alone.
     """
@@ -62,6 +65,7 @@ class Footprint:
     forward: Trace
     backward: Trace
     keeps_input: bool = True
+    saved: tuple[str, ...] = ()
     keys: int = 0
     again: Footprint | None = None
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from transformers import AutoConfig
 
-from drawplate.footprints import TRIAL, Mode, Trace
+from drawplate.footprints import INPUT, TRIAL, WEIGHT, Mode, Trace
 from drawplate.model import body_footprint, recorder, trial
 from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import Anatomy, build_anatomy
@@ -23,6 +23,9 @@ from tests.model.conftest import ARCHITECTURES, COMMON
 
 def anatomy_of(name: str) -> Anatomy:
     return build_anatomy(AutoConfig.for_model(name.partition("-")[0], **{**COMMON, **ARCHITECTURES[name]}))
+
+
+LORA = LoraSection(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
 
 
 def held(trace: Trace, tokens: int, blocks: dict[str, int] | None = None) -> tuple[int, dict[str, int]]:
@@ -126,6 +129,37 @@ def test_an_adapters_output_has_no_block_beside_the_product_that_is_summed_onto_
         most = max(most, len(held_now))
     assert most == 3, "gate, up, and what goes into the last product"
     assert copies.count(wide) == 0, "no kernel writes over gate or up"
+
+
+def test_what_a_compiled_layer_saves_is_in_the_order_in_which_it_was_made_attentions_output_too() -> None:
+    """As torch 2.11 sent it to host memory on an H100; the graph here returns an alias of attention's output last."""
+    kinds, _ = layer_shapes(anatomy := anatomy_of("llama"), lora_config(LORA, anatomy, "x", None))
+    footprint = kinds[0].footprints[Mode("cuda", "bfloat16", True, "nf4", False, True, False)]
+    assert footprint.saved[0] == INPUT
+    hidden = 2 * anatomy.config.hidden_size
+    wide = [name for name, line in footprint.forward if line and line.per_token >= hidden / 2]
+    saved = [name for name in footprint.saved if name in wide]
+    assert len(saved) >= 7, "queries, keys, values, attention's output, the next norm's input, gate and up"
+    assert saved == sorted(saved, key=wide.index)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_saved_is_what_is_left_of_a_forward(compiled: bool) -> None:
+    kinds, _ = layer_shapes(anatomy := anatomy_of("llama"), lora_config(LORA, anatomy, "x", None))
+    footprint = kinds[0].footprints[Mode("cuda", "bfloat16", compiled, "nf4", False, True, False)]
+    assert {*footprint.saved} - {INPUT, "out"} == held(footprint.forward, 512)[1].keys() - {"out"}
+    assert (INPUT in footprint.saved) == footprint.keeps_input
+
+
+def test_adapted_products_dequantize_one_weight_after_another() -> None:
+    kinds, _ = layer_shapes(anatomy := anatomy_of("llama"), lora_config(LORA, anatomy, "x", None))
+    forward = kinds[0].footprints[Mode("cuda", "bfloat16", True, "nf4", False, True, False)].forward
+    sizes = [2 * linear.out_features * linear.in_features for linear in kinds[0].linears]
+    weights = [(name, line.fixed) for name, line in forward if line and line.fixed in sizes]
+    assert sorted(size for _, size in weights) == sorted(sizes)
+    places = [i for i, (name, _) in enumerate(forward) if name == weights[0][0]]
+    assert places[1] == places[0] + 1, "gone before there is room for the next product"
+    assert [name.startswith(WEIGHT) for name, _ in weights].count(True) == 5, "those that come before their products"
 
 
 def test_rotated_queries_are_not_written_over_what_they_are_made_of() -> None:

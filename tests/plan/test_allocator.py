@@ -76,6 +76,25 @@ def test_a_capture_gives_back_what_holds_no_block_and_takes_pools_of_its_own() -
     assert memory.highest_reserved == 60 * MIB
 
 
+def test_what_outlives_a_capture_is_held_beside_those_after_it() -> None:
+    memory = CachingAllocator()
+    memory.begin_capture()
+    memory.take("workspace", 30 * MIB)
+    memory.take("captured", 30 * MIB)
+    memory.end_capture()
+    memory.give("captured")
+    memory.forget_capture()
+    assert memory.reserved == 40 * MIB
+    memory.begin_capture()
+    memory.take("captured", 30 * MIB)
+    assert memory.reserved == 80 * MIB
+    memory.end_capture()
+    memory.give("captured")
+    memory.give("workspace")
+    memory.forget_capture()
+    assert memory.reserved == 0
+
+
 def test_what_a_process_lets_go_of_stays_with_it_unless_it_is_large() -> None:
     memory = ProcessMemory()
     memory.take("small", 10 * MIB)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from drawplate.footprints import SENT_FROM_BYTES, Footprint, Line
+from drawplate.footprints import INPUT, SENT_FROM_BYTES, Footprint, Line
 from drawplate.plan.host_kept import LINE, HostKept, leaving, leaving_last, most_back, sent_blocks
 from drawplate.plan.ledger import Choice, ModelShape, Surroundings, ledger
 from drawplate.plan.micro_batch import MicroBatch
@@ -41,6 +41,14 @@ def test_only_what_is_saved_and_large_is_sent() -> None:
     part = Footprint(inference=(), forward=forward, backward=())
     assert sent_blocks(part, 16) == {"kept": SENT_FROM_BYTES}
     assert sent_blocks(part, 15) == {}
+
+
+def test_it_is_sent_in_the_order_in_which_it_is_saved() -> None:
+    forward = (("late", LARGE), ("early", LARGE), ("out", LARGE))
+    part = Footprint(inference=(), forward=forward, backward=(), saved=(INPUT, "early", "late"))
+    assert list(sent_blocks(part, 16, 0, SENT_FROM_BYTES)) == [INPUT, "early", "late"]
+    assert list(sent_blocks(part, 16)) == ["early", "late"], "the first layer's input is the body's caller's"
+    assert list(sent_blocks(replace(part, keeps_input=False), 16, 0, SENT_FROM_BYTES)) == ["early", "late"]
 
 
 @pytest.mark.parametrize(("kept", "on_host"), [(0, 20), (8, 20), (15, 13), (28, 0)])

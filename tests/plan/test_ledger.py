@@ -229,6 +229,33 @@ def test_a_captured_micro_step_holds_its_batch_and_workspaces_of_its_own() -> No
     assert captured["adapter gradients"].bytes == launched["adapter gradients"].bytes == 4 * 2_293_760
 
 
+def test_a_second_capture_finds_the_workspaces_of_the_first_one_there() -> None:
+    """At the loss, before any backward of its own."""
+    made = ledger(shape(), Choice.in_words(28, **{**KNOWN, "activations": "keep"}), AROUND)
+    training = next(phase for phase in made.phases if phase.phase == "training")
+    lines = {line.name: line.bytes for line in training.lines}
+    assert training.moment == "the loss"
+    assert lines["cuBLAS workspace"] == 4 * AROUND.product_workspace_bytes
+    final = {line.name for line in made.phases[-1].lines}
+    assert "captured micro-step: its batch" not in final, "given back"
+
+
+def test_the_first_product_of_backward_takes_the_workspace_once_there_is_room_for_its_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choice = replace(Choice.in_words(28, **{**KNOWN, "activations": "keep"}), launched=True)
+    replay, there = Replay(sketched(shape()), choice, AROUND), list[bool]()
+
+    def watched(thread: str) -> None:
+        if thread == "backward":
+            there.append(replay.device.has(("layer", 27, "grad:0")))
+
+    monkeypatch.setattr(replay.stage, "product_workspace", watched)
+    replay.load()
+    replay.training()
+    assert there[0]
+
+
 @pytest.mark.parametrize("launched", [False, True])
 def test_return_buffers_of_steps_that_are_captured_go_with_the_step(launched: bool) -> None:
     """model/graphed.py settles the store of inputs after each of them; a loop that launches all keeps its buffers."""

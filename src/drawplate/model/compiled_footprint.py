@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from drawplate.footprints import WEIGHT, Footprint, Trace
-from drawplate.model.compiled_nodes import outputs_of, root_of
+from drawplate.footprints import INPUT, WEIGHT, Footprint, Trace
+from drawplate.model.compiled_nodes import name_of, outputs_of, root_of
 from drawplate.model.compiled_walk import Walk
 from drawplate.model.frozen import WHOLE
 from drawplate.model.recorder import Recorder, line_of
@@ -53,16 +53,19 @@ def compiled_footprint(trial: Trial, graphs: Graphs) -> Footprint:
     inference = _traced_forward(alone, weights, stored)
     out = {inference.names[root_of(outputs_of(alone)[0])]: "out"}
     trace = inference.recorder.cut(0, None, out)
-    forward, backward = _traced_halves(graphs.again, weights, stored, again=True)
+    forward, backward, _ = _traced_halves(graphs.again, weights, stored, again=True)
     again = Footprint(inference=trace, forward=forward, backward=backward)
-    forward, backward = _traced_halves(graphs.once, weights, stored)
-    return Footprint(inference=trace, forward=forward, backward=backward, again=again)
+    forward, backward, kept = _traced_halves(graphs.once, weights, stored)
+    hidden = f"primals_{len(graphs.tensors) + 1}"
+    saved = tuple(INPUT if node.name == hidden else name for node, name in kept.items() if name or node.name == hidden)
+    return Footprint(inference=trace, forward=forward, backward=backward, saved=saved, again=again)
 
 
 def _traced_halves(
     halves: Halves, weights: tuple[Trace, dict[str, str]], stored: str, *, again: bool = False
-) -> tuple[Trace, Trace]:
-    """Forward and backward; with `again` the output is let go of between them."""
+) -> tuple[Trace, Trace, dict[fx.Node, str]]:
+    """Forward, backward, and what is kept between them in the order in which autograd does, each with its block (none
+    for what the layer was given); with `again` the output is let go of between them."""
     forward, backward = halves
     training = _traced_forward(forward, weights, stored)
     out, *saved = outputs_of(forward)
@@ -75,7 +78,9 @@ def _traced_halves(
     *gradients, grad_in = [back.names.get(root_of(node), "") for node in outputs_of(backward)]
     meanings = {name: f"grad:{i}" for i, name in enumerate(gradients)} | {grad_in: "grad_in"}
     for_training = {made: "out"} if made and not again else {}
-    return training.recorder.cut(0, start, for_training), training.recorder.cut(start, None, for_training | meanings)
+    kept = {root_of(node): training.names.get(root_of(node), "") for node in _in_order_of_saving(forward)}
+    events = training.recorder
+    return events.cut(0, start, for_training), events.cut(start, None, for_training | meanings), kept
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,17 @@ def _inference_graph(forward: fx.GraphModule) -> fx.GraphModule:
     graph.eliminate_dead_code()
     _Compiler.imported().reorder_for_locality(graph)
     return fx.GraphModule(forward, graph)
+
+
+def _in_order_of_saving(forward: fx.GraphModule) -> list[fx.Node]:
+    """What a graph returns beside its output. The partitioner puts it in the order of the nodes, once the compiler has
+    replaced aliases (of attention's output) by what they are aliases of; here they are still there, at the end."""
+    place = {node: i for i, node in enumerate(forward.graph.nodes)}
+
+    def at(node: fx.Node) -> int:
+        return at(node.all_input_nodes[0]) if name_of(node) == "alias" else place[node]
+
+    return sorted(outputs_of(forward)[1:], key=at)
 
 
 def _alone(node: fx.Node) -> list[fx.Node]:

@@ -164,18 +164,29 @@ def typical_bytes(node: fx.Node) -> int:
 
 def begins_with_scratch(node: fx.Node) -> bool:
     """Whether a library's kernel takes its scratch before what it returns."""
-    return any(word in str(node.target) for word in ("frozen_product", "dropped_grad_A"))
+    return dequantizes_first(node) or "dropped_grad_A" in str(node.target)
+
+
+def dequantizes_first(node: fx.Node) -> bool:
+    """Whether that is a weight."""
+    return "frozen_product" in str(node.target)
+
+
+def weight_after(node: fx.Node, stored: str) -> list[Line]:
+    """Of one of the products that a library's kernel makes one after another, what it dequantizes once there is room
+    for that product."""
+    if name_of(node) != "getitem" or "adapted_products" not in str(node.all_input_nodes[0].target):
+        return []
+    args: Any = node.all_input_nodes[0].args
+    if args[2] in PLAIN_DTYPES:  # dequantized before the layer was called
+        return []
+    x, lora_B = args[0].meta["val"], args[5][node.args[1]].meta["val"]
+    return [Line(lora_B.shape[0] * x.shape[-1] * x.element_size(), 0)] * (2 if stored == "int8" else 1)
 
 
 def workspace_of(node: fx.Node, stored: str) -> list[Line]:
     """What a library's kernel takes beside what it returns."""
     values: list[Any] = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
-    if "adapted_products" in str(node.target):  # one weight at a time
-        inputs, precision, lora_Bs = values[0], values[2], values[5]
-        if precision in PLAIN_DTYPES:  # dequantized before the layer was called
-            return []
-        most = max(lora_B.meta["val"].shape[0] for lora_B in lora_Bs) * inputs.shape[-1] * inputs.element_size()
-        return [Line(most, 0)] * (2 if stored == "int8" else 1)
     if "dropped_grad_A" in str(node.target):  # sums over parts of the tokens, added up at the end
         grads: Any = node.args[0]
         each = grads[0].meta["val"].shape[1] * values[1].shape[1] * 4

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from drawplate.footprints import Line
+from drawplate.footprints import WEIGHT, Line
 from drawplate.model.compiled_kernels import Kernel, kernels_of
 from drawplate.model.compiled_nodes import (
     begins_with_scratch,
+    dequantizes_first,
     dtype_of,
     in_order_of_loads,
     is_planned,
@@ -24,6 +25,7 @@ from drawplate.model.compiled_nodes import (
     root_of,
     same_places,
     typical_bytes,
+    weight_after,
     workspace_of,
 )
 from drawplate.model.kernel_order import Job, Jobs
@@ -92,10 +94,12 @@ class Walk:
             if not self.release_inputs:
                 dying = {s for s in dying if s.op != "placeholder"}
             scratch = [] if kernel.generated else workspace_of(kernel.writes[0], self.stored)
-            early = [self.recorder.take(line) for line in scratch if begins_with_scratch(kernel.writes[0])]
+            weight = WEIGHT if dequantizes_first(kernel.writes[0]) else ""
+            early = [self.recorder.take(line, weight) for line in scratch if begins_with_scratch(kernel.writes[0])]
             self._in_place = []
             for node in kernel.writes:
                 self._write(node, i, dying)
+                self.recorder.pass_by(*weight_after(node, self.stored))
             if kernel.generated and self._peaks:
                 self.recorder.try_out(self._in_place)
             for name in early:

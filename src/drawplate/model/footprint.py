@@ -25,10 +25,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
-from drawplate.footprints import Footprint, LayerShape, LinearShape, Mode
+from drawplate.footprints import INPUT, Footprint, LayerShape, LinearShape, Mode
 from drawplate.model import attention
 from drawplate.model.adapter import target_names
 from drawplate.model.anatomy import Anatomy
@@ -170,8 +170,14 @@ def _eager_pass(trial: Trial, *, again: bool = False) -> Footprint:
         leaf = torch.empty_like(trial.hidden).requires_grad_()
         hidden = leaf * 1  # not a leaf: those are kept by autograd itself
         name, edge = watch.name_of(hidden), get_gradient_edge(hidden)
-        of_input = {watch.name_of(leaf), name}
-        out = trial.run(hidden)
+        of_input, saved = {watch.name_of(leaf), name}, dict[str, None]()
+
+        def see(tensor: Tensor) -> Tensor:
+            saved[watch.name_of(tensor)] = None
+            return tensor
+
+        with saved_tensors_hooks(see, lambda tensor: tensor):
+            out = trial.run(hidden)
         del hidden
         names = {watch.name_of(out): "out"}
         end = get_gradient_edge(out)
@@ -186,7 +192,13 @@ def _eager_pass(trial: Trial, *, again: bool = False) -> Footprint:
     kept = name not in {block for block, line in recorder.events[:turn] if line is None}
     beside = [event for event in events if event[0] not in of_input]
     ahead = sum(block not in of_input for block, _ in events[:turn])
-    return Footprint(inference=made, forward=tuple(beside[:ahead]), backward=tuple(beside[ahead:]), keeps_input=kept)
+    return Footprint(
+        inference=made,
+        forward=tuple(beside[:ahead]),
+        backward=tuple(beside[ahead:]),
+        keeps_input=kept,
+        saved=tuple(INPUT if block == name else names.get(block, block) for block in saved if block),
+    )
 
 
 def _tensors(tree: Any) -> list[Tensor]:

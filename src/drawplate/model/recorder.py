@@ -35,10 +35,10 @@ class Recorder:
         self.events: list[tuple[str, Line | None]] = []
         self._prefix, self._count = prefix, 0
 
-    def take(self, line: Line) -> str:
-        """A new block; returns its name."""
+    def take(self, line: Line, before: str = "") -> str:
+        """A new block; returns its name, which has that before it."""
         self._count += 1
-        name = f"{self._prefix}{self._count}"
+        name = f"{before}{self._prefix}{self._count}"
         self.events.append((name, line))
         return name
 

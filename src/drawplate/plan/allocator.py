@@ -14,6 +14,9 @@ Left out: other streams (they only copy here).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
+
 from drawplate.plan.addresses import Addresses
 from drawplate.units import KIB, MIB
 
@@ -38,33 +41,38 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self.pools = _pools()
-        self._beside: dict[str, Addresses] = {}
+        self._outside: dict[str, Addresses] = {}  # a capture, while there is one
+        self._captured: list[Addresses] = []
         self._blocks: dict[object, tuple[Addresses, int, int]] = {}
         self.allocated = self.highest_reserved = 0
 
     @property
     def reserved(self) -> int:
         """Bytes taken of the device."""
-        return sum(pool.reserved for pool in (*self.pools.values(), *self._beside.values()))
+        return sum(pool.reserved for pool in self._all())
 
     def empty_cache(self) -> None:
         """Whatever part of any pool can be given back is."""
-        for pool in (*self.pools.values(), *self._beside.values()):
+        for pool in self._all():
             pool.give_back()
 
     def begin_capture(self) -> None:
         """The cache is emptied, and blocks come from pools of the graph's own."""
         self.empty_cache()
-        self.pools, self._beside = _pools(), self.pools
+        self.pools, self._outside = _pools(), self.pools
 
     def end_capture(self) -> None:
         """The graph's pools keep what they have, but no new block comes from them."""
-        self.pools, self._beside = self._beside, self.pools
+        self._captured += self.pools.values()
+        self.pools, self._outside = self._outside, {}
 
     def forget_capture(self) -> None:
         """The cache is emptied, where there was a capture."""
-        if self._beside:
+        if self._captured:
             self.empty_cache()
+
+    def _all(self) -> Iterator[Addresses]:
+        return chain(self.pools.values(), self._outside.values(), self._captured)
 
     def take(self, name: object, size: int) -> int:
         """A new block; returns its size."""

@@ -14,7 +14,7 @@ from typing import Literal
 
 from drawplate.footprints import TRIAL, Footprint, Trace
 from drawplate.plan.host import HostLines, Row
-from drawplate.plan.host_kept import leaving, leaving_last, most_back, sent_blocks, sent_input_bytes
+from drawplate.plan.host_kept import leaving, leaving_last, most_back, sent_blocks
 from drawplate.plan.micro_batch import RETURN_BUFFERS
 from drawplate.plan.rows import Rows, eval_rows_of, train_rows_of
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
@@ -213,8 +213,8 @@ class _Moments:
         return max(ends, key=sum)
 
     def _sent(self, part: Footprint) -> tuple[int, ...]:
-        blocks = sent_blocks(part, self.rows.tokens, self.rows.borders).values()
-        return (*blocks, sent_input_bytes(part, self.rows.tokens * self.model.hidden * self.size))
+        hidden = self.rows.tokens * self.model.hidden * self.size
+        return tuple(sent_blocks(part, self.rows.tokens, self.rows.borders, hidden).values())
 
     def _way(self, layer: int) -> _Way:
         if layer >= self.model.layers - self.choice.kept_layers:

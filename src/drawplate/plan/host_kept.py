@@ -13,7 +13,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from drawplate.even_pace import LEAVING_LAYERS, BlockAt, EvenPace
-from drawplate.footprints import SENT_FROM_BYTES, Footprint
+from drawplate.footprints import INPUT, SENT_FROM_BYTES, Footprint
 from drawplate.plan.blocks import Name
 from drawplate.plan.rows import Rows
 from drawplate.plan.shape import DTYPE_BYTES, Choice, ModelShape
@@ -22,16 +22,17 @@ from drawplate.plan.storage import ALIGNMENT
 
 LINE = "activations on their way to host memory and back"
 
-_SENT: dict[tuple[int, int, int], tuple[Footprint, dict[str, int]]] = {}
+_SENT: dict[tuple[int, int, int, int], tuple[Footprint, dict[str, int]]] = {}
 _MOST_REMEMBERED = 4096
 """By the footprint's id; the footprint is kept, so that its id stays its own."""
 
 
-def sent_blocks(part: Footprint, tokens: int, borders: int = 0) -> dict[str, int]:
-    """Bytes by name of what a layer saves in its forward and sends to the host; its input is not among them.
+def sent_blocks(part: Footprint, tokens: int, borders: int = 0, hidden_bytes: int = 0) -> dict[str, int]:
+    """Bytes by name of what a layer saves in its forward and sends to the host, in the order in which it is saved.
 
-    Remembered, because a search asks thousands of times."""
-    key = (id(part), tokens, borders)
+    Its input is among them where it has `hidden_bytes` and is saved; the first layer's is not sent, because the body's
+    caller holds the embedding. Remembered, because a search asks thousands of times."""
+    key = (id(part), tokens, borders, hidden_bytes)
     if key not in _SENT:
         if len(_SENT) >= _MOST_REMEMBERED:
             _SENT.clear()
@@ -41,14 +42,12 @@ def sent_blocks(part: Footprint, tokens: int, borders: int = 0) -> dict[str, int
                 saved.pop(name, None)
             else:
                 saved[name] = line.bytes(tokens, borders)
-        sent = {name: size for name, size in saved.items() if name != "out" and size >= SENT_FROM_BYTES}
+        saved |= {INPUT: hidden_bytes} if part.keeps_input else {}
+        order = {name: place for place, name in enumerate(dict.fromkeys(part.saved))}
+        names = sorted(saved, key=lambda name: order.get(name, len(order)))
+        sent = {name: saved[name] for name in names if name != "out" and saved[name] >= SENT_FROM_BYTES}
         _SENT[key] = (part, sent)
     return _SENT[key][1]
-
-
-def sent_input_bytes(part: Footprint, hidden_bytes: int) -> int:
-    """Of a layer's input, where that is sent too; the first's is not, because the body's caller holds the embedding."""
-    return hidden_bytes if part.keeps_input and hidden_bytes >= SENT_FROM_BYTES else 0
 
 
 @lru_cache(maxsize=4096)
@@ -139,10 +138,9 @@ class HostKept:
 
     def _sent_by(self, layer: int, rows: Rows) -> list[tuple[Name, int]]:
         part = self.stage.kinds[layer].footprints[self.stage.kept[layer]]
-        blocks = sent_blocks(part, rows.tokens, rows.borders).items()
-        sent: list[tuple[Name, int]] = [(("layer", layer, name), size) for name, size in blocks]
-        hidden = sent_input_bytes(part, rows.tokens * self.stage.model.hidden * self.stage.size)
-        return sent + ([(input_of(layer), hidden)] if layer and hidden else [])
+        hidden = rows.tokens * self.stage.model.hidden * self.stage.size if layer else 0
+        blocks = sent_blocks(part, rows.tokens, rows.borders, hidden).items()
+        return [(input_of(layer) if name == INPUT else ("layer", layer, name), size) for name, size in blocks]
 
 
 def locked_bytes(model: ModelShape, choice: Choice, rows: Rows) -> int:
@@ -150,7 +148,6 @@ def locked_bytes(model: ModelShape, choice: Choice, rows: Rows) -> int:
     total, hidden = 0, rows.tokens * model.hidden * DTYPE_BYTES[choice.compute_dtype]
     for layer in range(choice.on_host(model.layers)):
         part = model.kinds[model.kind_of_layer[layer]].footprints[choice.mode(choice.tier(layer), kept=True)]
-        sizes = sent_blocks(part, rows.tokens, rows.borders).values()
+        sizes = sent_blocks(part, rows.tokens, rows.borders, hidden if layer else 0).values()
         total += sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-        total += sent_input_bytes(part, hidden) if layer else 0
     return total

@@ -161,11 +161,9 @@ class MicroBatch:
                     device.take(
                         "return buffers of offloaded inputs", ("return", i), rows.tokens * self.model.hidden * self.size
                     )
-        if keeps:
-            self.stage.product_workspace("backward")
-        else:
+        if not keeps:
             self.stage.run(part.forward, line, prefix, rows, sparing=False, multiplies="backward")
-        self.stage.run(part.backward, line, prefix, rows)
+        self.stage.run(part.backward, line, prefix, rows, multiplies="backward")
         for j in range(len(self.stage.trained[layer])):
             self._accumulate((*prefix, f"grad:{j}"), ("new", layer, j))
         self._pass_gradient(prefix)

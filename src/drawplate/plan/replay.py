@@ -18,6 +18,9 @@ from drawplate.plan.rows import Rows, eval_rows_of, train_rows_of
 from drawplate.plan.shape import Choice, ModelShape, Surroundings
 from drawplate.plan.stage import TRAINED_BYTES, Stage
 
+CAPTURES = 2
+"""From then on each is like the one before it."""
+
 
 class Replay:
     """Phases of a run, each a method that returns its highest moment; to be called in the run's order."""
@@ -37,7 +40,7 @@ class Replay:
     def evaluation(self) -> Moment:
         """One micro-batch without gradients. Captured micro-steps have given their memory back before it."""
         self.device.now = "before the first layer"
-        self.device.forget_capture()
+        self._forget_capture()
         self._micro_batch.drop_keys()
         self.device.begin()
         self._micro_batch.evaluate(self.eval_rows)
@@ -46,19 +49,23 @@ class Replay:
     def training(self) -> Moment:
         """Two optimizer steps: in the first the moments come, in the second they are there.
 
-        Where micro-steps are captured the first is launched, and the second is the capture."""
+        Where micro-steps are captured the first is launched, and the second is the capture; then the same again, as
+        after an evaluation or where another shape comes: what cuBLAS took in a capture outlives it, so that the second
+        needs more than the first."""
         device = self.device
         device.now = "before the first layer"
         device.begin()
         self._make_gradients()
-        self._micro_batch.train(self.train_rows)
-        self._update()
-        if self.captured:
-            device.begin_capture()
-            self._graph_inputs(self.train_rows)
-        self._micro_batch.train(self.train_rows)
-        device.end_capture()
-        self._update()
+        for _ in range(CAPTURES if self.captured else 1):
+            self._forget_capture()
+            self._micro_batch.train(self.train_rows)
+            self._update()
+            if self.captured:
+                self._graph_inputs(self.train_rows)
+                device.begin_capture()
+            self._micro_batch.train(self.train_rows)
+            device.end_capture()
+            self._update()
         return device.end()
 
     def checkpoint(self) -> Moment:
@@ -72,6 +79,12 @@ class Replay:
         if self.choice.adapter == "device":
             count = sum(sum(trained) for trained in self.stage.trained)
             self.device.take("adapter gradients", ("gradients",), count * TRAINED_BYTES)
+
+    def _forget_capture(self) -> None:
+        """Captured micro-steps give their memory back."""
+        if self.device.has(("graph batch",)):
+            self.device.give(("graph batch",))
+            self.device.forget_capture()
 
     def _graph_inputs(self, rows: Rows) -> None:
         """What a captured micro-step reads: its own copy of the batch."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from drawplate.plan.host_kept import sent_blocks, sent_input_bytes
+from drawplate.plan.host_kept import sent_blocks
 from drawplate.plan.ledger import DTYPE_BYTES, Choice, LinearShape, ModelShape, stored_bits
 from drawplate.plan.rows import train_rows_of
 from drawplate.plan.sketch import sketched
@@ -228,7 +228,7 @@ def sent_bytes(model: ModelShape, choice: Choice, work: StepWork) -> float:
     tokens, borders = round(work.positions), train_rows_of(choice, model).borders
     hidden = tokens * model.hidden * DTYPE_BYTES[choice.compute_dtype]
     parts = [kind.footprints[choice.mode("dequantized", kept=True)] for kind in model.kinds]
-    each = [sum(sent_blocks(part, tokens, borders).values()) + sent_input_bytes(part, hidden) for part in parts]
+    each = [sum(sent_blocks(part, tokens, borders, hidden).values()) for part in parts]
     return sum(each[kind] for kind in model.kind_of_layer) / model.layers
 
 
