@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from drawplate.data.batches import cut_packed, cut_padded
+from drawplate.errors import UsageError
 from drawplate.model import host_activations
 from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import build_anatomy
@@ -89,6 +91,17 @@ def test_every_architecture_gives_the_loss_that_transformers_gives(name: str, tm
     model = build(checkpoint, weights="host", head_rows=16, poison=True)
     for batches in (cut_packed(sequences, 64, 8, 0), cut_padded(sequences, 4, 8, 0), cut_padded(sequences, 1, 1, 0)):
         assert nats(model, batches) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("head_rows", [0, 16])
+def test_a_token_that_the_model_does_not_have_is_refused_by_number(llama: Checkpoint, head_rows: int) -> None:
+    model = build(llama, head_rows=head_rows)
+    rows = model.embedding.weight.shape[0]
+    for token in (rows - 1, rows):
+        batch = cut_padded(random_sequences([9]), 1, 1, 0)[0]
+        batch.input_ids_BT[0, 3] = token
+        with nullcontext() if token < rows else pytest.raises(UsageError, match=f"token {rows}.*{rows} rows"):
+            model.sum_nats(batch)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3_text", "qwen3", "phi"])

@@ -126,6 +126,8 @@ def test_what_the_plan_takes_for_captured_is(weights: str, policy: str, kept: in
     policies = (policy,) * (LAYERS - kept) + ("keep",) * kept
     placement = Placement(device=torch.device("cuda"), weights=weights, activations=policies, graphs=True, **others)  # type: ignore[arg-type]
     assert placement.captures(policies) == choice.captured(shape)
+    for tied in (False, True):
+        assert placement.table_on_host(tied=tied) == choice.table_on_host(replace(shape, tied=tied))
     assert not replace(placement, graphs=False).captures(policies)
     assert not replace(placement, device=torch.device("cpu")).captures(policies)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from drawplate.footprints import INPUT, SENT_FROM_BYTES, Footprint, Line
-from drawplate.plan.host_kept import LINE, HostKept, leaving, leaving_last, most_back, sent_blocks
+from drawplate.plan.host_kept import LINE, HostKept, leaving, most_back, sent_blocks
 from drawplate.plan.ledger import Choice, ModelShape, Surroundings, ledger
 from drawplate.plan.micro_batch import MicroBatch
 from drawplate.plan.rows import Rows, train_rows_of
@@ -58,11 +58,10 @@ def test_a_layer_that_keeps_its_activations_on_the_device_keeps_none_on_the_host
 
 def test_the_most_that_is_on_its_way_at_once() -> None:
     eight = (10,) * 8
-    assert (leaving(28, 0, eight), most_back(28, 0, 8, eight)) == ((0, 0), 0)
+    assert (leaving(28, 0, eight), most_back(28, 0, 8, eight)) == ((0, 0, 0), 0)
     assert leaving(28, 26, eight)[0] == 160, "the two before are leaving while a layer runs"
     assert 160 < leaving(28, 4, eight)[0] < leaving(28, 4, eight)[1] < 320
-    assert leaving_last(28, 4, eight) == 10, "of 320 bytes nearly all have left by then"
-    assert leaving_last(28, 0, eight) == 0
+    assert leaving(28, 4, eight)[2] == 10, "of 320 bytes nearly all have left by then"
     assert most_back(28, 4, 2, eight) == 160, "no more than kept layers have made room for"
     assert most_back(28, 4, 24, eight) < 320, "and no earlier than it is due"
     assert most_back(28, 4, 0, eight) == 80

@@ -165,8 +165,15 @@ class CausalLM:
         """The micro-batch on the device, nothing waited for; on a GPU in one of few shapes.
 
         Raises:
-            UsageError: several documents are in a row of a model that would mix them.
+            UsageError: several documents are in a row of a model that would mix them, or it has no such token.
         """
+        largest, rows = int(batch.input_ids_BT.max()), self.embedding.weight.shape[0]
+        if largest >= rows:  # a lookup on a GPU would end the process, or read what lies behind the table
+            raise UsageError(
+                f"The tokenizer gives the token {largest}, and the model's embedding has {rows} rows.",
+                safe="What was saved before stays.",
+                next_step="Use the tokenizer that belongs to the base model, or a model with a larger embedding.",
+            )
         if self.unpackable and batch.cu_seqlens is not None and len(batch.documents) > 1:
             raise UsageError(
                 f"{self.anatomy.architecture} cannot take packed documents: {self.unpackable}.",

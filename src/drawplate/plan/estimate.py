@@ -14,7 +14,7 @@ from typing import Literal
 
 from drawplate.footprints import TRIAL, Footprint, Trace
 from drawplate.plan.host import HostLines, Row
-from drawplate.plan.host_kept import leaving, leaving_last, most_back, sent_blocks
+from drawplate.plan.host_kept import leaving, most_back, sent_blocks
 from drawplate.plan.micro_batch import RETURN_BUFFERS
 from drawplate.plan.rows import Rows, eval_rows_of, train_rows_of
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
@@ -195,8 +195,7 @@ class _Moments:
         ends.append((norm.backward.peak + norm.forward.left + 2 * each, held + saved))
         mine = 0 if choice.policy == "offload" else each * apart
         mine += RETURN_BUFFERS * each if choice.policy == "offload" and apart else 0
-        during, after = leaving(model.layers, self.on_host, largest)
-        last = leaving_last(model.layers, self.on_host, largest)
+        during, after, last = leaving(model.layers, self.on_host, largest)
         back = stays + most_back(model.layers, self.on_host, choice.kept_layers, largest)
         for key, part in sums.items():
             if key[2] == "keep":

@@ -16,8 +16,8 @@ from drawplate.plan.estimate import estimate
 from drawplate.plan.ledger import Choice, Ledger, ModelShape, Surroundings, ledger
 
 _Pattern = tuple[tuple[int, int], str, str, str, int, str, int, int]
-"""Tiers as (dequantized, on the device), precision, policy, rows of a head's slot, dequantization, tokens, layers whose
-activations may be kept in host memory."""
+"""Tiers as (dequantized, on the device), precision, policy, where the embedding is, rows of a head's slot,
+dequantization, tokens, layers whose activations may be kept in host memory."""
 _NOTHING = Need(0, 0)
 
 

@@ -58,26 +58,19 @@ def due_back(layers: int, count: int, kept: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def leaving(layers: int, count: int, sizes: tuple[int, ...]) -> tuple[int, int]:
+def leaving(layers: int, count: int, sizes: tuple[int, ...]) -> tuple[int, int, int]:
     """Of so many layers on the host, with blocks of such sizes, the most bytes on the device during the forward of one
-    of them, its own not counted, and during that of the first layer after them."""
-    pace, begun, found = EvenPace(layers, range(count), ()), [0] * LEAVING_LAYERS, [0]
-    for layer in range(count):
-        pace.sends(layer, sizes)
-        begun.append(begun[-1] + sum(sizes[block.number] for block in pace.leaving(layer)))
-        found.append((layer + 1) * sum(sizes) - begun[layer])
-    return max(found[:count], default=0), found[count]
-
-
-@lru_cache(maxsize=4096)
-def leaving_last(layers: int, count: int, sizes: tuple[int, ...]) -> int:
-    """Of such layers, the bytes on their way out during the forward of the model's last layer."""
-    pace, begun = EvenPace(layers, range(count), ()), []
-    for layer in range(layers - 1):
+    of them, its own not counted, during that of the first layer after them, and during that of the model's last."""
+    pace, left, there, found = EvenPace(layers, range(count), ()), [0] * LEAVING_LAYERS, 0, []
+    for layer in range(layers):
+        found.append(there)  # what has not left by the end of the layer before
         if layer < count:
             pace.sends(layer, sizes)
-        begun.append(sum(sizes[block.number] for block in pace.leaving(layer)))
-    return sum(begun[-LEAVING_LAYERS:])
+            there += sum(sizes)
+        left.append(sum(sizes[block.number] for block in pace.leaving(layer)))
+        there -= left[layer]
+    after = found[count] if count < layers else there
+    return max(found[:count], default=0), after, found[-1]
 
 
 @lru_cache(maxsize=4096)
