@@ -161,7 +161,7 @@ def peaks() -> dict[str, int]:
     """What the process holds now and held at most, of the device and the host."""
     import torch
 
-    from drawplate.speed import own_device_bytes
+    from drawplate.memory import own_device_bytes
 
     free, total = torch.cuda.mem_get_info()
     return {

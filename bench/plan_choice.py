@@ -61,7 +61,8 @@ def search_over(shape: str, speed: Any) -> tuple[Any, Any]:
     """The plan's search for a shape on this machine, and what a budget of device bytes is."""
     import torch
 
-    from drawplate.device import machine, memory_sample
+    from drawplate.device import machine
+    from drawplate.memory import memory_sample
     from drawplate.plan import choose
 
     model, recipe = model_of(shape)

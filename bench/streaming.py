@@ -97,7 +97,7 @@ def measure(case: str) -> Iterator[dict[str, object]]:
     import torch
 
     import drawplate.model.assemble  # noqa: F401
-    from drawplate.device import memory_sample
+    from drawplate.memory import memory_sample
 
     torch.zeros(1, device="cuda")
     began = time.monotonic()

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import gc
 import sys
-import time
 
 import psutil
 import pynvml
@@ -10,9 +8,8 @@ import pytest
 import torch
 
 from drawplate import device
-from drawplate.device import NvidiaDriver, PeakMeter, memory_sample, pick_device
+from drawplate.device import NvidiaDriver, pick_device
 from drawplate.errors import EnvironmentProblem, UsageError
-from drawplate.units import MIB
 
 CPU = torch.device("cpu")
 
@@ -107,73 +104,6 @@ def test_a_gpu_computes_in_bf16_from_capability_8_on(monkeypatch, capability, dt
     assert device.default_compute_dtype(torch.device("cuda", 0)) == dtype
 
 
-def test_a_sample_sees_a_large_allocation_and_asks_nothing_of_cuda():
-    before = memory_sample()
-    block = torch.ones(64 * MIB, dtype=torch.uint8)
-    during = memory_sample()
-    assert during.process_bytes - before.process_bytes == pytest.approx(64 * MIB, rel=0.1)
-    assert during.process_peak_bytes >= during.process_bytes
-    assert during.device_total_bytes == 0 or torch.cuda.is_initialized()
-    del block
-
-
-def resident_bytes() -> int:
-    gc.collect()
-    return psutil.Process().memory_info().rss
-
-
-def allocate_for_a_while(count: int) -> None:
-    block = torch.ones(count, dtype=torch.uint8)
-    time.sleep(4 * device.HOST_SAMPLE_SECONDS)
-    del block
-
-
-def test_the_meter_sees_what_was_freed_before_the_phase_ended():
-    before = resident_bytes()
-    with PeakMeter() as meter:
-        allocate_for_a_while(128 * MIB)
-    assert meter.host_peak_bytes - before == pytest.approx(128 * MIB, rel=0.15)
-
-
-def test_the_meter_forgets_a_higher_peak_before_the_phase():
-    allocate_for_a_while(512 * MIB)
-    before = resident_bytes()
-    with PeakMeter() as meter:
-        allocate_for_a_while(128 * MIB)
-    assert meter.host_peak_bytes - before == pytest.approx(128 * MIB, rel=0.15)
-
-
-def test_a_short_spike_that_raises_the_processs_own_mark_is_exact(monkeypatch):
-    marks = iter([100, 100, 7_000_000_000_000])
-    monkeypatch.setattr(device, "_lifetime_peak_bytes", lambda: next(marks, 7_000_000_000_000))
-    monkeypatch.setattr(device, "HOST_SAMPLE_SECONDS", 3600.0)
-    with PeakMeter() as meter:
-        pass
-    assert meter.host_peak_bytes == 7_000_000_000_000
-
-
-def test_meters_may_be_nested_and_read_while_they_run():
-    with PeakMeter() as outer:
-        allocate_for_a_while(128 * MIB)
-        with PeakMeter() as inner:
-            assert inner.host_peak_bytes > 0
-        assert outer.host_peak_bytes - inner.host_peak_bytes > 64 * MIB
-
-
-def test_a_meter_ends_with_the_phase_that_failed():
-    with pytest.raises(ZeroDivisionError), PeakMeter() as meter:
-        _ = 1 / 0
-    assert meter.host_peak_bytes > 0
-    assert PeakMeter._running == []
-
-
-def test_a_meter_is_not_used_twice():
-    with PeakMeter() as meter:
-        pass
-    with pytest.raises(RuntimeError, match="another"), meter:
-        pass
-
-
 @pytest.mark.parametrize(
     ("reserved", "given", "grows"), [(0, "", True), (2**20, "", False), (0, "max_split_size_mb:64", False)]
 )
@@ -191,66 +121,3 @@ def test_segments_grow_from_the_first_allocation_on(monkeypatch, reserved, given
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)
     assert pick_device("cuda") == torch.device("cuda", 0)
     assert asked == (["expandable_segments:True"] if grows and sys.platform == "linux" else [])
-
-
-class FakeAllocator:
-    """torch.cuda's high-water mark: raised by `reserve`, lowered to what is held by a reset."""
-
-    def __init__(self) -> None:
-        self.held = self.mark = 0
-
-    def reserve(self, count: int) -> None:
-        self.held += count
-        self.mark = max(self.mark, self.held)
-
-    def reset(self) -> None:
-        self.mark = self.held
-
-
-@pytest.fixture
-def allocator(monkeypatch):
-    fake = FakeAllocator()
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: fake.mark)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", fake.reset)
-    return fake
-
-
-def test_the_device_mark_is_of_the_phase_alone(allocator):
-    allocator.reserve(900)
-    allocator.reserve(-800)
-    with PeakMeter() as meter:
-        allocator.reserve(50)
-        allocator.reserve(-50)
-    assert meter.device_peak_bytes == 150
-
-
-def test_an_inner_meter_does_not_take_the_outer_ones_device_mark(allocator):
-    with PeakMeter() as outer:
-        allocator.reserve(500)
-        allocator.reserve(-400)
-        with PeakMeter() as inner:
-            allocator.reserve(10)
-        allocator.reserve(20)
-    assert (outer.device_peak_bytes, inner.device_peak_bytes) == (500, 110)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_machine_sample_and_meter_agree_with_torch():
-    chosen = pick_device("cuda")
-    torch.cuda.empty_cache()
-    before_bytes = torch.cuda.memory_reserved()
-    block = torch.ones(256 * MIB, dtype=torch.uint8, device=chosen)
-    has = device.machine(chosen)
-    assert has.device == "cuda"
-    assert has.device_name
-    assert has.driver
-    with PeakMeter() as meter:
-        more = torch.ones(512 * MIB, dtype=torch.uint8, device=chosen)
-        del more
-        torch.cuda.empty_cache()
-    sample = memory_sample()
-    assert sample.device_allocated_bytes >= block.nbytes
-    assert meter.device_peak_bytes >= before_bytes + 768 * MIB
-    assert sample.device_reserved_bytes < before_bytes + 768 * MIB
-    assert has.device_bytes == sample.device_total_bytes

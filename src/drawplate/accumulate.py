@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from drawplate.data.batches import PADDING_SEQUENCE, Batch, step_indices, steps_per_epoch
-from drawplate.device import memory_sample
 from drawplate.errors import DoesNotFit
+from drawplate.memory import memory_sample
 from drawplate.records import LedgerLine
 from drawplate.train_task import Listener, TrainState, TrainTask
 from drawplate.units import format_bytes

@@ -1,8 +1,7 @@
-"""What this machine has, and how much memory is in use. With cgroups.py the only reader of memory counters.
+"""What this machine has, and which device a run computes on.
 
-Left out: how fast the machine is (the plan measures what it needs), more than one GPU (the current CUDA device is the
-device), and memory that CUDA itself takes beside torch's allocator: a context is 300 to 600 MiB which only
-`device_free_bytes` sees, because it is the one counter of the whole device.
+Left out: how fast the machine is (speed.py), how much memory is in use (memory.py), and more than one GPU: the current
+CUDA device is the device.
 """
 
 from __future__ import annotations
@@ -10,24 +9,18 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import threading
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import ClassVar
 
-import psutil
 import pynvml
 import torch
 
 from drawplate.cgroups import usable_cores, usable_ram_bytes
 from drawplate.errors import EnvironmentProblem, UsageError
-from drawplate.records import Machine, MemorySample
-from drawplate.units import KIB
+from drawplate.records import Machine
 
-HOST_SAMPLE_SECONDS = 0.05
 KEPT_PRODUCTS = 64
 BF16_CAPABILITY = (8, 0)
 _NATIVE_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -193,28 +186,6 @@ def default_compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-def memory_sample() -> MemorySample:
-    """Bytes in use now. Device fields stay 0 until CUDA was first used: asking must not create a context.
-
-    `process_peak_bytes` is the highest resident set since the process began; `device_peak_bytes` the highest that
-    torch's allocator held since the last `PeakMeter` began.
-    """
-    resident = psutil.Process().memory_info().rss
-    peak = max(resident, _lifetime_peak_bytes())
-    if not _cuda_answers():
-        return MemorySample(process_bytes=resident, process_peak_bytes=peak)
-    free, total = torch.cuda.mem_get_info()
-    return MemorySample(
-        process_bytes=resident,
-        process_peak_bytes=peak,
-        device_allocated_bytes=torch.cuda.memory_allocated(),
-        device_reserved_bytes=torch.cuda.memory_reserved(),
-        device_peak_bytes=torch.cuda.max_memory_reserved(),
-        device_free_bytes=free,
-        device_total_bytes=total,
-    )
-
-
 _LOST: list[bool] = []
 
 
@@ -226,96 +197,6 @@ def lost() -> None:
 def is_lost() -> bool:
     """Whether `lost` was called in this process."""
     return bool(_LOST)
-
-
-def _cuda_answers() -> bool:
-    return not _LOST and torch.cuda.is_initialized()
-
-
-class PeakMeter:
-    """The high-water marks of one phase: `with PeakMeter() as meter: ...`, then `meter.host_peak_bytes`.
-
-    Both marks can be read while the phase runs, and meters may be nested. The device mark is torch's own and exact. The
-    host mark is sampled every `HOST_SAMPLE_SECONDS`, because the kernel's mark cannot be reset without privileges; it
-    is exact where the phase raised the mark of the whole process, and else may miss a shorter spike.
-
-    Attributes:
-        host_peak_bytes: highest resident set of this process.
-        device_peak_bytes: highest number of bytes reserved by torch's CUDA allocator; 0 without CUDA.
-    """
-
-    _running: ClassVar[list[PeakMeter]] = []
-
-    def __init__(self) -> None:
-        self._host_peak_bytes = 0
-        self._device_peak_bytes = 0
-        self._lifetime_peak_before = 0
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> PeakMeter:
-        if self._thread is not None:
-            raise RuntimeError("a PeakMeter measures one phase; make another for the next")
-        self._fold_device_peak()
-        if _cuda_answers():
-            torch.cuda.reset_peak_memory_stats()
-        PeakMeter._running.append(self)
-        self._lifetime_peak_before = _lifetime_peak_bytes()
-        self._sample_host()
-        self._thread = threading.Thread(target=self._watch_host, name="drawplate-peak-meter", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        self._sample_host()
-        self._fold_device_peak()
-        PeakMeter._running.remove(self)
-
-    @property
-    def host_peak_bytes(self) -> int:
-        """Highest resident set of this process in the phase, so far."""
-        if self in PeakMeter._running:
-            self._sample_host()
-        return self._host_peak_bytes
-
-    @property
-    def device_peak_bytes(self) -> int:
-        """Highest number of bytes that torch's CUDA allocator held in the phase, so far."""
-        if self in PeakMeter._running:
-            self._fold_device_peak()
-        return self._device_peak_bytes
-
-    def _watch_host(self) -> None:
-        while not self._stop.wait(HOST_SAMPLE_SECONDS):
-            self._sample_host()
-
-    def _sample_host(self) -> None:
-        lifetime_peak = _lifetime_peak_bytes()
-        seen = lifetime_peak if lifetime_peak > self._lifetime_peak_before else psutil.Process().memory_info().rss
-        self._host_peak_bytes = max(self._host_peak_bytes, seen)
-
-    @staticmethod
-    def _fold_device_peak() -> None:
-        """Give every running meter the mark reached so far, before somebody resets it."""
-        if not _cuda_answers():
-            return
-        reserved = torch.cuda.max_memory_reserved()
-        for meter in PeakMeter._running:
-            meter._device_peak_bytes = max(meter._device_peak_bytes, reserved)
-
-
-def _lifetime_peak_bytes() -> int:
-    """The kernel's high-water mark of the resident set since the process began; 0 where it keeps none."""
-    with suppress(OSError, IndexError, ValueError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * KIB
-    return 0
 
 
 def _cpu_name() -> str:

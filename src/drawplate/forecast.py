@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from drawplate.data.tokens import load_tokenizer, tokenize
-from drawplate.device import machine, memory_sample, pick_device
+from drawplate.device import machine, pick_device
 from drawplate.errors import DataError, NeedsNetwork
+from drawplate.memory import memory_sample
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.weights import Checkpoint, open_configuration
 from drawplate.plan.choose import CorpusShape, Situation, choose, choose_compute_dtype, choose_max_length

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from drawplate.data.batches import Batch
-from drawplate.device import memory_sample
 from drawplate.errors import FULL
+from drawplate.memory import memory_sample
 from drawplate.records import Evaluation, EvaluationPoint, MemoryPoint, Progress, StepRecord, from_json, to_json
 from drawplate.units import format_bytes
 
@@ -255,7 +255,7 @@ class Journal:
         if self.memory.newest is None:
             return 0
         sample = self.memory.newest.sample
-        return sample.device_reserved_bytes or sample.process_bytes
+        return sample.device_bytes or sample.process_bytes
 
     def on_evaluation(self, step: int, result: Evaluation) -> None:
         """The held-out documents were measured."""

@@ -17,10 +17,11 @@ import yaml
 from drawplate.data.accounts import data_ledger
 from drawplate.data.batches import counted_in_steps, steps_per_epoch
 from drawplate.data.tokens import Tokenized
-from drawplate.device import PeakMeter, machine
+from drawplate.device import machine
 from drawplate.guards import Clock, StopSignals
 from drawplate.journal import Journal
 from drawplate.measure import Measured, evaluation_facts
+from drawplate.memory import PeakMeter, known_context, measure_context
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.error_start import Start
 from drawplate.prepare import Prepared
@@ -52,7 +53,7 @@ class Outcome:
         machine: what it runs on; asked once, because a device that was lost does not answer.
         stop: whether somebody asked the run to stop.
         clock: of the training's seconds.
-        earlier_peaks: device and host bytes of the processes that ran before this one.
+        earlier_peaks: device, host and resident bytes of the processes that ran before this one.
         start: what the adapter started from, where that is not the default (model/error_start.py).
         resumed: where this and earlier processes took the run up, in words.
     """
@@ -67,7 +68,7 @@ class Outcome:
     scores: Measured = field(default_factory=dict)
     stop: StopSignals = field(default_factory=StopSignals)
     clock: Clock = field(default_factory=Clock)
-    earlier_peaks: tuple[int, int] = (0, 0)
+    earlier_peaks: tuple[int, int, int] = (0, 0, 0)
     start: Start = field(default_factory=dict)
     resumed: list[str] = field(default_factory=list)
     rehearsal: tuple[RehearsedPhase, ...] = ()
@@ -79,10 +80,15 @@ class Outcome:
         self.fingerprints = fingerprints(self.prepared)
 
     @property
-    def peaks(self) -> tuple[int, int]:
-        """Highest device and host bytes of all processes of the run."""
-        device_bytes, host_bytes = self.earlier_peaks
-        return max(device_bytes, self.peak.device_peak_bytes), max(host_bytes, self.peak.host_peak_bytes)
+    def peaks(self) -> tuple[int, int, int]:
+        """Highest device, host and resident bytes of all processes of the run."""
+        measure_context(self.prepared.device)
+        peak, (device_bytes, host_bytes, resident_bytes) = self.peak, self.earlier_peaks
+        return (
+            max(device_bytes, peak.device_peak_bytes),
+            max(host_bytes, peak.host_peak_bytes),
+            max(resident_bytes, peak.resident_peak_bytes),
+        )
 
     def kept(self) -> dict[str, Any]:
         """What a checkpoint holds of the run beside the training state, as plain JSON values."""
@@ -104,7 +110,8 @@ class Outcome:
     def take_up(self, kept: dict[str, Any], *, measured: bool) -> None:
         """Go on where `kept` left off; without `measured` what was measured before training is not believed."""
         self.started, self.resumed = kept["started"], list(kept["resumed"])
-        self.earlier_peaks = (kept["peaks"][0], kept["peaks"][1])
+        device_bytes, host_bytes, *resident = kept["peaks"]  # a checkpoint of before 2026-12 has two
+        self.earlier_peaks = (device_bytes, host_bytes, resident[0] if resident else host_bytes)
         self.journal.take_up(kept["journal"])
         if measured:
             self.self_check_difference = kept["self_check_difference"]
@@ -124,12 +131,7 @@ class Outcome:
             data=data_facts(prepared, self.state.step),
             evaluation=evaluation_facts(recipe, prepared.plan.max_length, self.scores),
             training=self._training_facts(),
-            memory=MemoryFacts(
-                device_peak_predicted_bytes=prepared.plan.predicted_bytes("device"),
-                device_peak_bytes=self.peaks[0],
-                host_peak_predicted_bytes=prepared.plan.predicted_bytes("host"),
-                host_peak_bytes=self.peaks[1],
-            ),
+            memory=self._memory_facts(),
             machine=self.machine,
             versions=versions(),
             seed=recipe.train.seed,
@@ -165,6 +167,19 @@ class Outcome:
             frozen_bytes=(self.model.residency.device_bytes + self.model.residency.host_bytes) if self.model else 0,
             self_check_difference=self.self_check_difference,
             licence=licence_of(checkpoint.folder),
+        )
+
+    def _memory_facts(self) -> MemoryFacts:
+        plan_ = self.prepared.plan
+        device_bytes, host_bytes, resident_bytes = self.peaks
+        return MemoryFacts(
+            device_peak_predicted_bytes=plan_.predicted_bytes("device"),
+            device_peak_bytes=device_bytes,
+            host_peak_predicted_bytes=plan_.predicted_bytes("host"),
+            host_peak_bytes=host_bytes,
+            host_resident_peak_bytes=resident_bytes,
+            device_context_bytes=known_context().bytes if device_bytes else 0,
+            device_context_source=known_context().source if device_bytes else "",
         )
 
     def _training_facts(self) -> TrainingFacts:

@@ -17,8 +17,9 @@ from drawplate.data.documents import Corpus, read_documents
 from drawplate.data.general import general_documents, sample
 from drawplate.data.split import Split, hold_out_given, split
 from drawplate.data.tokens import Tokenized, Tokenizer, load_tokenizer, tokenize
-from drawplate.device import machine, memory_sample, pick_device
+from drawplate.device import machine, pick_device
 from drawplate.errors import DataError, UsageError
+from drawplate.memory import memory_sample
 from drawplate.model.adapter import lora_config, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.causal_lm import Placement

@@ -25,16 +25,16 @@ import torch
 
 from drawplate.accumulate import is_out_of_memory
 from drawplate.data.batches import Batch
-from drawplate.device import PeakMeter
 from drawplate.errors import DoesNotFit
 from drawplate.journal import Journal
+from drawplate.memory import PeakMeter, measure_context
 from drawplate.model.causal_lm import CausalLM
 from drawplate.plan.budget import DEVICE_MARGIN, HOST_MARGIN
 from drawplate.plan.choose import CorpusShape
 from drawplate.plan.host import RUNTIME
 from drawplate.prepare import Prepared, evaluation_cutting, lengths_of, plan_for_lengths, train_cutting
 from drawplate.records import Plan, RehearsedPhase, Sequence
-from drawplate.speed import context_bytes, keep_overheads
+from drawplate.speed import keep_overheads
 from drawplate.train import Cutting, make_optimizer
 from drawplate.units import MIB, format_bytes, format_percent
 
@@ -49,7 +49,7 @@ def enforce_cap(prepared: Prepared) -> None:
         return
     total = torch.cuda.get_device_properties(prepared.device).total_memory
     asked = prepared.recipe.memory.vram
-    share = min(1.0, max(0, asked - context_bytes(prepared.device)) / total) if asked else 1.0
+    share = min(1.0, max(0, asked - measure_context(prepared.device).bytes) / total) if asked else 1.0
     torch.cuda.set_per_process_memory_fraction(share, prepared.device)
 
 
@@ -172,18 +172,18 @@ def _learn(prepared: Prepared, phase: RehearsedPhase) -> None:
     keep_overheads(
         prepared.device,
         getattr(torch, prepared.plan.compute_dtype),
-        context=context_bytes(prepared.device),
+        context=measure_context(prepared.device).bytes,
         runtime_host=phase.host_bytes - counted,
     )
 
 
 def _phase(prepared: Prepared, name: str, meter: PeakMeter) -> RehearsedPhase:
     predicted = next((phase for phase in prepared.plan.phases if phase.phase == name), None)
-    context = context_bytes(prepared.device) if meter.device_peak_bytes else 0
+    measure_context(prepared.device)
     return RehearsedPhase(
         phase=name,
         device_predicted_bytes=predicted.bytes("device") if predicted else 0,
-        device_bytes=meter.device_peak_bytes + context,
+        device_bytes=meter.device_peak_bytes,
         host_predicted_bytes=predicted.bytes("host") if predicted else 0,
         host_bytes=meter.host_peak_bytes,
     )

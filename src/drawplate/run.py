@@ -18,13 +18,14 @@ import torch
 
 from drawplate.checkpoint import Position, finished
 from drawplate.compare_models import compare_models
-from drawplate.device import PeakMeter, is_lost
+from drawplate.device import is_lost
 from drawplate.errors import StoppedSafely, UserError
 from drawplate.forecast import forecast
 from drawplate.guards import Clock, StopSignals
 from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
 from drawplate.measure import score_unquantized
+from drawplate.memory import PeakMeter
 from drawplate.model.adapter import save_adapter, write_base_precision
 from drawplate.model.error_start import without_start
 from drawplate.outcome import Outcome

@@ -21,20 +21,19 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-import psutil
-import pynvml
 import torch
 import torch.nn.functional as F
 
 from drawplate.attention_rates import AttentionRates
-from drawplate.device import machine, memory_sample
+from drawplate.device import machine
 from drawplate.kernels.four_bits import dequantize
+from drawplate.memory import measure_context, memory_sample
 from drawplate.overheads import CPU_RUNTIME_HOST_BYTES, RUNTIME_HOST_BYTES, STEP_CONTEXT_BYTES
 from drawplate.recipe import cache_folder
 from drawplate.records import DeviceSpeed, Machine, from_json, to_json
 from drawplate.units import MIB
 
-VERSION = 8
+VERSION = 9
 PRODUCT_ROWS = {"cuda": (256, 1024, 4096, 16384), "cpu": (64, 256, 1024)}
 PRODUCT_WEIGHTS = {"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": ((192, 576), (1536, 576), (2048, 2048))}
 COPIED_BYTES = {"cuda": 512 * MIB, "cpu": 64 * MIB}
@@ -116,7 +115,7 @@ def probe(device: torch.device, dtype: torch.dtype, here: Machine) -> DeviceSpee
         both_ways_rate=both,
         dequantize_rate=dequantize_rate,
         launch_seconds=launch_seconds,
-        context_bytes=context_bytes(device) + STEP_CONTEXT_BYTES if on_gpu else 0,
+        context_bytes=measure_context(device).bytes + STEP_CONTEXT_BYTES if on_gpu else 0,
         l2_cache_bytes=torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 0,
         loading_host_bytes=max(0, taken) if on_gpu else 0,
         runtime_host_bytes=RUNTIME_HOST_BYTES if on_gpu else CPU_RUNTIME_HOST_BYTES,
@@ -136,34 +135,6 @@ def keep_overheads(device: torch.device, dtype: torch.dtype, *, context: int, ru
     known = measured_speed(device, dtype)
     found = replace(known, context_bytes=context or known.context_bytes, runtime_host_bytes=max(0, runtime_host))
     keep_speed(speed_path(machine(device), dtype), found)
-
-
-def context_bytes(device: torch.device) -> int:
-    """Device bytes that this process holds outside torch's allocator: CUDA's context, loaded kernels, libraries.
-
-    The driver's count for this process where it gives one; else all that is in use on the device less torch's own,
-    which takes other programs' memory for ours. 0 without CUDA.
-    """
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(device)
-    reserved = torch.cuda.memory_reserved(device)
-    own = own_device_bytes(device)
-    if own:
-        return max(0, own - reserved)
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, total - free - reserved)
-
-
-def own_device_bytes(device: torch.device) -> int:
-    """What the driver counts for this process; 0 where it does not say, as in some containers."""
-    with suppress(pynvml.NVMLError, AttributeError):
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == psutil.Process().pid:
-                return int(process.usedGpuMemory or 0)
-    return 0
 
 
 class _Timer:

@@ -13,7 +13,7 @@ import torch
 
 import drawplate.run as story
 from drawplate.accumulate import _contradicted
-from drawplate.device import PeakMeter
+from drawplate.memory import PeakMeter
 from drawplate.model.causal_lm import CausalLM
 from drawplate.recipe import load_recipe
 from drawplate.records import LedgerLine

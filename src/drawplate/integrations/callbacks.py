@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from drawplate.device import memory_sample
 from drawplate.errors import UsageError
+from drawplate.memory import memory_sample
 from drawplate.records import MemoryPoint
 
 

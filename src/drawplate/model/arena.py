@@ -36,6 +36,7 @@ from torch import Tensor
 from drawplate.cgroups import available_ram_bytes
 from drawplate.device import is_lost
 from drawplate.errors import DoesNotFit, EnvironmentProblem
+from drawplate.memory import count_mapped
 from drawplate.model.arena_file import ArenaFile, ArenaKey, Damaged, Fill, Progress, make_room
 from drawplate.model.residency import LayerLayout
 from drawplate.model.storage import Storage
@@ -101,6 +102,7 @@ class HostMemory(mmap.mmap):
         for address in self._locked:
             _unregister(address)
         self._locked = ()
+        count_mapped(self, 0)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not finalizing():  # bound early: by then modules are gone
@@ -141,6 +143,11 @@ class Arena:
         """A layer's tensors."""
         return self.file.layouts[layer].views(self.buffers[layer])
 
+    def in_place(self, layers: Sequence[int]) -> dict[int, Tensor]:
+        """The bytes of some layers as they are mapped, for a CPU that computes from them."""
+        count_mapped(self._memory, sum(self.buffers[i].numel() for i in layers))
+        return {i: self.buffers[i] for i in layers}
+
     def page_locked(self, layers: Sequence[int]) -> dict[int, Tensor]:
         """The bytes of some layers, page-locked: in place, so that processes share them, or else in a private copy.
 
@@ -152,6 +159,7 @@ class Arena:
         ends = [*(start for start, _ in spans[1:]), self.file.file_bytes]
         runs = [(spans[first][0], ends[last]) for first, last in _runs(layers)]
         if self._memory.page_lock([self._bytes[start:end] for start, end in runs], HOST_REGISTER_READ_ONLY) == 0:
+            count_mapped(self._memory, sum(end - start for start, end in runs))
             return {i: self.buffers[i] for i in layers}
         _forget_cuda_error()
         copies = private_memory({i: self.file.layouts[i] for i in layers}, pinned=True)

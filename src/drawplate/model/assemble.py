@@ -120,7 +120,7 @@ def _loaded_layers(
     elif pinned:
         buffers = arena.page_locked(host_layers)
     else:
-        buffers = {i: arena.buffers[i] for i, layout in enumerate(layouts) if layout == arena.file.layouts[i]}
+        buffers = arena.in_place([i for i, layout in enumerate(layouts) if layout == arena.file.layouts[i]])
     on_device = [tier != "host" for tier in tiers]
     residency = Residency(layouts, on_device, device, buffers, slots=placement.slots, poison=placement.poison)
     for i, layer in enumerate(layers):

@@ -9,7 +9,17 @@ from drawplate.units import MIB
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySample:
-    """Bytes at one moment. Device fields are 0 on a machine without a GPU."""
+    """Bytes at one moment; memory.py says what they mean. Device fields are 0 on a machine without a GPU.
+
+    Attributes:
+        process_bytes: host memory that this process holds and the system cannot take back.
+        process_peak_bytes: the highest resident set since the process began.
+        device_allocated_bytes, device_reserved_bytes: in tensors, and held by torch's allocator.
+        device_peak_bytes: the most device memory since the last `PeakMeter` began, the context included.
+        device_free_bytes, device_total_bytes: of the whole device, other programs included.
+        resident_bytes: the resident set, pages of files included.
+        device_context_bytes: of this process, outside torch's allocator.
+    """
 
     process_bytes: int
     process_peak_bytes: int
@@ -18,6 +28,13 @@ class MemorySample:
     device_peak_bytes: int = 0
     device_free_bytes: int = 0
     device_total_bytes: int = 0
+    resident_bytes: int = 0
+    device_context_bytes: int = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of this process; 0 without a GPU."""
+        return self.device_reserved_bytes + self.device_context_bytes if self.device_reserved_bytes else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,12 +135,24 @@ class TrainingFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFacts:
-    """Predicted and measured peaks."""
+    """Predicted and measured peaks, in the meaning that memory.py gives the words.
+
+    Attributes:
+        device_peak_predicted_bytes, device_peak_bytes: what the driver counts for the process, CUDA's context included.
+        host_peak_predicted_bytes, host_peak_bytes: what the process holds and the system cannot take back.
+        host_resident_peak_bytes: the most that was resident, with pages of files that the system drops at need.
+        device_context_bytes: the part of the device's peak that lies outside torch's allocator.
+        device_context_source: who says so: `driver`, `device` (all that was in use on it, less the allocator's),
+            `assumed` (other programs used the device too), or empty without a GPU.
+    """
 
     device_peak_predicted_bytes: int
     device_peak_bytes: int
     host_peak_predicted_bytes: int
     host_peak_bytes: int
+    host_resident_peak_bytes: int = 0
+    device_context_bytes: int = 0
+    device_context_source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
