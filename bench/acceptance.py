@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 from bench.about import about  # noqa: E402
 from bench.shapes import SHAPES  # noqa: E402
 
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS, TIMELINE_SECONDS = 0.05, 0.5
 DEVICE_BOUND, DEVICE_UNDER, HOST_BOUND, SECONDS_BOUND = 3.0, 1.0, 8.0, 10.0
 """Per cent: device memory either way and below what was needed, host memory, seconds of a step."""
 
@@ -203,6 +203,7 @@ class Outside:
         pynvml.nvmlInit()
         self.handle, self.nvml = pynvml.nvmlDeviceGetHandleByIndex(0), pynvml
         self.process, self.before, self.peaks = process, self._on_card(), {}
+        self.timeline, self.began = [], time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -227,8 +228,12 @@ class Outside:
             kernel = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.split(":")[0] in wanted}
             if "RssAnon" in kernel:
                 counts["anon_and_shared"] = kernel["RssAnon"] + kernel["RssShmem"]
-            for key, value in {**kernel, **counts}.items():
+            counts |= kernel
+            for key, value in counts.items():
                 self.peaks[key] = max(self.peaks.get(key, 0), value)
+            if not self.timeline or time.monotonic() - self.began - self.timeline[-1][0] > TIMELINE_SECONDS:
+                row = [counts.get(key, 0) >> 20 for key in ("device", "RssAnon", "RssShmem", "RssFile")]
+                self.timeline.append([round(time.monotonic() - self.began, 1), *row])
 
 
 def run_case(case: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -266,6 +271,7 @@ def run_case(case: str, given: argparse.Namespace) -> dict[str, Any]:
         "traceback": "Traceback" in screen or "unexpectedly" in screen,
         "outside": outside.end(),
     }
+    found["timeline_mib"] = outside.timeline
     screens = given.out.with_suffix(".screens")
     screens.mkdir(exist_ok=True)
     (screens / f"{case}.txt").write_text(screen, encoding="utf-8")

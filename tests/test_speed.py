@@ -107,3 +107,13 @@ def test_a_run_that_is_much_faster_than_its_plan_makes_the_probe_forgotten(
     speed.keep_speed(path, typical_speed("cpu"))
     assert speed.forget_if_disturbed(CPU, torch.float32, predicted=predicted, measured=measured) == forgotten
     assert path.exists() != forgotten
+
+
+def test_what_a_run_has_shown_of_the_machine_counts_for_every_arithmetic(monkeypatch, tmp_path):
+    monkeypatch.setenv("DRAWPLATE_CACHE", str(tmp_path))
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        speed.keep_speed(speed.speed_path(machine(cpu), dtype), typical_speed("cpu"))
+    speed.keep_overheads(cpu, context=0, runtime_host=123_456_789)
+    assert speed.measured_speed(cpu, torch.bfloat16).runtime_host_bytes == 123_456_789
+    assert speed.measured_speed(cpu, torch.float32).context_bytes == typical_speed("cpu").context_bytes

@@ -14,7 +14,6 @@ layers that live on the device. They are dropped at need, so they are counted ap
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
@@ -220,7 +219,7 @@ def _host() -> _Host:
     if "RssAnon" not in counts:  # not Linux: nobody tells the pages apart
         return _Host(resident, resident, resident)
     own = counts["RssAnon"] + counts.get("RssShmem", 0) + counts.get("VmSwap", 0)
-    return _Host(own + sum(_weights_in_use.values()) + _locked_by_torch(), resident, counts.get("VmHWM", resident))
+    return _Host(own + sum(_weights_in_use.values()), resident, counts.get("VmHWM", resident))
 
 
 def _kernel_counts() -> dict[str, int]:
@@ -232,15 +231,6 @@ def _kernel_counts() -> dict[str, int]:
             if value.endswith(b" kB"):
                 counts[name.decode()] = int(value.split()[0]) * KIB
     return counts
-
-
-def _locked_by_torch() -> int:
-    """Page-locked blocks of torch's own allocator, which the kernel does not count as this process's."""
-    if not _cuda_answers():
-        return 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
 
 
 def _cuda_answers() -> bool:

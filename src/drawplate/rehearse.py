@@ -171,7 +171,6 @@ def _learn(prepared: Prepared, phase: RehearsedPhase) -> None:
     counted = sum(line.bytes for line in lines if line.where == "host" and line.name != RUNTIME)
     keep_overheads(
         prepared.device,
-        getattr(torch, prepared.plan.compute_dtype),
         context=measure_context(prepared.device).bytes,
         runtime_host=phase.host_bytes - counted,
     )

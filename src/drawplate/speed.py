@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,26 +54,41 @@ def measured_speed(device: torch.device, dtype: torch.dtype) -> DeviceSpeed:
     here = machine(device)
     path = speed_path(here, dtype)
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return from_json(DeviceSpeed, json.loads(path.read_text(encoding="utf-8")))
+        return _with_overheads(from_json(DeviceSpeed, _read(path)), here)
     speed = probe(device, dtype, here)
     keep_speed(path, speed)
-    return speed
+    return _with_overheads(speed, here)
 
 
 def speed_path(here: Machine, dtype: torch.dtype) -> Path:
     """Where a speed is kept; another device, driver, torch, dtype or number of threads is another file."""
-    device = here.device_name or here.cpu
     threads = torch.get_num_threads() if here.device == "cpu" else 0
-    facts = (VERSION, here.device, device, here.driver, torch.__version__, str(dtype), threads)
+    return _kept_path(here, str(dtype), threads)
+
+
+def _kept_path(here: Machine, *more: object) -> Path:
+    facts = (VERSION, here.device, here.device_name or here.cpu, here.driver, torch.__version__, *more)
     return cache_folder() / "speed" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
 
 
+def _read(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no object")
+    return values
+
+
 def keep_speed(path: Path, speed: DeviceSpeed) -> None:
+    """Keep what was measured, as `measured_speed` reads it."""
+    _keep(path, to_json(speed))
+
+
+def _keep(path: Path, values: dict[str, Any]) -> None:
     """Write it, whole or not at all; a cache that cannot be written only costs measuring again."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".tmp-{os.getpid()}")
-        partial.write_text(json.dumps(to_json(speed), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
 
 
@@ -124,17 +140,28 @@ def probe(device: torch.device, dtype: torch.dtype, here: Machine) -> DeviceSpee
     )
 
 
-def keep_overheads(device: torch.device, dtype: torch.dtype, *, context: int, runtime_host: int) -> None:
-    """What a compiled step has shown of this machine is what the next plan counts with.
+def keep_overheads(device: torch.device, *, context: int, runtime_host: int) -> None:
+    """What a compiled step has shown of this machine is what the next plan counts with, whatever its arithmetic.
 
     Args:
-        device, dtype: as for `measured_speed`.
+        device: as for `measured_speed`.
         context: bytes of the device outside torch's allocator.
         runtime_host: bytes of the host that libraries hold, the compiler not counted.
     """
-    known = measured_speed(device, dtype)
-    found = replace(known, context_bytes=context or known.context_bytes, runtime_host_bytes=max(0, runtime_host))
-    keep_speed(speed_path(machine(device), dtype), found)
+    found = {"context_bytes": context, "runtime_host_bytes": max(0, runtime_host)}
+    _keep(_kept_path(machine(device), "overheads"), {name: count for name, count in found.items() if count})
+
+
+def _with_overheads(speed: DeviceSpeed, here: Machine) -> DeviceSpeed:
+    """What an earlier run on this machine has shown takes the place of typical figures."""
+    with suppress(OSError, ValueError, TypeError):
+        kept = _read(_kept_path(here, "overheads"))
+        return replace(
+            speed,
+            context_bytes=int(kept.get("context_bytes", speed.context_bytes)),
+            runtime_host_bytes=int(kept.get("runtime_host_bytes", speed.runtime_host_bytes)),
+        )
+    return speed
 
 
 class _Timer:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from drawplate.plan.host import RUNTIME
 from drawplate.plan.ledger import DTYPE_BYTES, Ledger, ModelShape, kept_bytes_per_token_and_layer
 from drawplate.recipe import Auto
 from drawplate.records import LedgerLine, PhaseLedger, Plan
@@ -21,7 +22,7 @@ PLAIN_PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SAMPLE_TOKENS = {"cpu": 4096, "cuda": 65_536}
 CALIBRATION_TOKENS = {"cpu": 2048, "cuda": 16_384}
 HEAD_ROWS = 8192
-_SHARED = ("CUDA context", "process before the model", "token windows")
+_SHARED = ("CUDA context", "process before the model", RUNTIME, "token windows")
 _KEY, _START_KEY = "quantization_tax", "starts_from_error"
 
 
@@ -131,7 +132,7 @@ def _phase(plan: Plan, model: ModelShape, starts_adapter: bool) -> PhaseLedger:
         LedgerLine(name=n, where="host" if on_cpu else where, bytes=count, formula=formula)  # type: ignore[arg-type]
         for n, where, count, formula in rows
     )
-    held = plan.phases[0].lines if plan.phases else plan.ledger
+    held = baseline.lines if baseline else plan.ledger  # by then its kernels have run
     return PhaseLedger(phase=PHASE, lines=own + tuple(line for line in held if line.name in _SHARED))
 
 
