@@ -29,13 +29,19 @@ def test_every_row_that_is_not_ok_says_what_mends_it():
     assert [check.name for check in rows().values() if (check.status == "ok") == bool(check.mend)] == []
 
 
-def test_the_prepared_weights_in_the_cache_are_counted():
-    assert rows()["prepared weights"].found == "none kept yet"
+def test_the_caches_are_shown_with_their_sizes(monkeypatch, tmp_path):
+    (tmp_path / "blobs").mkdir(parents=True)
+    (tmp_path / "blobs" / "abc").write_bytes(bytes(4096))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     folder = cache_folder() / "arenas"
     folder.mkdir()
-    for name in ("nf4-a.arena", "int8-b.arena", "nf4-a.lock"):
+    for name in ("nf4-a.arena", "int8-b.arena"):
         (folder / name).write_bytes(bytes(1024))
-    assert rows()["prepared weights"].found == f"2 kept for quicker starts, 2 KiB in {folder}"
+    monkeypatch.setenv("DRAWPLATE_CACHE_LIMIT", "7GiB")
+    found = rows()
+    assert found["caches"].found.startswith("prepared weights 2 KiB, speed probe ")
+    assert found["caches"].found.endswith("limited to 7.00 GiB (drawplate cache)")
+    assert "hub cache 4 KiB" in found["others' caches"].found
 
 
 @pytest.mark.parametrize(("present", "status"), [(True, "missing"), (False, "absent")])

@@ -19,6 +19,7 @@ from drawplate.errors import EnvironmentProblem, IntegrityError
 from drawplate.quiet import hush_libraries
 
 if TYPE_CHECKING:
+    from drawplate.caches import Cache
     from drawplate.doctor import Check
     from drawplate.recipe import Recipe
 
@@ -174,6 +175,33 @@ def doctor(
 
 
 @app.command()
+def cache(
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove what Drawplate keeps, but what a run is using.")
+    ] = False,
+    limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes that it may keep, like 20GiB, from now on; or auto.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the caches with their sizes; empty Drawplate's own, or limit them."""
+    with ending():
+        from drawplate import caches
+
+        if limit is not None:
+            caches.set_limit(caches.parse_limit(limit, "--limit"))
+        if clear:
+            removed, left = caches.clear()
+            if not as_json:
+                print(caches.cleared_words(removed, left))
+        found = [*caches.own_caches(), *caches.other_caches()]
+        if as_json:
+            _print_json({"caches": found, "allowed_bytes": caches.allowed_bytes()})
+        else:
+            _print_caches(found, caches.allowed_words())
+
+
+@app.command()
 def recipe() -> None:
     """Print every key of a recipe with its default and its meaning, as a recipe to start from."""
     with ending():
@@ -246,6 +274,17 @@ def _print_checks(checks: list[Check]) -> None:
             found.append(f"\n{visible(check.mend)}", style="bold")
         table.add_row(Text(check.status, style=colours[check.status]), Text(check.name), found)
     _print_table(table)
+
+
+def _print_caches(found: list[Cache], allowed: str) -> None:
+    """A line each, not cut to the screen's width, so that paths and commands can be copied."""
+    from drawplate.report.visible import visible
+    from drawplate.units import format_bytes
+
+    for each in found:
+        by = f"  (empty it: {each.cleared_by})" if each.cleared_by else ""
+        print(f"{each.name:24}{format_bytes(each.bytes):>10}  {visible(each.folder + by)}")
+    print(allowed)
 
 
 if __name__ == "__main__":

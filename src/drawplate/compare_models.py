@@ -170,7 +170,7 @@ def _measure(contender: _Contender, corpus: Corpus, max_length: int, journal: Jo
         chosen = choose_plan(recipe, checkpoint, build_anatomy(checkpoint.config), tokens, None, max_length)
         model = assemble(
             checkpoint,
-            placement_of(chosen, pick_device(recipe.model.device_map)),
+            replace(placement_of(chosen, pick_device(recipe.model.device_map)), read_once=True),
             config or (lambda anatomy: lora_config(LoraSection(r=1), anatomy, checkpoint.loadable_name, None)),
             seed=0,  # without an adapter B stays at zero and changes nothing
             progress=lambda done, count: journal.show(done, count, "layers"),

@@ -1,8 +1,8 @@
 """What this machine has, what a run would miss, and the line that mends it.
 
 Every check tries the thing itself where that is cheap: bitsandbytes packs a matrix and unpacks it, a folder is written
-to. Left out: speed, and the hub, which is asked only when `network` is set. A library is imported inside its check,
-because doctor is for the machine on which that import fails.
+to. Caches are shown with their sizes. Left out: speed, and the hub, which is asked only when `network` is set. A
+library is imported inside its check, because doctor is for the machine on which that import fails.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Literal
 
 import psutil
 
+from drawplate.caches import Cache, limit_bytes, other_caches, own_caches
 from drawplate.recipe import cache_folder
 from drawplate.units import GIB, format_bytes
 
@@ -47,7 +48,8 @@ def examine(network: bool = False) -> list[Check]:
     """Every row, in the order in which trouble is best mended. Never raises: a check that fails is a row."""
     checks: list[Callable[[], Check]] = [_python, _torch, _driver, _gpu, _bitsandbytes]
     checks += [_library("transformers"), _library("peft"), _other_libraries, _trackers]
-    checks += [_memory, _folder("this folder", Path.cwd()), _folder("cache", cache_folder()), _kept_weights, _hub_cache]
+    checks += [_memory, _folder("this folder", Path.cwd()), _folder("cache", cache_folder()), _own_caches]
+    checks += [_hub_cache, _other_caches]
     if network:
         checks.append(_network)
     return [_tried(check) for check in checks]
@@ -187,7 +189,10 @@ def _memory() -> Check:
 
 def _folder(name: str, folder: Path) -> Callable[[], Check]:
     def check() -> Check:
-        standing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+        standing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not standing.is_dir():
+            found = f"{folder} cannot be made: {standing} is no folder"
+            return Check(name=name, status="missing", found=found, mend="Choose a folder that you may write to.")
         try:
             with tempfile.TemporaryFile(dir=standing):
                 pass
@@ -204,19 +209,25 @@ def _folder(name: str, folder: Path) -> Callable[[], Check]:
     return check
 
 
-def _kept_weights() -> Check:
-    folder = cache_folder() / "arenas"
-    sizes = [path.stat().st_size for path in folder.glob("*.arena")]
-    found = (
-        f"{len(sizes)} kept for quicker starts, {format_bytes(sum(sizes))} in {folder}" if sizes else "none kept yet"
-    )
-    return Check(name="prepared weights", status="ok", found=found)
+def _own_caches() -> Check:
+    limit = limit_bytes()
+    sizes = _sizes(own_caches()) or "nothing kept yet"
+    said = "" if limit is None else f"; limited to {format_bytes(limit)}"
+    return Check(name="caches", status="ok", found=f"{sizes}{said} (drawplate cache)")
 
 
 def _hub_cache() -> Check:
     from huggingface_hub import constants
 
     return _folder("hub cache", Path(constants.HF_HUB_CACHE))()
+
+
+def _other_caches() -> Check:
+    return Check(name="others' caches", status="ok", found=_sizes(other_caches()) or "none")
+
+
+def _sizes(caches: list[Cache]) -> str:
+    return ", ".join(f"{cache.name} {format_bytes(cache.bytes)}" for cache in caches if cache.bytes)
 
 
 def _network() -> Check:

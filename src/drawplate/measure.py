@@ -144,6 +144,7 @@ def _unquantized(prepared: Prepared, journal: Journal) -> CausalLM:
         compute_dtype=getattr(torch, plan.compute_dtype),
         weights="host" if on_gpu else "device",
         head_rows=HEAD_ROWS if on_gpu else 0,
+        read_once=True,
     )
     idle = LoraSection(r=1, target_modules=recipe.lora.target_modules)  # B starts at zero: it changes nothing
     return assemble(

@@ -37,6 +37,7 @@ FAULTS: dict[int, str] = {
     27: "a model configuration that asks for code",
     35: "secrets in documents and environment",
     36: "empty folder, all duplicates, one document, near-duplicates",
+    110: "a cache below something that is no folder",
 }
 
 SEES: dict[int, tuple[str, ...]] = {
@@ -115,6 +116,7 @@ SEES: dict[int, tuple[str, ...]] = {
     27: ("asks to run code that comes with the model; Drawplate never does.",),
     35: (),
     36: (),
+    110: ("<folder> cannot be made: <file> is no folder",),
 }  # fmt: skip
 
 ELSEWHERE = {

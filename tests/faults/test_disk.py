@@ -12,6 +12,7 @@ import pytest
 
 import drawplate.run as story
 import drawplate.saving as saving
+from drawplate.doctor import examine
 from drawplate.errors import StoppedSafely, StorageError
 from drawplate.recipe import load_recipe
 from drawplate.records import RunRecord
@@ -186,3 +187,15 @@ def test_row_08_control_without_the_question_the_model_is_opened(
     monkeypatch.setattr("drawplate.run_folder.os.access", lambda path, mode: False)
     with pytest.raises(ZeroDivisionError):
         tune(small, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["cache", "hub cache"])
+def test_row_110_a_cache_below_something_that_is_no_folder_is_said(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DRAWPLATE_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    row = next(check for check in examine() if check.name == name)
+    assert row.status == "missing"
+    shows(110, row.found)

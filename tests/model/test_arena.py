@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import drawplate.caches as caches
 import drawplate.model.assemble as assemble_module
 from drawplate.data.batches import cut_packed
 from drawplate.errors import DoesNotFit, EnvironmentProblem
 from drawplate.model import arena, arena_file
 from drawplate.model.adapter import lora_config
 from drawplate.model.arena import Arena, HostMemory, is_worth_keeping, kept_arena, private_memory
-from drawplate.model.arena_file import ArenaFile, ArenaKey, make_room
+from drawplate.model.arena_file import ArenaFile, ArenaKey
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.residency import LayerLayout
@@ -39,6 +41,7 @@ KEY = ArenaKey(
     weights_sha256="ab" * 32, precision="nf4", double_quant=True, compute_dtype="torch.bfloat16", quantizer="none"
 )
 LAYOUTS = [LayerLayout.of({"a": ((1000,), torch.int32), "b": ((3 + i,), torch.bfloat16)}) for i in range(5)]
+Usage = namedtuple("Usage", "total used free")
 HELPER = f"""
 import sys
 from pathlib import Path
@@ -88,6 +91,12 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} never came"
         time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def _room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However full the disk of this machine is."""
+    monkeypatch.setattr(caches.shutil, "disk_usage", lambda folder: Usage(2**40, 2**39, 2**39))
 
 
 # The file
@@ -312,13 +321,25 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(monkeypatch):
     assert "File too large" in told[0]
 
 
+def disk(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> None:
+    """The disk of the caches seems to have so many bytes in all and so many free beside what they hold."""
+
+    def usage(folder: object) -> object:
+        return Usage(total, total - free, free - sum(entry.bytes for entry in caches.entries()))
+
+    monkeypatch.setattr(caches.shutil, "disk_usage", usage)
+
+
 def test_too_little_disk_is_known_before_the_work_begins(monkeypatch):
-    usage = shutil.disk_usage("/")._replace(free=arena.SPARED_DISK_BYTES + 1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    size = ArenaFile(Path("x"), KEY, tuple(LAYOUTS)).file_bytes
+    disk(monkeypatch, total=10 * size, free=2 * size - 1)
     told: list[str] = []
     assert kept(never, told) is None
     assert len(told) == 1
-    assert "1.00 GiB are free" in told[0]
+    assert "a tenth of the disk" in told[0]
+    disk(monkeypatch, total=10 * size, free=2 * size)
+    assert_right(kept(fill, told))
+    assert len(told) == 1
 
 
 def test_a_cache_that_is_no_folder_costs_one_line():
@@ -340,19 +361,44 @@ def test_an_interrupted_preparation_leaves_nothing():
 
 def test_those_used_longest_ago_make_room(monkeypatch):
     size = ArenaFile(Path("x"), KEY, tuple(LAYOUTS)).file_bytes
-    monkeypatch.setattr(arena_file, "BUDGET_BYTES", 3 * size)
+    disk(monkeypatch, total=100 * size, free=6 * size)  # half of it: three
     keys = [replace(KEY, quantizer=str(i)) for i in range(4)]
     for i, key in enumerate(keys[:3]):
         found = kept(fill, key=key)
         assert found is not None
         os.utime(found.file.path, (1000 + i, 1000 + i))
+        del found
     oldest = kept(never, key=keys[0])  # is used again, so the second is the oldest now
+    assert oldest is not None
+    name = oldest.file.path.name
+    del oldest
     kept(fill, key=keys[3])
     left = files()
     assert len(left) == 3
-    assert oldest is not None
-    assert oldest.file.path.name in left
+    assert name in left
     assert ArenaFile(Path("x"), keys[1], tuple(LAYOUTS)).path.name not in left
+
+
+def test_what_a_run_has_mapped_is_not_removed_and_counts(monkeypatch):
+    size = ArenaFile(Path("x"), KEY, tuple(LAYOUTS)).file_bytes
+    disk(monkeypatch, total=100 * size, free=2 * size)  # half of it: one
+    in_use, told = kept(fill), []
+    assert kept(never, told, key=replace(KEY, quantizer="other")) is None
+    assert len(told) == 1
+    assert caches.release() == 0
+    assert_right(in_use)
+    del in_use
+    assert kept(fill, key=replace(KEY, quantizer="other")) is not None
+    assert len(files()) == 1
+
+
+def test_the_control_without_locks_a_mapped_file_is_removed_for_nothing(monkeypatch):
+    monkeypatch.setattr(arena, "hold", lambda file: None)
+    in_use = kept(fill)
+    assert in_use is not None
+    assert caches.release() > 0
+    assert files() == []
+    assert_right(in_use)  # unlinked, it stays readable, and the disk does not get it back
 
 
 def test_a_deleted_arena_stays_readable_where_it_is_mapped():
@@ -361,13 +407,15 @@ def test_a_deleted_arena_stays_readable_where_it_is_mapped():
     assert_right(found)
 
 
-def test_what_a_crash_left_is_deleted_and_what_a_living_process_writes_is_not(tmp_path):
-    crashed, living = (ArenaFile(tmp_path, replace(KEY, quantizer=name), tuple(LAYOUTS)).path for name in "ab")
-    for path in (crashed, living):
-        path.with_name(path.name + ".partial-77").touch()
-    with ArenaFile(tmp_path, replace(KEY, quantizer="b"), tuple(LAYOUTS)).lock(print):
-        make_room(tmp_path, 0)
-    assert [path.name for path in tmp_path.glob("*.partial-*")] == [f"{living.name}.partial-77"]
+def test_what_a_crash_left_is_deleted_and_what_a_living_process_writes_is_not():
+    folder = caches.arenas_folder()
+    folder.mkdir()
+    crashed, living = (folder / f"nf4-{name}.arena.partial-77" for name in ("crashed", "living"))
+    crashed.touch()
+    with living.open("xb") as writing:
+        caches.hold(writing)
+        caches.require_room(0)
+    assert files() == [living.name]
 
 
 def test_weights_without_a_hash_are_never_kept():
@@ -652,6 +700,15 @@ def test_small_models_and_copies_of_the_checkpoint_are_not_kept(llama):
     assert worth("bf16", enough, streamed=True)
     assert not worth("bf16", enough, streamed=False)
     assert not worth("nf4", enough - 256, streamed=True)
+
+
+@pytest.mark.parametrize("read_once", [True, False])
+def test_plain_layers_that_are_read_once_for_a_measurement_are_not_kept(read_once, llama, monkeypatch):
+    monkeypatch.setattr(arena, "SMALLEST_BYTES", 0)
+    build(llama, weights="host", storage=Storage("bf16"), read_once=read_once)
+    assert len(files()) == (0 if read_once else 1)
+    build(llama, weights="host", read_once=read_once)
+    assert len(files()) == (1 if read_once else 2), "quantizing again would take time"
 
 
 @pytest.mark.parametrize(("weights", "precision"), [("host", "nf4"), ("device", "fp32")])

@@ -14,7 +14,7 @@ from drawplate.errors import StorageError, UsageError, UserError
 from drawplate.model import gguf as gguf_module
 from drawplate.model.storage import Storage
 from drawplate.model.weights import open_checkpoint
-from drawplate.recipe import ModelSection
+from drawplate.recipe import ModelSection, cache_folder
 from tests.model.test_weights import TENSORS, nats_of
 from tests.tiny import write_gguf
 
@@ -43,7 +43,7 @@ def test_a_gguf_file_is_converted_once(gguf: ModelSection) -> None:
     first, second = open_checkpoint(gguf), open_checkpoint(gguf)
     assert CALLS == ["m.gguf"]
     assert first.folder == second.folder
-    assert first.folder.is_relative_to(gguf_module.cache_folder())
+    assert first.folder.is_relative_to(cache_folder())
 
 
 def test_a_converted_gguf_file_is_the_same_model_with_the_same_tokens(base: Path, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_half_a_conversion_is_not_taken_for_a_whole_one(
     monkeypatch.setattr(gguf_module, "_write_converted", half)
     with pytest.raises(StorageError if isinstance(error, OSError) else KeyboardInterrupt):
         open_checkpoint(gguf)
-    assert list((gguf_module.cache_folder() / "converted").iterdir()) == []
+    assert list((cache_folder() / "converted").iterdir()) == []
     monkeypatch.setattr(gguf_module, "_write_converted", whole)
     assert "model.norm.weight" in open_checkpoint(gguf).files
 

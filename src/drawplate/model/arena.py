@@ -11,8 +11,9 @@ On a GPU, host layers must be page-locked for their copies to run beside the com
 read-only, where driver and kernel agree to that; where not, a private locked copy takes its place, which costs each
 process its own memory. No arena is rounded up to a power of two, as torch's pinned allocator would.
 
-Left out, because making the file would cost more than it saves: models below `SMALLEST_BYTES`, and layers that are
-neither quantized at loading nor streamed, for which the checkpoint itself is as quick to read.
+Left out, because making the file would cost more than it saves: models below `SMALLEST_BYTES`, layers that are
+neither quantized at loading nor streamed, for which the checkpoint itself is as quick to read, and layers that are read
+once for a measurement, unless they are quantized.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import atexit
 import importlib.metadata
 import mmap
 import os
-import shutil
 import sys
 import warnings
 import weakref
@@ -33,19 +33,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drawplate.caches import arenas_folder, hold, require_room
 from drawplate.cgroups import available_ram_bytes
 from drawplate.device import is_lost
 from drawplate.errors import DoesNotFit, EnvironmentProblem
 from drawplate.memory import count_mapped
-from drawplate.model.arena_file import ArenaFile, ArenaKey, Damaged, Fill, Progress, make_room
+from drawplate.model.arena_file import ArenaFile, ArenaKey, Damaged, Fill, Progress
 from drawplate.model.residency import LayerLayout
 from drawplate.model.storage import Storage
 from drawplate.model.weights import Checkpoint
-from drawplate.recipe import cache_folder
-from drawplate.units import GIB, MIB, format_bytes
+from drawplate.units import MIB, format_bytes
 
 SMALLEST_BYTES = 16 * MIB
-SPARED_DISK_BYTES = GIB
 HOST_REGISTER_READ_ONLY = 0x08  # cudaHostRegisterReadOnly
 _PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
@@ -204,7 +203,7 @@ def kept_arena(
     """
     if not key.weights_sha256:
         return None
-    file = ArenaFile(cache_folder() / "arenas", key, tuple(layouts))
+    file = ArenaFile(arenas_folder(), key, tuple(layouts))
     try:
         found = _read(file, progress)
         if found is not None:
@@ -224,6 +223,7 @@ def _read(file: ArenaFile, progress: Progress | None, tell: Tell | None = None) 
     """The arena of a file, None where there is none that can be trusted."""
     try:
         with file.path.open("rb") as opened:
+            hold(opened)
             file.verify(opened, progress)
             memory = HostMemory(opened.fileno(), file.file_bytes, prot=mmap.PROT_READ)
     except FileNotFoundError:
@@ -238,15 +238,10 @@ def _read(file: ArenaFile, progress: Progress | None, tell: Tell | None = None) 
 
 
 def _prepare(file: ArenaFile, fill: Fill, progress: Progress | None) -> Arena:
-    make_room(file.folder, file.file_bytes)
-    free = shutil.disk_usage(file.folder).free
-    if free < file.file_bytes + SPARED_DISK_BYTES:
-        raise OSError(
-            f"{format_bytes(file.file_bytes)} are needed and {format_bytes(SPARED_DISK_BYTES)} are spared, "
-            f"{format_bytes(free)} are free"
-        )
+    require_room(file.file_bytes)
     file.write(fill, progress)
     with file.path.open("rb") as opened:  # just written: not read back
+        hold(opened)
         return Arena(file, HostMemory(opened.fileno(), file.file_bytes, prot=mmap.PROT_READ))
 
 

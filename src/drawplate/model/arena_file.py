@@ -1,4 +1,4 @@
-"""The file that keeps prepared weights: its format, how it is written, read back and thrown away.
+"""The file that keeps prepared weights: its format, how it is written and read back (caches.py: when it goes).
 
     | magic, header's length, header's xxh3 | header: JSON | padding | layer 0 | padding | layer 1 | ...
 
@@ -23,7 +23,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -33,9 +33,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from drawplate.caches import hold
 from drawplate.durable import flush_to_disk
 from drawplate.model.residency import LayerLayout
-from drawplate.units import GIB, MIB
+from drawplate.units import MIB
 
 try:
     import fcntl
@@ -44,7 +45,6 @@ except ImportError:  # not a POSIX system: `lock` raises, so nothing is cached t
 
 FORMAT = 1  # to be raised when the format, or what quantizing gives, changes
 LAYER_ALIGNMENT = 2**16
-BUDGET_BYTES = 64 * GIB
 READ_BYTES = MIB
 MOST_THREADS = 8
 _MAGIC = b"DP-ARENA"
@@ -179,6 +179,7 @@ class ArenaFile:
         partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
         try:
             with partial.open("xb") as file:
+                hold(file)
                 if hasattr(os, "posix_fallocate"):  # a full disk says so before the work begins
                     os.posix_fallocate(file.fileno(), 0, self.file_bytes)
                 self._write_to(file, fill, progress)
@@ -223,34 +224,6 @@ class ArenaFile:
                 tell("Waiting for another process, which is preparing the same weights.")
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def make_room(folder: Path, needed_bytes: int) -> None:
-    """Delete what crashed processes left, and the arenas used longest ago until all fit with one to come.
-
-    A process that has a deleted arena mapped keeps it.
-    """
-    for partial in folder.glob("*.partial-*"):
-        _delete_if_abandoned(partial)
-    by_last_use = sorted((modified, size, path) for path in folder.glob("*.arena") for modified, size in _facts(path))
-    excess = sum(size for _, size, _ in by_last_use) + needed_bytes - BUDGET_BYTES
-    for _, size, path in by_last_use:
-        if excess > 0:
-            path.unlink(missing_ok=True)
-            excess -= size
-
-
-def _delete_if_abandoned(partial: Path) -> None:
-    owner = partial.with_name(partial.name.partition(".arena.partial-")[0] + ".lock")
-    with suppress(OSError), owner.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        partial.unlink(missing_ok=True)
-
-
-def _facts(path: Path) -> list[tuple[float, int]]:
-    with suppress(FileNotFoundError):
-        return [(path.stat().st_mtime, path.stat().st_size)]
-    return []
 
 
 def _aligned(count: int) -> int:

@@ -142,7 +142,7 @@ def _arena_of(
 ) -> Arena | None:
     """All layers in the placement's precision, whatever their tier, from the cache; None where that is not worth it."""
     layouts = [LayerLayout.of(kept_specs(layer, placement)) for layer in anatomy.layers]
-    streamed = "host" in placement.tiers(len(layouts))
+    streamed = "host" in placement.tiers(len(layouts)) and not placement.read_once
     if not is_worth_keeping(names.checkpoint, placement.storage, layouts, streamed=streamed):
         return None
 

@@ -51,6 +51,7 @@ class Placement:
         compiled: compile the layer function.
         dequantize: weight by weight inside its product, or a whole layer at once: faster to launch, more memory.
         graphs: replay whole training micro-steps as CUDA graphs, where `captures` says so.
+        read_once: for one measurement, so that layers which are not quantized are not kept in the cache.
         poison: fill slots with NaN between uses (tests).
     """
 
@@ -66,6 +67,7 @@ class Placement:
     compiled: bool = False
     dequantize: str = "product"
     graphs: bool = False
+    read_once: bool = False
     poison: bool = False
 
     def tiers(self, layers: int) -> list[str]:

@@ -6,13 +6,17 @@ import hashlib
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from drawplate.caches import converted_folder, hold_until_exit, require_room
 from drawplate.errors import EnvironmentProblem, IntegrityError, StorageError, UsageError
-from drawplate.recipe import cache_folder
+
+MOST_GROWTH = 4
+"""Times its GGUF file that a model in bf16 takes: quantized weights have about 4 bits, seldom fewer."""
 
 
 def only_gguf(folder: Path) -> str | None:
@@ -28,11 +32,17 @@ def converted_gguf(folder: Path, gguf_file: str) -> Path:
         raise UsageError(f"There is no GGUF file {source}.", next_step="Mend model.gguf_file.")
     with source.open("rb") as file:
         key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    target = cache_folder() / "converted" / f"{source.stem}-{key}"
+    target = converted_folder() / f"{source.stem}-{key}"
     if (target / "config.json").is_file():
+        hold_until_exit(target)
+        with suppress(OSError):
+            os.utime(target)  # so that the models used longest ago are known
         return target
+    with suppress(OSError):  # a run that needs the model may take more of the disk than a cache may
+        require_room(MOST_GROWTH * source.stat().st_size)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+    hold_until_exit(partial)
     try:
         _write_converted(folder, gguf_file, partial)
         partial.rename(target)
