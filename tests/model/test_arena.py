@@ -361,7 +361,7 @@ def test_an_interrupted_preparation_leaves_nothing():
 
 def test_those_used_longest_ago_make_room(monkeypatch):
     size = ArenaFile(Path("x"), KEY, tuple(LAYOUTS)).file_bytes
-    disk(monkeypatch, total=100 * size, free=6 * size)  # half of it: three
+    disk(monkeypatch, total=10 * size, free=6 * size)  # half of it: three
     keys = [replace(KEY, quantizer=str(i)) for i in range(4)]
     for i, key in enumerate(keys[:3]):
         found = kept(fill, key=key)
@@ -381,7 +381,7 @@ def test_those_used_longest_ago_make_room(monkeypatch):
 
 def test_what_a_run_has_mapped_is_not_removed_and_counts(monkeypatch):
     size = ArenaFile(Path("x"), KEY, tuple(LAYOUTS)).file_bytes
-    disk(monkeypatch, total=100 * size, free=2 * size)  # half of it: one
+    disk(monkeypatch, total=10 * size, free=2 * size)  # half of it: one
     in_use, told = kept(fill), []
     assert kept(never, told, key=replace(KEY, quantizer="other")) is None
     assert len(told) == 1
