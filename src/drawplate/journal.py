@@ -106,6 +106,7 @@ class Journal:
 
     Attributes:
         trackers: told each step, evaluation and memory record.
+        first_step_seconds: from the start of the run to the end of its first optimizer step.
     """
 
     def __init__(self, observer: Observer | None = None, *, log_frequency: int = 10) -> None:
@@ -124,6 +125,7 @@ class Journal:
         self.warnings: list[str] = []
         self._tokens = 0
         self._training_seconds = 0.0
+        self.first_step_seconds = 0.0
         self._figures: dict[str, str] = {}
         self._share = 0.0
 
@@ -177,6 +179,7 @@ class Journal:
             "evaluations": to_json(self.evaluations),
             "memory": self.memory.kept(),
             "warnings": list(self.warnings),
+            "first_step_seconds": self.first_step_seconds,
         }
 
     def take_up(self, values: dict[str, Any]) -> None:
@@ -185,6 +188,7 @@ class Journal:
         for name, seconds in values["phase_seconds"].items():
             self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
         self.take_up_curves(values)
+        self.first_step_seconds = values.get("first_step_seconds", 0.0)
         self.warnings = [*values["warnings"], *self.warnings]
 
     def take_up_curves(self, values: dict[str, Any]) -> None:
@@ -236,6 +240,7 @@ class Journal:
     def on_step(self, record: StepRecord, progress: float) -> None:
         """An optimizer step is done."""
         self.steps.add(record)
+        self.first_step_seconds = self.first_step_seconds or self.seconds
         self.write("step", record)
         self.trackers(record)
         self._tokens += record.tokens

@@ -1,29 +1,32 @@
 """What a run measures: held-out documents, the unquantized base model, general text; and the record's words for it.
 
 Each measurement is a tuple of documents' sums, kept under a name (`Measured`), so that every change can be paired by
-document. The unquantized model is loaded, measured and released before the run's own model is loaded: the memory is
-used one after the other and not together.
+document. The unquantized model is loaded, measured and released before the run's own model is loaded, and again after
+that is released, with the adapter as it was written: the memory is used one after the other and not together.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
+from pathlib import Path
 
 import torch
+from peft import LoraConfig
 
+from drawplate import device
 from drawplate.compare import Change, perplexity_change
 from drawplate.data.general import SHIPPED_NAME, sample
-from drawplate.errors import DoesNotFit, EnvironmentProblem
+from drawplate.errors import DoesNotFit, EnvironmentProblem, UserError
 from drawplate.evaluate import score_documents, total
 from drawplate.journal import Journal
-from drawplate.model.adapter import lora_config
+from drawplate.model.adapter import lora_config, read_adapter
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.error_start import Start, quantization_error_start
 from drawplate.model.storage import Storage
-from drawplate.plan.tax import CALIBRATION_TOKENS, HEAD_ROWS, PLAIN_PRECISION, SAMPLE_TOKENS, window_tokens
+from drawplate.plan.tax import CALIBRATION_TOKENS, HEAD_ROWS, PLAIN_PRECISION, sample_tokens, window_tokens
 from drawplate.prepare import Prepared, choose_context_tokens, evaluation_cutting, pad_id, placement_of
 from drawplate.recipe import LoraSection, Recipe
 from drawplate.records import DocumentScore, EvaluationFacts, Sequence
@@ -31,7 +34,10 @@ from drawplate.train import Cutting
 
 Scores = tuple[DocumentScore, ...]
 Measured = dict[str, Scores]
-"""baseline, final, unquantized, general baseline, general final -> documents' sums; what was not measured is absent."""
+"""baseline, final, unquantized, deployed, general baseline, general final -> documents' sums.
+
+What was not measured is absent. `unquantized` is the base model before quantization, and `deployed` that with the
+adapter that is for it, on the same documents."""
 
 
 def score(
@@ -64,7 +70,7 @@ def score_general(prepared: Prepared, model: CausalLM, journal: Journal, *, look
 
 
 def score_unquantized(prepared: Prepared, journal: Journal) -> tuple[Scores, Start]:
-    """A sample of the held-out documents under the unquantized base model, and what the adapter is to start from.
+    """The held-out documents, or a sample of them, under the unquantized base model, and what the adapter starts from.
 
     Nothing where the plan leaves it out, and no start where the recipe wants the default one. What goes wrong here
     costs a warning and not the run: the measurement is a help, not a need.
@@ -84,8 +90,8 @@ def score_unquantized(prepared: Prepared, journal: Journal) -> tuple[Scores, Sta
         try:
             model = _unquantized(prepared, journal)
             cutting = _window_cutting(prepared)
-            heldout = prepared.heldout.sequences
-            chosen = sample(heldout, prepared.split.heldout, SAMPLE_TOKENS[plan.device])
+            most = sample_tokens(plan.device, prepared.anatomy.parameters)
+            chosen = sample(prepared.heldout.sequences, prepared.split.heldout, most)
             scores = score(model, chosen, cutting, journal)
             start = _error_start(prepared, model, cutting) if plan.starts_from_error else {}
             del model
@@ -96,6 +102,48 @@ def score_unquantized(prepared: Prepared, journal: Journal) -> tuple[Scores, Sta
         lost = "The adapter starts from zero" if scores else "What quantization costs was not measured"
         journal.on_warning(f"{lost}: {problem}")
     return scores, start
+
+
+def score_deployed(
+    prepared: Prepared,
+    adapter: Path,
+    documents: Collection[str],
+    journal: Journal,
+    *,
+    look: Callable[[], None] = lambda: None,
+) -> Scores:
+    """The unquantized base model with the adapter in a folder, read back from there; nothing where that goes wrong.
+
+    The adapter is safe by now, so that whatever goes wrong costs a warning and not the run.
+
+    Args:
+        prepared: of the run, whose own model is released.
+        adapter: a folder in PEFT's format.
+        documents: those that were measured without the adapter.
+        journal: told the progress.
+        look: called after each micro-batch.
+    """
+
+    def measured() -> Scores:
+        config, state = read_adapter(adapter)
+        model = _unquantized(prepared, journal, config)
+        model.adapter.load_state(state, str(adapter))
+        chosen = [sequence for sequence in prepared.heldout.sequences if sequence.document in documents]
+        return score(model, chosen, _window_cutting(prepared), journal, look=look)
+
+    scores: Scores = ()
+    problem = ""
+    with journal.in_phase("deployed"):
+        try:
+            scores = measured()
+        except (UserError, RuntimeError, OSError) as error:
+            if isinstance(error, torch.AcceleratorError):
+                device.lost()
+            problem = str(error).partition("\n")[0]
+    give_back_memory()
+    if problem:
+        journal.on_warning(f"The unquantized base model was not measured with {adapter.name}: {problem}")
+    return scores
 
 
 def _window_cutting(prepared: Prepared) -> Cutting:
@@ -131,11 +179,12 @@ def within_tokens(sequences: Seq[Sequence], tokens: int) -> Iterator[Sequence]:
 def give_back_memory() -> None:
     """What a model that is no longer needed held is free for the next one: models have reference cycles."""
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not device.is_lost():
         torch.cuda.empty_cache()
 
 
-def _unquantized(prepared: Prepared, journal: Journal) -> CausalLM:
+def _unquantized(prepared: Prepared, journal: Journal, adapter: LoraConfig | None = None) -> CausalLM:
+    """The base model as released, in the compute dtype; without an adapter there is one that changes nothing."""
     plan, recipe, checkpoint = prepared.plan, prepared.recipe, prepared.checkpoint
     on_gpu = prepared.device.type == "cuda"
     placement = Placement(
@@ -145,12 +194,13 @@ def _unquantized(prepared: Prepared, journal: Journal) -> CausalLM:
         weights="host" if on_gpu else "device",
         head_rows=HEAD_ROWS if on_gpu else 0,
         read_once=True,
+        adapter=plan.adapter if adapter else "device",
     )
     idle = LoraSection(r=1, target_modules=recipe.lora.target_modules)  # B starts at zero: it changes nothing
     return assemble(
         checkpoint,
         placement,
-        lambda anatomy: lora_config(idle, anatomy, checkpoint.loadable_name, checkpoint.revision),
+        adapter or (lambda anatomy: lora_config(idle, anatomy, checkpoint.loadable_name, checkpoint.revision)),
         seed=recipe.train.seed,
         progress=lambda done, count: journal.show(done, count, "layers"),
         tell=journal.on_warning,
@@ -165,7 +215,7 @@ def evaluation_facts(recipe: Recipe, max_length: int, measured: Measured) -> Eva
             facts[name] = total(scores)
     if change := change_between(measured, "baseline", "final", recipe.train.seed):
         facts |= {"perplexity_change_percent": change.percent, "change_ci95_percent": change.ci95_percent}
-    facts |= _tax_facts(recipe, measured) | _general_facts(recipe, measured)
+    facts |= _tax_facts(recipe, measured) | _deployed_facts(recipe, measured) | _general_facts(recipe, measured)
     return EvaluationFacts(**facts)  # type: ignore[arg-type]
 
 
@@ -198,6 +248,18 @@ def _tax_facts(recipe: Recipe, measured: Measured) -> dict[str, object]:
         "quantization_tax_percent": change.percent,
         "quantization_tax_ci95_percent": change.ci95_percent,
         "quantization_tax_documents": len(unquantized),
+    }
+
+
+def _deployed_facts(recipe: Recipe, measured: Measured) -> dict[str, object]:
+    change = change_between(measured, "unquantized", "deployed", recipe.train.seed)
+    if change is None:
+        return {}
+    return {
+        "unquantized_final": total(measured["deployed"]),
+        "deployed_change_percent": change.percent,
+        "deployed_ci95_percent": change.ci95_percent,
+        "deployed_documents": len(measured["deployed"]),
     }
 
 

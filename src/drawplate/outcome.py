@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from dataclasses import dataclass, field
+import statistics
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -24,11 +25,16 @@ from drawplate.measure import Measured, evaluation_facts
 from drawplate.memory import PeakMeter, known_context, measure_context
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.error_start import Start
+from drawplate.model.gguf import only_gguf
+from drawplate.plan.tax import PLAIN_PRECISION
 from drawplate.prepare import Prepared
+from drawplate.recipe import ModelSection, expand
 from drawplate.records import (
+    AdapterFacts,
     DataFacts,
     DocumentChange,
     DocumentScore,
+    EvaluationFacts,
     Machine,
     MemoryFacts,
     ModelFacts,
@@ -39,6 +45,7 @@ from drawplate.records import (
     from_json,
     to_json,
 )
+from drawplate.run_folder import ADAPTER_NAME, UNQUANTIZED_NAME
 from drawplate.train import TrainState
 
 VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
@@ -56,6 +63,7 @@ class Outcome:
         earlier_peaks: device, host and resident bytes of the processes that ran before this one.
         start: what the adapter started from, where that is not the default (model/error_start.py).
         resumed: where this and earlier processes took the run up, in words.
+        released: of the model, once it is not needed any more; the adapter is written by then.
     """
 
     prepared: Prepared
@@ -71,6 +79,7 @@ class Outcome:
     earlier_peaks: tuple[int, int, int] = (0, 0, 0)
     start: Start = field(default_factory=dict)
     resumed: list[str] = field(default_factory=list)
+    released: ModelFacts | None = None
     rehearsal: tuple[RehearsedPhase, ...] = ()
     machine: Machine = field(init=False)
     fingerprints: dict[str, str] = field(init=False)
@@ -78,6 +87,23 @@ class Outcome:
     def __post_init__(self) -> None:
         self.machine = machine(self.prepared.device)
         self.fingerprints = fingerprints(self.prepared)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the run came as far as having a model."""
+        return self.model is not None or self.released is not None
+
+    @property
+    def deployed_adapter(self) -> str:
+        """The folder of the adapter that is for the base model before quantization."""
+        return UNQUANTIZED_NAME if self.start else ADAPTER_NAME
+
+    def release_model(self) -> None:
+        """Let go of the model, whose memory something else needs; what the record says of it is kept."""
+        self.released = self._model_facts()
+        if self.model is not None:
+            self.model.forget_graphs()
+        self.model = None
 
     @property
     def peaks(self) -> tuple[int, int, int]:
@@ -129,7 +155,7 @@ class Outcome:
             status=status,  # type: ignore[arg-type]
             model=self._model_facts(),
             data=data_facts(prepared, self.state.step),
-            evaluation=evaluation_facts(recipe, prepared.plan.max_length, self.scores),
+            evaluation=self._evaluation_facts(),
             training=self._training_facts(),
             memory=self._memory_facts(),
             machine=self.machine,
@@ -150,9 +176,31 @@ class Outcome:
             resumed=tuple(self.resumed),
             times=self._time_facts(),
             rehearsal=self.rehearsal,
+            adapters=self._adapters(),
         )
 
+    def _evaluation_facts(self) -> EvaluationFacts:
+        plan_ = self.prepared.plan
+        facts = evaluation_facts(self.prepared.recipe, plan_.max_length, self.scores)
+        if facts.unquantized_baseline is None:
+            return facts
+        adapter = self.deployed_adapter if facts.unquantized_final else ""
+        return replace(facts, unquantized_precision=PLAIN_PRECISION[plan_.compute_dtype], deployed_adapter=adapter)
+
+    def _adapters(self) -> tuple[AdapterFacts, ...]:
+        """What is in the run's folder, once anything was trained."""
+        if not self.state.step:
+            return ()
+        plan_, rank = self.prepared.plan, cast(int, self.prepared.recipe.lora.filled().r)
+        adapter = AdapterFacts(folder=ADAPTER_NAME, base_precision=plan_.precision, r=rank, deployed=not self.start)
+        if not self.start:
+            return (adapter,)
+        plain = PLAIN_PRECISION[plan_.compute_dtype]
+        return adapter, AdapterFacts(folder=UNQUANTIZED_NAME, base_precision=plain, r=2 * rank, deployed=True)
+
     def _model_facts(self) -> ModelFacts:
+        if self.released is not None:
+            return self.released
         checkpoint, plan_ = self.prepared.checkpoint, self.prepared.plan
         adapter = self.model.adapter if self.model else None
         return ModelFacts(
@@ -167,6 +215,8 @@ class Outcome:
             frozen_bytes=(self.model.residency.device_bytes + self.model.residency.host_bytes) if self.model else 0,
             self_check_difference=self.self_check_difference,
             licence=licence_of(checkpoint.folder),
+            stored_precision=checkpoint.quantized_precision or "",
+            gguf_file=gguf_file_of(self.prepared.recipe.model),
         )
 
     def _memory_facts(self) -> MemoryFacts:
@@ -205,22 +255,30 @@ class Outcome:
         )
 
     def _time_facts(self) -> TimeFacts:
-        """Of the median step, which compiling and warming up do not count in."""
-        steps = sorted(self.journal.steps, key=lambda step: step.seconds)
-        middle = steps[len(steps) // 2] if steps else None
-        total = sum(step.seconds for step in steps)
-        seconds = self.journal.phase_seconds
+        """Of the median step, in which nothing is compiled or captured; of two, the faster."""
+        steps = [step for step in self.journal.steps if step.seconds > 0]
         return TimeFacts(
-            step_seconds=middle.seconds if middle else 0.0,
-            tokens_per_second=(sum(s.tokens for s in steps) / len(steps) / middle.seconds) if middle and total else 0.0,
+            step_seconds=statistics.median_low(step.seconds for step in steps) if steps else 0.0,
+            tokens_per_second=statistics.median_high(step.tokens_per_second for step in steps) if steps else 0.0,
             training_seconds=self.state.step_seconds,
-            evaluation_seconds=seconds.get("final", 0.0),
+            evaluation_seconds=self.journal.phase_seconds.get("final", 0.0),
+            first_step_seconds=self.journal.first_step_seconds,
         )
 
     def _document_changes(self) -> tuple[DocumentChange, ...]:
         pairs = zip(self.scores.get("baseline", ()), self.scores.get("final", ()), strict=False)
+        plain, deployed = (
+            {score.document: score.nats for score in self.scores.get(name, ())} for name in ("unquantized", "deployed")
+        )
         return tuple(
-            DocumentChange(document=a.document, tokens=a.tokens, baseline_nats=a.nats, final_nats=b.nats)
+            DocumentChange(
+                document=a.document,
+                tokens=a.tokens,
+                baseline_nats=a.nats,
+                final_nats=b.nats,
+                unquantized_nats=plain.get(a.document),
+                deployed_nats=deployed.get(a.document),
+            )
             for a, b in pairs
         )
 
@@ -284,6 +342,12 @@ def _tokens_sha256(tokens: Tokenized) -> str:
         digest.update(sequence.input_ids.tobytes())
         digest.update(sequence.counted.tobytes())
     return digest.hexdigest()
+
+
+def gguf_file_of(section: ModelSection) -> str:
+    """The GGUF file that a base model comes from, named or the only one of its folder; empty where it is none."""
+    folder = expand(section.name_or_path)
+    return section.gguf_file or (only_gguf(folder) if folder.is_dir() else None) or ""
 
 
 def licence_of(folder: Path) -> str:

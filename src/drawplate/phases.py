@@ -18,7 +18,7 @@ from drawplate.errors import StoppedSafely
 from drawplate.evaluate import total
 from drawplate.guards import StopRequested, Watchdog, leave_at_once, write_stacks
 from drawplate.journal import Journal
-from drawplate.measure import Scores, forgetting_warning, score, score_general
+from drawplate.measure import Scores, forgetting_warning, give_back_memory, score, score_deployed, score_general
 from drawplate.model.adapter import lora_config, read_adapter, save_adapter
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM
@@ -94,6 +94,31 @@ def measure_general(outcome: Outcome, model: CausalLM, name: str) -> None:
         )
     if warning := forgetting_warning(outcome.prepared.recipe, outcome.scores):
         outcome.journal.on_warning(warning)
+
+
+def measure_deployed(outcome: Outcome, folder: RunFolder) -> None:
+    """The unquantized base model with the adapter that was written for it: what a person has when the run is over.
+
+    The run's own model is released for it. Nothing where the plan leaves it out, or where the unquantized model could
+    not be measured before.
+    """
+    prepared, journal, before = outcome.prepared, outcome.journal, outcome.scores.get("unquantized")
+    if not before:
+        return
+    if not prepared.plan.measures_deployed:
+        journal.message(f"The unquantized base model with the adapter is {prepared.plan.reasons['measures_deployed']}.")
+        return
+    outcome.release_model()
+    give_back_memory()
+    adapter, documents = folder.path / outcome.deployed_adapter, {score.document for score in before}
+    with _stopping_safely(outcome):
+        look = outcome.stop.raise_if_requested
+        outcome.scores["deployed"] = score_deployed(prepared, adapter, documents, journal, look=look)
+    if scores := outcome.scores["deployed"]:
+        journal.message(
+            f"Held-out perplexity of the unquantized base model {total(before).perplexity:.2f}, with {adapter.name} "
+            f"{total(scores).perplexity:.2f}"
+        )
 
 
 def _heldout_scores(outcome: Outcome, model: CausalLM, journal: Journal | None) -> Scores:

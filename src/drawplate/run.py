@@ -8,6 +8,7 @@ Each step is a call into a floor below (phases.py for those that need the model)
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
@@ -26,13 +27,14 @@ from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
 from drawplate.measure import score_unquantized
 from drawplate.memory import PeakMeter
-from drawplate.model.adapter import save_adapter, write_base_precision
+from drawplate.model.adapter import CONFIG_NAME, save_adapter, write_base_precision
 from drawplate.model.error_start import without_start
 from drawplate.outcome import Outcome
 from drawplate.phases import (
     assembled,
     keep_the_best,
     load_model,
+    measure_deployed,
     measure_general,
     measure_heldout,
     rehearse_worst,
@@ -46,9 +48,9 @@ from drawplate.recipe import Recipe, expand
 from drawplate.records import ModelScore, Plan, RunRecord
 from drawplate.rehearse import enforce_cap
 from drawplate.reopen import Reopened, recipe_of, refuse_finished, reopen
-from drawplate.report.card import model_card
+from drawplate.report.card import CARD_NAME, model_card
 from drawplate.report.html import render_report
-from drawplate.run_folder import RECIPE_NAME, UNQUANTIZED_NAME, RunFolder
+from drawplate.run_folder import ADAPTER_NAME, RECIPE_NAME, UNQUANTIZED_NAME, RunFolder
 
 
 def tune(recipe: Recipe, observer: Observer | None = None) -> RunRecord:
@@ -169,6 +171,18 @@ def _tell(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> Run
     """Load, measure, train, measure, write."""
     journal = outcome.journal
     _write_beginnings(outcome, folder, reopened)
+    _train_and_measure(outcome, folder, reopened)
+    with journal.in_phase("save"):
+        _save_adapter(outcome, folder)
+    measure_deployed(outcome, folder)
+    record = outcome.record("finished")
+    _write_cards(record, folder)
+    return _write(record, folder)
+
+
+def _train_and_measure(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> None:
+    """The model is loaded, measured, trained and measured again; the outcome alone holds it afterwards."""
+    journal = outcome.journal
     if "baseline" not in outcome.scores:
         outcome.scores["unquantized"], outcome.start = score_unquantized(outcome.prepared, journal)
     with journal.in_phase("load"):
@@ -188,25 +202,20 @@ def _tell(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> Run
         measure_heldout(outcome, model, "final", step=outcome.state.step)
         keep_the_best(outcome, model)
         measure_general(outcome, model, "general final")
-    with journal.in_phase("save"):
-        _save_adapter(outcome, folder)
-    record = outcome.record("finished")
-    folder.write_text("adapter/README.md", model_card(record, model.adapter.config.to_dict()))
-    return _write(record, folder)
 
 
 def _break_off(outcome: Outcome, folder: RunFolder, error: BaseException) -> None:
     """Write what is known of a run that ends before its time; leave nothing, if nothing of it was trained."""
     journal, state = outcome.journal, outcome.state
     saved = any(Position.of(path) != Position(0) for path in finished(folder.checkpoints))
-    if outcome.model is None or (state.step == 0 and not saved):
+    if not outcome.loaded or (state.step == 0 and not saved):
         folder.abandon()
         return
     stopped = isinstance(error, (KeyboardInterrupt, StoppedSafely))
     what = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
     what = error.what if isinstance(error, UserError) else what
     try:
-        if not is_lost():
+        if outcome.model is not None and not is_lost():
             _save_adapter(outcome, folder, state.best_adapter)
         _write(outcome.record("stopped" if stopped else "failed", error=what), folder)
     except (OSError, UserError) as second:
@@ -224,11 +233,22 @@ def _save_adapter(outcome: Outcome, folder: RunFolder, state: dict[str, torch.Te
             write_base_precision(partial, outcome.prepared.plan.precision)
         outcome.prepared.tokenizer.save_pretrained(partial)
 
-    folder.write_folder("adapter", fill)
+    folder.write_folder(ADAPTER_NAME, fill)
     if outcome.start:
         trained = state if state is not None else model.adapter.state()
         config, difference = without_start(model.adapter.config, trained, outcome.start)
-        folder.write_folder(UNQUANTIZED_NAME, lambda partial: save_adapter(partial, config, difference, trained))
+
+        def fill_unquantized(partial: Path) -> None:
+            save_adapter(partial, config, difference, trained)
+            outcome.prepared.tokenizer.save_pretrained(partial)
+
+        folder.write_folder(UNQUANTIZED_NAME, fill_unquantized)
+
+
+def _write_cards(record: RunRecord, folder: RunFolder) -> None:
+    for adapter in record.adapters:
+        config = json.loads((folder.path / adapter.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        folder.write_text(f"{adapter.folder}/{CARD_NAME}", model_card(record, adapter, config))
 
 
 def _write(record: RunRecord, folder: RunFolder) -> RunRecord:

@@ -27,6 +27,7 @@ LOCK_NAME = "run.lock"
 RESERVE_NAME = ".reserve"
 RESERVE_BYTES = 8 * MIB
 RECIPE_NAME = "recipe.yaml"
+ADAPTER_NAME = "adapter"
 START_NAME = "adapter_start"
 UNQUANTIZED_NAME = "adapter_unquantized"
 RECORD_NAME = "record.json"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from drawplate.plan.ledger import Choice, ModelShape, Surroundings, ledger
-from drawplate.plan.tax import PHASE, plan_quantization_tax
+from drawplate.plan.tax import DEPLOYED_PHASE, PHASE, plan_quantization_tax, sample_tokens
 from drawplate.records import LedgerLine, PhaseLedger, Plan
 from drawplate.units import GIB
 from tests.report.conftest import make_plan
@@ -57,6 +57,10 @@ def small(plan: Plan) -> Plan:
     return replace(plan, ledger=lines, phases=(PhaseLedger(phase="training", lines=lines),))
 
 
+def phase_of(plan: Plan, name: str = PHASE) -> PhaseLedger:
+    return next(phase for phase in plan.phases if phase.phase == name)
+
+
 def decided(plan: Plan, **changes: Any) -> Plan:
     settings = {"asked": "auto", "stored_precision": None, "host_room_bytes": 100 * GIB} | changes
     return plan_quantization_tax(plan, LLAMA_8B, **settings)
@@ -68,7 +72,7 @@ def test_a_gpu_streams_it_within_what_training_takes(weights: str) -> None:
     plan = decided(before)
     assert plan.quantization_tax
     assert "streamed from the host" in plan.reasons["quantization_tax"]
-    phase = next(phase for phase in plan.phases if phase.phase == PHASE)
+    phase = phase_of(plan)
     assert phase.bytes("device") <= before.predicted_bytes("device") == plan.predicted_bytes("device")
     assert plan.predicted_bytes("host") >= phase.bytes("host") > 16e9 + GIB, "16-bit weights and the process"
     ring = next(line for line in phase.lines if line.name == "ring slots")
@@ -105,14 +109,35 @@ def test_an_unquantized_model_has_no_tax() -> None:
 def test_where_the_adapters_start_does_not_fit_the_tax_is_measured_alone() -> None:
     plan = plan_of(tokens=2048)
     assert decided(plan, starts_adapter=True).starts_from_error
-    lines = {line.name for line in decided(plan, starts_adapter=True).phases[-1].lines}
+    lines = {line.name for line in phase_of(decided(plan, starts_adapter=True)).lines}
     assert {"error of one weight", "adapter's start"} <= lines
 
     def of_size(size: int) -> Plan:
         lines = (LedgerLine(name="all", where="device", bytes=size, formula=""),)
         return replace(plan, ledger=lines, phases=(PhaseLedger(phase="training", lines=lines),))
 
-    chosen = decided(of_size(decided(of_size(100 * GIB)).phases[-1].bytes("device")), starts_adapter=True)
+    chosen = decided(of_size(phase_of(decided(of_size(100 * GIB))).bytes("device")), starts_adapter=True)
     assert chosen.quantization_tax
     assert not chosen.starts_from_error
     assert chosen.reasons["starts_from_error"].startswith("from zero: it would take")
+    assert not chosen.measures_deployed, "with an adapter on the device it would be more than that"
+    assert chosen.reasons["measures_deployed"].startswith("not measured: it would take")
+
+
+@pytest.mark.parametrize(("starts", "ranks"), [(False, 1), (True, 2)])
+def test_the_adapter_as_deployed_is_in_the_ledger_of_the_last_phase(starts: bool, ranks: int) -> None:
+    before = plan_of()
+    plan = decided(before, starts_adapter=starts)
+    assert plan.measures_deployed
+    last = plan.phases[-1]
+    adapter = ranks * 4 * LLAMA_8B.trained_parameters
+    assert {line.name: line.bytes for line in last.lines if line.where == "device"}["adapter"] == adapter
+    assert last.bytes("device") <= before.predicted_bytes("device")
+    on_host = phase_of(decided(replace(before, adapter="host"), starts_adapter=starts), DEPLOYED_PHASE)
+    assert last.bytes("device") - on_host.bytes("device") == adapter
+
+
+def test_a_small_model_is_measured_on_all_documents_and_a_large_one_on_a_sample() -> None:
+    assert sample_tokens("cpu", 135_000_000) > 12_076, "the demo's held-out tokens"
+    assert sample_tokens("cpu", 8_030_000_000) == 4096
+    assert sample_tokens("cuda", 70_000_000_000) == 65_536 < sample_tokens("cuda", 3_000_000_000)

@@ -9,6 +9,7 @@ import random
 import pytest
 
 from drawplate.records import (
+    AdapterFacts,
     DataFacts,
     DataLedger,
     DocumentChange,
@@ -25,6 +26,7 @@ from drawplate.records import (
     Plan,
     RunRecord,
     StepRecord,
+    TimeFacts,
     TokenLedger,
     TrainingFacts,
 )
@@ -269,6 +271,34 @@ def make_record() -> RunRecord:
     )
 
 
+def make_deployed_record() -> RunRecord:
+    """The same run, whose base was measured as released with the adapter for it too."""
+    record = make_record()
+    facts = dataclasses.replace(
+        record.evaluation,
+        quantization_tax_documents=101,
+        unquantized_final=make_evaluation(12.97),
+        unquantized_precision="bf16",
+        deployed_adapter="adapter_unquantized",
+        deployed_documents=101,
+        deployed_change_percent=-34.13,
+        deployed_ci95_percent=(-35.9, -32.3),
+    )
+    adapters = (
+        AdapterFacts(folder="adapter", base_precision="nf4", r=16),
+        AdapterFacts(folder="adapter_unquantized", base_precision="bf16", r=32, deployed=True),
+    )
+    documents = tuple(
+        dataclasses.replace(d, unquantized_nats=d.baseline_nats - 0.2 * d.tokens, deployed_nats=d.final_nats - 0.05)
+        for d in record.documents
+    )
+    training = dataclasses.replace(record.training, init_lora_weights="quantization_error")
+    times = TimeFacts(step_seconds=1.45, tokens_per_second=1712.0, training_seconds=251.8, first_step_seconds=41.3)
+    return dataclasses.replace(
+        record, evaluation=facts, adapters=adapters, documents=documents, training=training, times=times
+    )
+
+
 def make_gpu_record() -> RunRecord:
     """The same run with a device: its curves, its predicted and measured peaks."""
     memory = MemoryFacts(
@@ -327,6 +357,11 @@ def make_failure() -> RunRecord:
 @pytest.fixture
 def record() -> RunRecord:
     return make_record()
+
+
+@pytest.fixture
+def deployed_record() -> RunRecord:
+    return make_deployed_record()
 
 
 @pytest.fixture

@@ -5,9 +5,15 @@ import dataclasses
 import yaml
 
 from drawplate.records import EvaluationFacts, RunRecord
-from drawplate.report.card import model_card
+from drawplate.report import card as cards
+from drawplate.report.comparisons import adapters
 
 CONFIG = {"r": 16, "lora_alpha": 32, "target_modules": ["v_proj", "q_proj"], "lora_dropout": 0.0}
+
+
+def model_card(record: RunRecord, config: dict[str, object]) -> str:
+    """Of the run's first adapter."""
+    return cards.model_card(record, adapters(record)[0], config)
 
 
 def header(card: str) -> dict[str, object]:
@@ -35,16 +41,28 @@ def test_the_measured_figures_are_the_records(record: RunRecord) -> None:
     assert "13,700 tokens" in card
     assert "| Rank r | 16 |" in card
     assert "q\\_proj, v\\_proj" in card
-    assert "Without quantization the base model's is 19.69 on 31 held-out documents" in card
+    assert "The base model as released has 19.69 on 31 held-out documents" in card
     assert "changed perplexity by +24.3 % [+22.9, +25.8]" in card
-    assert "On general text that is not of the domain, training changed it by +0.8 % [-0.6, +2.2]." in card
+    assert "On general text that is not of the domain, training changed it by +0.8 % [-0.6, +2.2] (the 4-bit" in card
+
+
+def test_each_of_two_adapters_leads_with_its_own_base_and_names_the_other(deployed_record: RunRecord) -> None:
+    own, plain = (cards.model_card(deployed_record, adapter, CONFIG) for adapter in deployed_record.adapters)
+    assert own.index("| Perplexity | 24.48 | 13.76 |") < own.index("| Perplexity | 19.69 | 12.97 |")
+    assert plain.index("| Perplexity | 19.69 | 12.97 |") < plain.index("| Perplexity | 24.48 | 13.76 |")
+    assert "Beside it the run left `adapter_unquantized`, for the base model as released (bf16)." in own
+    assert "Beside it the run left `adapter`, for the 4-bit base model (nf4)." in plain
+    assert "Better: -34.1 %" in plain.split("## Measured")[0]
+    assert "Better: -43.8 %" in own.split("## Measured")[0]
+    assert "BitsAndBytesConfig" in own
+    assert "BitsAndBytesConfig" not in plain
 
 
 def test_it_says_how_to_load_the_adapter(record: RunRecord) -> None:
     card = model_card(record, CONFIG)
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-    assert "from_pretrained('HuggingFaceTB/SmolLM2-135M')" in code
+    assert "base_model = 'HuggingFaceTB/SmolLM2-135M'\n" in code
 
 
 def test_a_local_base_models_folder_is_not_published(record: RunRecord) -> None:

@@ -13,17 +13,27 @@ from tests.report.test_html import parse, section
 def test_every_change_that_was_measured_has_its_figures_and_interval(record: RunRecord) -> None:
     text = section(render_report(record), "changes")
     for words in (
-        "Held-out documents before and after training, 101 documents 24.48 13.76 -43.8 % [-45.6, -41.9]",
+        "on the 4-bit base model (nf4), without and with adapter, 101 documents 24.48 13.76 -43.8 % [-45.6, -41.9]",
         "what was forgotten 31.20 31.45 +0.8 % [-0.6, +2.2]",
         "31 held-out documents 19.69 24.48 +24.3 % [+22.9, +25.8]",
     ):
         assert words in text
 
 
+def test_the_verdicts_own_base_comes_first_and_the_other_beside_it(deployed_record: RunRecord) -> None:
+    names = ["Held-out documents, as released", "Held-out documents, nf4", "General text", "Quantization"]
+    assert [row.name for row in change_rows(deployed_record)] == names
+    page = render_report(deployed_record)
+    text = section(page, "results")
+    first, second = "on the base model as released (bf16), without", "on the 4-bit base model (nf4), without"
+    assert text.index(first) < text.index("19.69") < text.index(second) < text.index("24.48")
+    assert "easier to predict on the base model as released (bf16)." in section(page, "documents")
+
+
 def test_what_was_not_measured_has_no_row(record: RunRecord, failure: RunRecord) -> None:
     facts = EvaluationFacts(baseline=record.evaluation.baseline, final=record.evaluation.final)
     bare = dataclasses.replace(record, evaluation=facts)
-    assert [row.name for row in change_rows(bare)] == ["Held-out documents"]
+    assert [row.name for row in change_rows(bare)] == ["Held-out documents, nf4"]
     assert not change_rows(failure)
     assert not parse(render_report(failure)).xpath("//section[@aria-labelledby='changes']")
 
@@ -85,5 +95,5 @@ def test_every_token_has_its_line(record: RunRecord, side: int) -> None:
 def test_a_rows_name_stays_inside_the_chart(record: RunRecord) -> None:
     heldout, _, tax = change_rows(record)
     alone, beside = str(intervals_svg([heldout])), str(intervals_svg([heldout, tax]))
-    assert 'text-anchor="start">Held-out documents' in alone, "the interval lies at the chart's left edge"
+    assert 'text-anchor="start">Held-out documents, nf4' in alone, "the interval lies at the chart's left edge"
     assert 'text-anchor="end">Quantization' in beside

@@ -70,7 +70,7 @@ def test_the_page_sets_predicted_and_measured_side_by_side(record: RunRecord) ->
     measured = TimeFacts(step_seconds=2.1, tokens_per_second=7600.0, training_seconds=350.0, evaluation_seconds=9.5)
     whole = dataclasses.replace(record, plan=full(record.plan), times=measured)
     assert ("Optimizer step", "2.000 s", "2.100 s") in compared_rows(whole)
-    assert ("Tokens per second", "8,000", "7,600") in compared_rows(whole)
+    assert ("Tokens per second, once warm", "8,000", "7,600") in compared_rows(whole)
     page = render_report(whole)
     for text in ("Predicted and measured", "7,600", "The budgets as a table", "Lengths are assumed."):
         assert text in page, text

@@ -24,7 +24,7 @@ def printed(renderable: RenderableType, terminal: bool = False, width: int = 80,
 def test_the_end_of_a_run_says_all_a_person_asks_for(record: RunRecord, terminal: bool) -> None:
     text = printed(summary_table(record, "runs/x"), terminal, width=100)
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert lines[0] == "Better: -43.8 % [-45.6, -41.9], held-out perplexity 24.48 -> 13.76"
+    assert lines[0].startswith("Better: -43.8 % [-45.6, -41.9], held-out perplexity 24.48 -> 13.76 on the 4-bit base")
     for start in (
         "Documents 1,007",
         "Tokens 137,156",
@@ -46,6 +46,19 @@ def test_the_next_command_is_one_that_a_shell_takes(record: RunRecord) -> None:
     command = text[text.index("drawplate eval") :].replace("\\\n", " ")
     options = {"--model": "my model; rm -rf ~", "--adapter": "runs/it's/adapter", "--data": "YOUR_DOCUMENTS"}
     assert shlex.split(command) == ["drawplate", "eval", *(word for pair in options.items() for word in pair)]
+
+
+def test_each_of_two_adapters_has_its_base_and_its_next_command(deployed_record: RunRecord) -> None:
+    text = printed(summary_table(deployed_record, "runs/x"), width=100)
+    for name, base, precision in (
+        ("adapter", "the 4-bit base model (nf4)", "nf4"),
+        ("adapter_unquantized", "the base model as released (bf16)", "bf16"),
+    ):
+        assert f"runs/x/{name}  (for {base})" in text
+        command = text[text.index(f", for {base}:") :].partition(":\n")[2].partition("\n\n")[0].replace("\\\n", " ")
+        words = shlex.split(command)
+        assert words[words.index("--adapter") + 1] == f"runs/x/{name}"
+        assert words[words.index("--set") + 1] == f"quantization.precision={precision}"
 
 
 def test_a_pipe_gets_plain_text_with_unbroken_lines(record: RunRecord) -> None:

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from drawplate.records import Evaluation, EvaluationFacts, RunRecord
-from drawplate.report.wording import format_figure, heldout_change, memory_facts, training_facts, verdict
+from drawplate.report.comparisons import heldout_change
+from drawplate.report.wording import format_figure, memory_facts, score_facts, training_facts, verdict
 
 
 def with_change(record: RunRecord, after: float, interval: tuple[float, float] | None) -> RunRecord:
@@ -19,9 +20,57 @@ def with_change(record: RunRecord, after: float, interval: tuple[float, float] |
 def test_a_gain_is_said_with_its_size_its_interval_and_both_figures(record: RunRecord) -> None:
     ruling = verdict(record)
     assert ruling.headline == "Better: -43.8 % [-45.6, -41.9]"
-    assert ruling.scores == "held-out perplexity 24.48 -> 13.76"
+    assert ruling.scores == "held-out perplexity 24.48 -> 13.76 on the 4-bit base model (nf4)"
     assert "95 % interval" in ruling.detail
     assert ruling.tone == "better"
+
+
+def test_the_base_model_as_released_comes_first_where_it_was_measured(deployed_record: RunRecord) -> None:
+    ruling = verdict(deployed_record)
+    assert ruling.headline == "Better: -34.1 % [-35.9, -32.3]"
+    assert ruling.scores == "held-out perplexity 19.69 -> 12.97 on the base model as released (bf16)"
+    assert "without and with adapter_unquantized on the same 101 documents, 13,700 tokens" in ruling.detail
+    facts = {fact.label: f"{fact.value} ({fact.note})" for fact in score_facts(deployed_record)}
+    beside = "perplexity 24.48 -> 13.76, -43.8 % [-45.6, -41.9] (nf4, as in training; without and with adapter)"
+    assert facts["On the 4-bit base"] == beside
+    assert facts["General text"].endswith("(general English prose, on the 4-bit base model (nf4))")
+    assert list(facts) == ["Before", "After", "Change", "On the 4-bit base", "General text", "Quantization tax"]
+
+
+def test_noise_on_the_base_as_released_is_no_gain_whatever_the_4_bit_one_gained(deployed_record: RunRecord) -> None:
+    facts = dataclasses.replace(
+        deployed_record.evaluation, deployed_change_percent=-0.4, deployed_ci95_percent=(-1.9, 1.2)
+    )
+    ruling = verdict(dataclasses.replace(deployed_record, evaluation=facts))
+    assert (ruling.headline, ruling.tone) == ("No measurable change: -0.4 % [-1.9, +1.2]", "same")
+
+
+@pytest.mark.parametrize(
+    ("precision", "stored", "base"),
+    [
+        ("bf16", "", ""),
+        ("fp8", "", " on the 8-bit base model (fp8)"),
+        ("int8", "", " on the 8-bit base model (int8)"),
+        ("nf4", "nf4", " on the base model as released (nf4)"),
+    ],
+)
+def test_the_verdict_names_its_baseline(record: RunRecord, precision: str, stored: str, base: str) -> None:
+    model = dataclasses.replace(record.model, precision=precision, stored_precision=stored)
+    assert verdict(dataclasses.replace(record, model=model)).scores == f"held-out perplexity 24.48 -> 13.76{base}"
+
+
+def test_why_the_base_as_released_was_not_measured_is_said(record: RunRecord) -> None:
+    assert record.plan is not None
+    plan = dataclasses.replace(record.plan, reasons={"quantization_tax": "not measured: no room"})
+    detail = verdict(dataclasses.replace(record, plan=plan)).detail
+    assert detail.endswith("The base model as released was not measured with an adapter: no room.")
+
+
+def test_the_two_speeds_and_the_first_step_have_names(deployed_record: RunRecord) -> None:
+    facts = {fact.label: (fact.value, fact.note) for fact in training_facts(deployed_record)}
+    assert facts["First step"] == ("41.3 s", "after the start: reading, loading and measuring included")
+    assert facts["Speed once warm"] == ("1,712 tokens/s", "the median step")
+    assert facts["Speed of all steps"] == ("1,471 tokens/s", "compiling, capturing and warming up included")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
-"""Whether the unquantized base model is measured before the quantized one is loaded, and what that phase holds.
+"""Whether the unquantized base model is measured, before training and after it with the adapter, and what that holds.
 
-It runs first and alone, so it costs time and never adds to the peak of training: on a GPU its layers are streamed from
-the host and only a ring of two is on the device; on a CPU they are all in memory. Left to `auto` it is done where that
-takes no more of the device than the run does anyway, and no more of the host than there is. A CPU measures a sample of
-the held-out documents and a GPU many more (`SAMPLE_TOKENS`), which bounds the time: seconds on the demo's two cores.
+It runs alone, before the quantized model is loaded and after it is released, so it costs time and never adds to the
+peak of training: on a GPU its layers are streamed from the host and only a ring of two is on the device; on a CPU they
+are all in memory. Left to `auto` it is done where that takes no more of the device than the run does anyway, and no
+more of the host than there is.
+
+All held-out documents are measured where that is a matter of seconds, else a sample of whole ones: of as many tokens as
+`MOST_WORK` allows for a model of that size, and of `SAMPLE_TOKENS` in any case.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ from drawplate.records import LedgerLine, PhaseLedger, Plan
 from drawplate.units import MIB, format_bytes, format_count
 
 PHASE = "unquantized baseline"
+DEPLOYED_PHASE = "unquantized with adapter"
 PLAIN_PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SAMPLE_TOKENS = {"cpu": 4096, "cuda": 65_536}
+MOST_WORK = {"cpu": 4e12, "cuda": 5e14}
+"""Tokens x parameters of one measurement: some half a minute on two cores, or through a GPU's bus."""
 CALIBRATION_TOKENS = {"cpu": 2048, "cuda": 16_384}
 HEAD_ROWS = 8192
 _SHARED = ("CUDA context", "process before the model", RUNTIME, "token windows")
-_KEY, _START_KEY = "quantization_tax", "starts_from_error"
+_KEY, _START_KEY, _DEPLOYED_KEY = "quantization_tax", "starts_from_error", "measures_deployed"
 
 
 def plan_quantization_tax(
@@ -48,27 +54,37 @@ def plan_quantization_tax(
     if plan.precision in PLAIN_PRECISION.values():
         return plan
     starts, reasons = starts_adapter, dict(plan.reasons)
-    phase = _phase(plan, model, starts)
+    phase = _before(plan, model, starts)
     why_not = _why_not(plan, phase, asked, stored_precision, host_room_bytes)
     if starts:
         reasons[_START_KEY] = f"from zero: {why_not}" if why_not else f"from what {plan.precision} loses of the weights"
     if why_not and starts:  # measuring alone may still fit
-        starts, phase = False, _phase(plan, model, False)
+        starts, phase = False, _before(plan, model, False)
         why_not = _why_not(plan, phase, asked, stored_precision, host_room_bytes)
     if why_not:
         return replace(plan, reasons={**reasons, _KEY: f"not measured: {why_not}"})
-    name = PLAIN_PRECISION[plan.compute_dtype]
+    name, tokens = PLAIN_PRECISION[plan.compute_dtype], sample_tokens(plan.device, model.parameters)
     how = "streamed from the host" if plan.device == "cuda" else "before the quantized one is loaded"
-    reason = f"the base model in {name}, {how}, on up to {format_count(SAMPLE_TOKENS[plan.device])} held-out tokens"
-    phases = (*plan.phases, phase)
+    reasons[_KEY] = f"the base model in {name}, {how}, on up to {format_count(tokens)} held-out tokens"
+    after = _after(plan, model, starts)
+    why_not = _why_not(plan, after, asked, stored_precision, host_room_bytes)
+    last = "at the end, with the adapter that is for it, on the same documents"
+    reasons[_DEPLOYED_KEY] = f"not measured: {why_not}" if why_not else last
+    phases = (*plan.phases, phase, *(() if why_not else (after,)))
     return replace(
         plan,
         quantization_tax=True,
         starts_from_error=starts,
+        measures_deployed=not why_not,
         phases=phases,
         ledger=Ledger(phases=phases).lines if plan.phases else plan.ledger,
-        reasons={**reasons, _KEY: reason},
+        reasons=reasons,
     )
+
+
+def sample_tokens(device: str, parameters: int) -> int:
+    """Tokens of held-out documents, at most, on which a model of this size is measured unquantized."""
+    return max(SAMPLE_TOKENS[device], int(MOST_WORK[device] / parameters))
 
 
 def _why_not(
@@ -101,11 +117,32 @@ _MOVING = (
 )
 
 
-def _phase(plan: Plan, model: ModelShape, starts_adapter: bool) -> PhaseLedger:
+Bytes = tuple[str, str, int, str]
+"""Name, place, bytes and formula of a line."""
+
+
+def _before(plan: Plan, model: ModelShape, starts_adapter: bool) -> PhaseLedger:
+    rows = _model_bytes(plan, model)
+    if starts_adapter:
+        one = model.hidden * max(model.intermediate, model.attention_width)
+        rows.append(("error of one weight", "device", 8 * one, "8 bytes x hidden x widest"))
+        rows.append(("adapter's start", "host", 4 * model.trained_parameters, "trained parameters x 4 bytes"))
+    return _phase(PHASE, plan, rows)
+
+
+def _after(plan: Plan, model: ModelShape, started: bool) -> PhaseLedger:
+    """An adapter that started from the error is, without its start, one of twice the rank (model/error_start.py)."""
+    ranks = 2 if started else 1
+    size, formula = 4 * ranks * model.trained_parameters, f"{ranks} x trained parameters x 4 bytes"
+    rows = [*_model_bytes(plan, model), ("adapter", plan.adapter, size, formula)]
+    return _phase(DEPLOYED_PHASE, plan, [*rows, ("adapter as read back", "host", size, formula)])
+
+
+def _model_bytes(plan: Plan, model: ModelShape) -> list[Bytes]:
     size, on_cpu = DTYPE_BYTES[plan.compute_dtype], plan.device == "cpu"
     layers, layer = model.linear_parameters * size, model.linear_parameters // model.layers * size
     tokens = window_tokens(plan)
-    rows: list[tuple[str, str, int, str]] = [
+    rows: list[Bytes] = [
         ("unquantized layers", "host", layers, f"parameters x {size} bytes"),
         ("embedding, head and norms", "host", model.outside_parameters * size, f"parameters x {size} bytes"),
     ]
@@ -124,16 +161,17 @@ def _phase(plan: Plan, model: ModelShape, starts_adapter: bool) -> PhaseLedger:
     else:  # what comes and goes is that of the quantized model's own evaluation, or less
         moving = [line for line in baseline.lines if line.name in _MOVING]
         rows += [(line.name, "device", line.bytes, line.formula) for line in moving]
-    if starts_adapter:
-        one = model.hidden * max(model.intermediate, model.attention_width)
-        rows.append(("error of one weight", "device", 8 * one, "8 bytes x hidden x widest"))
-        rows.append(("adapter's start", "host", 4 * model.trained_parameters, "trained parameters x 4 bytes"))
+    return rows
+
+
+def _phase(name: str, plan: Plan, rows: list[Bytes]) -> PhaseLedger:
     own = tuple(
-        LedgerLine(name=n, where="host" if on_cpu else where, bytes=count, formula=formula)  # type: ignore[arg-type]
+        LedgerLine(name=n, where="host" if plan.device == "cpu" else where, bytes=count, formula=formula)  # type: ignore[arg-type]
         for n, where, count, formula in rows
     )
-    held = baseline.lines if baseline else plan.ledger  # by then its kernels have run
-    return PhaseLedger(phase=PHASE, lines=own + tuple(line for line in held if line.name in _SHARED))
+    when = "final evaluation" if name == DEPLOYED_PHASE else "baseline evaluation"
+    held = next((phase.lines for phase in plan.phases if phase.phase == when), plan.ledger)  # its kernels have run
+    return PhaseLedger(phase=name, lines=own + tuple(line for line in held if line.name in _SHARED))
 
 
 def window_tokens(plan: Plan) -> int:

@@ -32,6 +32,7 @@ from drawplate.records.round_trip import (
 )
 from drawplate.records.run import (
     SCHEMA,
+    AdapterFacts,
     DataFacts,
     EvaluationFacts,
     EvaluationPoint,
@@ -54,6 +55,7 @@ from drawplate.records.scores import (
 
 __all__ = [
     "SCHEMA",
+    "AdapterFacts",
     "CostLine",
     "DataFacts",
     "DataLedger",

@@ -94,6 +94,7 @@ class Plan:
         embedding: device or host; beside a streamed head it is on the host, and a tied one is where the head is.
         adapter: where trained tensors, their gradients and the optimizer live: device or host.
         assumptions: what was not known and is assumed.
+        measures_deployed: the unquantized base model is measured again at the end, with the adapter that is for it.
     """
 
     device: str
@@ -118,6 +119,7 @@ class Plan:
     dequantize: str = "product"
     quantization_tax: bool = False
     starts_from_error: bool = False
+    measures_deployed: bool = False
     graphs: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

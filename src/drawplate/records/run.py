@@ -35,7 +35,13 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """Which base model it was."""
+    """Which base model it was.
+
+    Attributes:
+        precision: of its frozen linear weights in training.
+        stored_precision: what its files are quantized to themselves; empty where they are not.
+        gguf_file: the file that it was converted from; empty where it came as safetensors.
+    """
 
     name: str
     revision: str | None
@@ -48,6 +54,24 @@ class ModelFacts:
     frozen_bytes: int = 0
     self_check_difference: float | None = None
     licence: str = ""
+    stored_precision: str = ""
+    gguf_file: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """An adapter that the run left, and the weights of the base model that it is for.
+
+    Attributes:
+        folder: in the run's folder.
+        base_precision: of those weights. `deployed` says which adapter is for the base model as released.
+        r: its rank.
+    """
+
+    folder: str
+    base_precision: str
+    deployed: bool = False
+    r: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +102,15 @@ class EvaluationFacts:
     """Before and after, on the same documents; every change is paired and has its own 95 % interval.
 
     Attributes:
-        baseline, final: the held-out documents under the model as trained, before and after.
+        baseline, final: the held-out documents under the base model in the precision of training, before and after.
         context_tokens: that each window of a long document, but its first, reads again and does not count.
         unquantized_baseline: the base model before quantization, on the held-out documents or a sample of them.
         quantized_baseline: the base model as quantized, on the same `quantization_tax_documents` documents.
         quantization_tax_percent: change of perplexity from the one to the other.
+        unquantized_final: the base model before quantization with the adapter that is for it, read back from
+            `deployed_adapter`, on the `deployed_documents` documents of `unquantized_baseline`.
+        unquantized_precision: in which those two were computed.
+        deployed_change_percent: change of perplexity from `unquantized_baseline` to `unquantized_final`.
         general_baseline, general_final: text that is not of the domain, before and after; what it was is in
             `general_text`.
     """
@@ -103,6 +131,12 @@ class EvaluationFacts:
     general_final: Evaluation | None = None
     general_change_percent: float | None = None
     general_ci95_percent: tuple[float, float] | None = None
+    unquantized_final: Evaluation | None = None
+    unquantized_precision: str = ""
+    deployed_adapter: str = ""
+    deployed_documents: int = 0
+    deployed_change_percent: float | None = None
+    deployed_ci95_percent: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +193,18 @@ class MemoryFacts:
 class TimeFacts:
     """Measured seconds, in the words of `PlanTimes`; 0 where nothing was measured.
 
-    `step_seconds` is the median optimizer step, so that compiling in the first does not count.
+    Attributes:
+        step_seconds: of the median optimizer step, in which nothing is compiled or captured.
+        tokens_per_second: of the median optimizer step: the speed once warm. `training.tokens_per_second` is that of
+            all steps, compiling and capturing included.
+        first_step_seconds: from the start of the run to the end of its first optimizer step.
     """
 
     step_seconds: float = 0.0
     tokens_per_second: float = 0.0
     training_seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    first_step_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +241,7 @@ class Progress:
     """What a run tells whoever watches it, often; `figures` are shown beside the bar as they are.
 
     Attributes:
-        phase: read, unquantized, load, baseline, train, evaluate, final or save.
+        phase: read, unquantized, load, rehearse, baseline, train, evaluate, final, save or deployed.
         done, total: in `unit`s; total 0 where it is not known.
         figures: short name -> text, like {"loss": "2.31", "tokens/s": "812"}.
         message: a line worth keeping on the screen, such as a warning; empty most of the time.
@@ -223,6 +262,7 @@ class RunRecord:
     Attributes:
         fingerprints: sha256 of the recipe, the base model's weights, and the training and held-out tokens in order.
         resumed: where later processes took the run up, in words.
+        adapters: what was written, and for which weights each is.
     """
 
     drawplate: str
@@ -250,4 +290,5 @@ class RunRecord:
     resumed: tuple[str, ...] = ()
     times: TimeFacts = field(default_factory=TimeFacts)
     rehearsal: tuple[RehearsedPhase, ...] = ()
+    adapters: tuple[AdapterFacts, ...] = ()
     schema: int = SCHEMA

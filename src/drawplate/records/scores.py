@@ -62,9 +62,16 @@ class DocumentScore:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentChange:
-    """One held-out document before and after: shown best and worst first."""
+    """One held-out document before and after: shown best and worst first.
+
+    Attributes:
+        baseline_nats, final_nats: under the base model in the precision of training.
+        unquantized_nats, deployed_nats: under the base model before quantization; None where it was not measured.
+    """
 
     document: str
     tokens: int
     baseline_nats: float
     final_nats: float
+    unquantized_nats: float | None = None
+    deployed_nats: float | None = None

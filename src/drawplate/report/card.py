@@ -13,43 +13,60 @@ from typing import Any
 
 import yaml
 
-from drawplate.records import RunRecord
+from drawplate.records import AdapterFacts, RunRecord
+from drawplate.report.comparisons import (
+    ADAPTER,
+    UNQUANTIZED,
+    Comparison,
+    adapters,
+    comparisons,
+    general_change,
+    is_quantized,
+    measured,
+    purpose,
+    released,
+    released_base,
+    tax_change,
+    trained,
+    trained_base,
+)
+from drawplate.report.loading import loading_code, packages
 from drawplate.report.visible import visible
 from drawplate.report.wording import (
     Fact,
     data_facts,
     format_figure,
-    general_change,
-    measured,
     memory_facts,
     plural,
-    tax_change,
     training_facts,
     verdict,
+    verdict_of,
 )
 from drawplate.units import format_count
 
+CARD_NAME = "README.md"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def model_card(record: RunRecord, adapter_config: dict[str, Any]) -> str:
+def model_card(record: RunRecord, adapter: AdapterFacts, adapter_config: dict[str, Any]) -> str:
     """README.md as text.
 
     Args:
         record: the run.
+        adapter: which of its adapters the card is for.
         adapter_config: what adapter_config.json holds (r, lora_alpha, target_modules, ...).
     """
     sections = [
         f"# Adapter for {_code(base_model(record))}",
-        _opening(record),
+        _opening(record, adapter),
         "## Measured",
-        _results(record),
+        _results(record, adapter),
         "## How it was made",
         _making(record, adapter_config),
         "## How to load it",
-        _loading(record),
+        _loading(record, adapter),
         "## Limits",
-        _limits(record),
+        _limits(record, adapter),
     ]
     return f"---\n{_header(record)}---\n\n" + "\n\n".join(part for part in sections if part) + "\n"
 
@@ -84,19 +101,41 @@ def _cell(text: object) -> str:
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", shown)
 
 
-def _opening(record: RunRecord) -> str:
-    ruling = verdict(record)
+def _opening(record: RunRecord, adapter: AdapterFacts) -> str:
+    own = _own_first(record, adapter)
+    ruling = verdict_of(record, own[0]) if own and record.status == "finished" else verdict(record)
     scores = f" ({ruling.scores})" if ruling.scores else ""
+    others = [each for each in adapters(record) if each != adapter]
+    beside = "".join(f" Beside it the run left {_code(each.folder)}, {purpose(record, each)}." for each in others)
+    which = f", {purpose(record, adapter)}" if others else ""
     return (
-        f"A LoRA adapter trained with Drawplate {_cell(record.drawplate)}. "
-        f"**{_cell(ruling.headline)}{_cell(scores)}.** {_cell(ruling.detail)}"
+        f"A LoRA adapter{_cell(which)}, trained with Drawplate {_cell(record.drawplate)}. "
+        f"**{_cell(ruling.headline)}{_cell(scores)}.** {_cell(ruling.detail)}{beside}"
     )
 
 
-def _results(record: RunRecord) -> str:
-    before, after = measured(record.evaluation.baseline), measured(record.evaluation.final)
-    if before is None or after is None:
+def _own_first(record: RunRecord, adapter: AdapterFacts) -> list[Comparison]:
+    """Of two adapters each is on its own base; one alone was measured wherever it may be used."""
+    if len(adapters(record)) == 1:
+        return comparisons(record)
+    both = (released(record), trained(record))
+    return [found for found in (both if adapter.deployed else both[::-1]) if found is not None]
+
+
+def _results(record: RunRecord, adapter: AdapterFacts) -> str:
+    found = _own_first(record, adapter)
+    if not found:
         return "Held-out documents were not measured both before and after, so nothing is known about its effect."
+    tables = [_table(each) for each in found]
+    basis = (
+        f"Perplexity is exp(nats / tokens) over {format_count(found[0].after.tokens)} tokens of documents that were "
+        'kept out of training. "Before" is the base model without an adapter.'
+    )
+    return "\n\n".join([*tables, basis + _beside(record)])
+
+
+def _table(compared: Comparison) -> str:
+    before, after = compared.before, compared.after
     rows = [
         "| Held-out documents | before | after |",
         "| --- | ---: | ---: |",
@@ -106,26 +145,24 @@ def _results(record: RunRecord) -> str:
     if before.bytes and after.bytes:
         bits = [format_figure(result.bits_per_byte, 4) for result in (before, after)]
         rows.append(f"| Bits per byte | {bits[0]} | {bits[1]} |")
-    precision = _cell(record.model.precision or "its own precision")
-    basis = (
-        f"Perplexity is exp(nats / tokens) over {format_count(after.tokens)} tokens of documents that were kept out of "
-        f'training. "Before" is the base model in {precision}, as trained on.'
-    )
-    return "\n".join(rows) + "\n\n" + basis + _quantization(record)
+    change = f"Perplexity changed by {compared.change.in_figures()}"
+    on = f" on {compared.base}, with {_code(compared.adapter)}" if compared.base else ""
+    return _cell(change) + on + ":\n\n" + "\n".join(rows)
 
 
-def _quantization(record: RunRecord) -> str:
+def _beside(record: RunRecord) -> str:
     """What quantization cost before training, and what training cost elsewhere."""
     text = ""
     full = measured(record.evaluation.unquantized_baseline)
     if full is not None and (tax := tax_change(record)):
         documents = plural(record.evaluation.quantization_tax_documents, "held-out document")
         text += (
-            f" Without quantization the base model's is {format_figure(full.perplexity)} on {documents}: quantizing it "
-            f"changed perplexity by {tax.in_figures()}."
+            f" The base model as released has {format_figure(full.perplexity)} on {documents}: quantizing it to "
+            f"{record.model.precision} changed perplexity by {tax.in_figures()}, before training."
         )
     if forgotten := general_change(record):
-        text += f" On general text that is not of the domain, training changed it by {forgotten.in_figures()}."
+        on = f" ({trained_base(record)})" if trained_base(record) else ""
+        text += f" On general text that is not of the domain, training changed it by {forgotten.in_figures()}{on}."
     return text
 
 
@@ -153,63 +190,41 @@ def _adapter_facts(adapter_config: dict[str, Any]) -> list[Fact]:
     return [Fact(label=label, value=str(value)) for label, value in named if value is not None]
 
 
-def _loading(record: RunRecord) -> str:
-    name = record.model.name if _is_hub_name(record.model.name) else f"PATH_TO/{base_model(record)}"
-    arguments = [repr(visible(name))]
-    if record.model.revision:
-        arguments.append(f"revision={visible(record.model.revision)!r}")
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({arguments[0]})"
-    imported, made = "AutoModelForCausalLM, AutoTokenizer", []
-    if _belongs_to_four_bits(record):
-        imported += ", BitsAndBytesConfig"
-        kind = f'bnb_4bit_quant_type="{record.model.precision}", bnb_4bit_use_double_quant={_double_quant(record)}'
-        made = [f'four_bits = BitsAndBytesConfig(load_in_4bit=True, {kind}, bnb_4bit_compute_dtype="bfloat16")']
-        arguments.append("quantization_config=four_bits")
-    return "\n".join(
-        [
-            "```python",
-            "from peft import PeftModel",
-            f"from transformers import {imported}",
-            "",
-            *made,
-            f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})",
-            'model = PeftModel.from_pretrained(base, "PATH_TO_THIS_FOLDER")',
-            tokenizer,
-            "```",
-        ]
-    )
+def _loading(record: RunRecord, adapter: AdapterFacts) -> str:
+    hub = _is_hub_name(record.model.name)
+    name = record.model.name if hub else f"PATH_TO/{base_model(record)}"
+    code = loading_code(record, adapter, name, hub=hub)
+    needed = ", ".join(("transformers", *packages(record, adapter)))
+    return f"In this folder, with {needed} installed:\n\n```python\n{code}\n```"
 
 
-def _belongs_to_four_bits(record: RunRecord) -> bool:
-    """The adapter started from what 4 bits lost, so that it holds for those weights alone."""
-    return record.training.init_lora_weights == "quantization_error"
-
-
-def _double_quant(record: RunRecord) -> bool:
-    asked = record.recipe.get("quantization", {}).get("bnb_4bit_use_double_quant", "auto")
-    return asked is not False
-
-
-def _limits(record: RunRecord) -> str:
-    precision = record.model.precision
+def _limits(record: RunRecord, adapter: AdapterFacts) -> str:
     limits = [
         "- Measured on documents like those it was trained on; on other text it may be no better, or worse, than the "
         "base model.",
+        _base_limit(record, adapter),
         "- Lower perplexity means the text is easier to predict. It does not measure truthfulness, safety or use.",
         "- It can repeat what was in the training documents. Publish it only if they may be published.",
         "- The base model's licence and limits apply; the documents' may too.",
     ]
-    if _belongs_to_four_bits(record):
-        limits.insert(
-            1,
+    return "\n".join(limit for limit in limits if limit)
+
+
+def _base_limit(record: RunRecord, adapter: AdapterFacts) -> str:
+    """On which weights it holds."""
+    precision, known = record.model.precision, released(record) is not None
+    if len(adapters(record)) > 1 and adapter.deployed:
+        text = f"- It is for {released_base(record)}, and for merging: it is what training added to the adapter's start"
+        return f"{text}, in twice the rank. For {trained_base(record)} take `{ADAPTER}` from the run's folder."
+    if len(adapters(record)) > 1:
+        return (
             f"- It started from what {precision} loses of the base model's weights, and holds for those weights alone. "
-            "For unquantized ones, or to merge it, take `adapter_unquantized` from the run's folder: twice the rank, "
-            "without that start. It is a different model: measure it.",
+            f"For {released_base(record)}, or to merge it, take `{UNQUANTIZED}` from the run's folder: twice the rank, "
+            f"without that start.{'' if known else ' It is a different model: measure it.'}"
         )
-    elif precision in ("nf4", "fp4", "int8", "fp8"):
-        limits.insert(
-            1,
+    if is_quantized(record) and not known:
+        return (
             f"- It was trained on the base model's {precision} weights. Loaded on, or merged into, weights of another "
-            "precision it is a different model: measure it again.",
+            "precision it is a different model: measure it again."
         )
-    return "\n".join(limits)
+    return ""

@@ -14,16 +14,17 @@ from markupsafe import Markup
 from drawplate.compare import Change
 from drawplate.records import Evaluation, LeakReport, RunRecord
 from drawplate.report.chart import value_axis
-from drawplate.report.visible import visible
-from drawplate.report.wording import (
-    Fact,
-    format_figure,
+from drawplate.report.comparisons import (
+    Comparison,
+    comparisons,
     general_change,
-    heldout_change,
     measured,
-    plural,
+    released,
     tax_change,
+    trained_base,
 )
+from drawplate.report.visible import visible
+from drawplate.report.wording import Fact, format_figure, plural
 from drawplate.units import format_count
 
 _ROW_PIXELS, _NAME_PIXELS, _BAR_PIXELS = 44, 14, 32
@@ -44,27 +45,23 @@ class ChangeRow:
 
 def change_rows(record: RunRecord) -> list[ChangeRow]:
     """Every change that was measured, the verdict's own first."""
-    facts = record.evaluation
+    facts, trained_on = record.evaluation, trained_base(record)
     tax_documents = plural(facts.quantization_tax_documents, "held-out document")
+    on = f" on {trained_on}" if trained_on else ""
     found = (
-        (
-            "Held-out documents",
-            (facts.baseline, facts.final),
-            heldout_change(record),
-            f"before and after training, {plural(record.data.heldout_documents, 'document')}",
-        ),
+        *(_heldout_row(record, compared) for compared in comparisons(record)),
         (
             "General text",
             (facts.general_baseline, facts.general_final),
             general_change(record),
-            f"before and after training, {plural(facts.general_documents, 'document')} of {facts.general_text}: what "
-            "was forgotten",
+            f"before and after training{on}, {plural(facts.general_documents, 'document')} of {facts.general_text}: "
+            "what was forgotten",
         ),
         (
             "Quantization",
             (facts.unquantized_baseline, facts.quantized_baseline),
             tax_change(record),
-            f"from the unquantized base model to {record.model.precision or 'the quantized one'}, before training, "
+            f"from the base model as released to {record.model.precision or 'the quantized one'}, before training, "
             f"{tax_documents}",
         ),
     )
@@ -73,6 +70,18 @@ def change_rows(record: RunRecord) -> list[ChangeRow]:
         for name, (before, after), change, note in found
         if change is not None
     ]
+
+
+Found = tuple[str, tuple[Evaluation | None, Evaluation | None], Change | None, str]
+
+
+def _heldout_row(record: RunRecord, compared: Comparison) -> Found:
+    documents = plural(compared.documents, "document")
+    name, note = "Held-out documents", f"before and after training, {documents}"
+    if compared.base:
+        note = f"on {compared.base}, without and with {compared.adapter}, {documents}"
+        name = f"Held-out documents, {'as released' if compared == released(record) else record.model.precision}"
+    return name, (compared.before, compared.after), compared.change, note
 
 
 def _perplexity(result: Evaluation | None) -> str:

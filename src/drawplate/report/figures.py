@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from drawplate.records import EvaluationPoint, MemoryPoint, RunRecord
 from drawplate.report.chart import Band, Chart, Level, Series
-from drawplate.report.wording import format_figure, measured, plural
+from drawplate.report.comparisons import measured, trained_base
+from drawplate.report.wording import format_figure, plural
 from drawplate.units import GIB, MIB, format_bytes, format_count, format_seconds
 
 TABLE_ROWS = 60
@@ -69,7 +70,8 @@ def loss_figure(record: RunRecord) -> Figure | None:
     )
     rows = tuple(_loss_rows(record, heldout))
     columns = ("Step", "Training loss", "Held-out loss", "Held-out perplexity", "Learning rate", "Tokens/s")
-    caption = "Mean negative log-likelihood; training as logged at each step, not smoothed."
+    on = f" Both on {base}." if (base := trained_base(record)) else ""
+    caption = f"Mean negative log-likelihood; training as logged at each step, not smoothed.{on}"
     total = len({s.step for s in record.steps} | {p.step for p in heldout})
     return Figure(heading="Loss", chart=chart, caption=caption, columns=columns, rows=rows, all_rows=total)
 

@@ -23,8 +23,8 @@ from drawplate.report.plan_view import plan_section
 from drawplate.report.visible import visible
 from drawplate.report.wording import (
     adapter_facts,
-    eval_command,
     folder_name,
+    next_commands,
     run_facts,
     verdict,
 )
@@ -44,7 +44,7 @@ def render_report(record: RunRecord) -> str:
             record=record,
             css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
             verdict=verdict(record),
-            scores=sections.score_rows(record),
+            scores=sections.score_tables(record),
             facts=run_facts(record) + adapter_facts(record),
             figures=[figure for figure in (loss_figure(record), memory_figure(record)) if figure],
             best=best,
@@ -65,7 +65,7 @@ def render_report(record: RunRecord) -> str:
             tokens=token_rows(record),
             files=sections.file_rows(record),
             folder=folder_name(record),
-            command=" \\\n  ".join(eval_command(record, folder_name(record))),
+            commands=[(c.what, " \\\n  ".join(c.parts)) for c in next_commands(record, folder_name(record))],
         )
     )
 

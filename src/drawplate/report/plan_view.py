@@ -219,7 +219,7 @@ def compared_rows(record: RunRecord) -> list[tuple[str, str, str]]:
         measured = record.times
         rows += [
             ("Optimizer step", _seconds(times.step_seconds), _seconds(measured.step_seconds)),
-            ("Tokens per second", format_count(times.tokens_per_second), _count(measured.tokens_per_second)),
+            ("Tokens per second, once warm", format_count(times.tokens_per_second), _count(measured.tokens_per_second)),
             ("Training", _seconds(times.training_seconds), _seconds(measured.training_seconds)),
             ("One measurement", _seconds(times.evaluation_seconds), _seconds(measured.evaluation_seconds)),
         ]

@@ -11,16 +11,19 @@ from typing import Any
 
 import yaml
 
-from drawplate.records import DocumentChange, Evaluation, LedgerLine, Plan, RunRecord
-from drawplate.report.wording import (
-    Fact,
-    format_figure,
-    has_adapter,
-    heldout_change,
+from drawplate.records import AdapterFacts, Evaluation, LedgerLine, Plan, RunRecord
+from drawplate.report.comparisons import (
+    ADAPTER,
+    adapters,
+    comparisons,
+    documents_compared,
     measured,
     perplexity_change_percent,
-    plural,
+    purpose,
+    released,
+    trained_base,
 )
+from drawplate.report.wording import Fact, format_figure, plural
 from drawplate.units import format_bytes, format_count, format_percent, format_seconds
 
 _DOCUMENTS_SHOWN = 5
@@ -34,6 +37,14 @@ class ScoreRow:
     before: str
     after: str
     change: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTable:
+    """The measures of the held-out documents on one base model."""
+
+    caption: str
+    rows: list[ScoreRow]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +77,33 @@ class LedgerGroup:
     peak: str
 
 
-def score_rows(record: RunRecord) -> list[ScoreRow]:
-    """Perplexity, loss and bits per byte, before and after; a side that was not measured is a dash."""
+def score_tables(record: RunRecord) -> list[ScoreTable]:
+    """Perplexity, loss and bits per byte on each base model, the verdict's first."""
+    found = [
+        ScoreTable(
+            caption=f"Held-out documents {_on(each.base, each.adapter)}",
+            rows=_score_rows(each.before, each.after, each.change.in_figures()),
+        )
+        for each in comparisons(record)
+    ]
     before, after = measured(record.evaluation.baseline), measured(record.evaluation.final)
-    if before is None and after is None:
-        return []
-    change = heldout_change(record)
+    if found or (before is None and after is None):
+        return found
+    return [ScoreTable(caption=f"Held-out documents {_on(trained_base(record))}", rows=_score_rows(before, after, ""))]
+
+
+def _on(base: str, adapter: str = ADAPTER) -> str:
+    return f"on {base}, without and with {adapter}" if base else "before and after training"
+
+
+def _score_rows(before: Evaluation | None, after: Evaluation | None, change: str) -> list[ScoreRow]:
+    """A side that was not measured is a dash."""
     rows = [
         ScoreRow(
             name="Perplexity",
             before=_score(before, "perplexity", 2),
             after=_score(after, "perplexity", 2),
-            change=change.in_figures() if change else "",
+            change=change,
         ),
         _difference_row("Loss, nats per token", before, after, "loss"),
     ]
@@ -99,22 +125,19 @@ def _difference_row(label: str, before: Evaluation | None, after: Evaluation | N
 
 def document_rows(record: RunRecord) -> tuple[list[DocumentRow], list[DocumentRow]]:
     """The held-out documents that gained most and least, at most five each and none twice."""
-    ranked = sorted((d for d in record.documents if d.tokens > 0), key=_nats_gained)
-    best = ranked[: min(_DOCUMENTS_SHOWN, math.ceil(len(ranked) / 2))]
-    worst = ranked[len(best) :][-_DOCUMENTS_SHOWN:]
-    return [_document_row(d) for d in best], [_document_row(d) for d in reversed(worst)]
+    _, compared = documents_compared(record)
+    rows = [
+        _document_row(document.document, before, after)
+        for document, before, after in sorted(compared, key=lambda each: each[2].loss - each[1].loss)
+    ]
+    best = rows[: min(_DOCUMENTS_SHOWN, math.ceil(len(rows) / 2))]
+    return best, rows[len(best) :][-_DOCUMENTS_SHOWN:][::-1]
 
 
-def _nats_gained(document: DocumentChange) -> float:
-    return (document.final_nats - document.baseline_nats) / document.tokens
-
-
-def _document_row(document: DocumentChange) -> DocumentRow:
-    before = Evaluation(nats=document.baseline_nats, tokens=document.tokens, bytes=0)
-    after = Evaluation(nats=document.final_nats, tokens=document.tokens, bytes=0)
+def _document_row(name: str, before: Evaluation, after: Evaluation) -> DocumentRow:
     return DocumentRow(
-        name=document.document,
-        tokens=format_count(document.tokens),
+        name=name,
+        tokens=format_count(before.tokens),
         before=format_figure(before.perplexity),
         after=format_figure(after.perplexity),
         change=format_percent(perplexity_change_percent(before, after)),
@@ -123,11 +146,12 @@ def _document_row(document: DocumentChange) -> DocumentRow:
 
 def improved(record: RunRecord) -> str:
     """How many held-out documents gained, in one sentence; empty where none were scored."""
-    scored = [d for d in record.documents if d.tokens > 0]
-    if not scored:
+    base, compared = documents_compared(record)
+    if not compared:
         return ""
-    better = sum(d.final_nats < d.baseline_nats for d in scored)
-    return f"{format_count(better)} of {plural(len(scored), 'held-out document')} became easier to predict."
+    better = sum(after.nats < before.nats for _, before, after in compared)
+    on = f" on {base}" if base else ""
+    return f"{format_count(better)} of {plural(len(compared), 'held-out document')} became easier to predict{on}."
 
 
 def data_account(record: RunRecord) -> list[Fact]:
@@ -252,12 +276,7 @@ def phase_rows(record: RunRecord) -> list[Fact]:
 def file_rows(record: RunRecord) -> list[Fact]:
     """What lies beside the page."""
     rows = [
-        ("adapter/", "The trained adapter, in PEFT's format, with a model card", has_adapter(record)),
-        (
-            "adapter_unquantized/",
-            "The same without what it started from, for the base model's unquantized weights; not measured",
-            has_adapter(record) and record.training.init_lora_weights == "quantization_error",
-        ),
+        *((f"{adapter.folder}/", _adapter_words(record, adapter), True) for adapter in adapters(record)),
         ("record.json", "Everything that was measured; this page is made from it alone", True),
         ("metrics.jsonl", "A line for every step, memory sample and evaluation", bool(record.steps)),
         ("plan.json", "The plan and its ledger", record.plan is not None),
@@ -265,3 +284,11 @@ def file_rows(record: RunRecord) -> list[Fact]:
         ("intake.jsonl", "A line for every file that was offered", bool(record.data.files)),
     ]
     return [Fact(label=name, value=what) for name, what, there in rows if there]
+
+
+def _adapter_words(record: RunRecord, adapter: AdapterFacts) -> str:
+    words = [f"The trained adapter, in PEFT's format, with a model card: {purpose(record, adapter)}".rstrip(": ")]
+    if adapter.folder != ADAPTER:
+        words = [f"The same without what it started from, {purpose(record, adapter)}, and for merging"]
+        words += [] if released(record) else ["not measured"]
+    return "; ".join(words)

@@ -15,17 +15,18 @@ from rich.text import Text
 
 from drawplate.compare import Change
 from drawplate.records import ModelScore, RunRecord
+from drawplate.report.comparisons import measured
 from drawplate.report.sections import all_warnings
 from drawplate.report.visible import visible
 from drawplate.report.wording import (
     Fact,
+    NextCommand,
     Verdict,
     data_facts,
-    eval_command,
     format_figure,
-    has_adapter,
-    measured,
     memory_facts,
+    next_commands,
+    places,
     plural,
     score_facts,
     training_facts,
@@ -79,14 +80,11 @@ def summary_table(record: RunRecord, folder: Path | str) -> RenderableType:
     """The end of a run: the verdict, its figures, where everything is, and the next command."""
     ruling = verdict(record)
     facts = [*data_facts(record), *score_facts(record), *training_facts(record), *memory_facts(record)]
-    if has_adapter(record):
-        facts.append(Fact(label="Adapter", value=f"{folder}/adapter"))
+    facts += places(record, str(folder))
     facts.append(Fact(label="Report", value=f"{folder}/report.html"))
     parts: list[RenderableType] = [*_verdict_lines(ruling), Text(), FactsTable(tuple(facts))]
     parts += warning_lines(all_warnings(record))
-    if command := eval_command(record, str(folder)):
-        parts += [Text(), Line("Next, measure it on documents of your own:"), *_command_lines(command)]
-    return Group(*parts)
+    return Group(*parts, *_next_lines(next_commands(record, str(folder))))
 
 
 def _verdict_lines(ruling: Verdict) -> list[RenderableType]:
@@ -101,7 +99,16 @@ def warning_lines(warnings: Iterable[str]) -> list[RenderableType]:
     return [Text(), *lines] if lines else []
 
 
-def _command_lines(parts: list[str]) -> list[RenderableType]:
+def _next_lines(commands: list[NextCommand]) -> list[RenderableType]:
+    lines: list[RenderableType] = []
+    for n, command in enumerate(commands):
+        what = f", {command.what}" if len(commands) > 1 else ""
+        said = "Next, measure it on documents of your own" if n == 0 else "And the other one"
+        lines += [Text(), Line(f"{said}{what}:"), *_command_lines(command.parts)]
+    return lines
+
+
+def _command_lines(parts: Iterable[str]) -> list[RenderableType]:
     """The command over several lines that a shell takes as one, so that none is broken by a narrow terminal."""
     return [Line("  " + line, "bold") for line in " \\\n  ".join(parts).split("\n")]
 

@@ -11,8 +11,21 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from drawplate.compare import Change, Word, percent_of
-from drawplate.records import Evaluation, RunRecord
+from drawplate.compare import Word
+from drawplate.records import AdapterFacts, Evaluation, RunRecord
+from drawplate.report.comparisons import (
+    ADAPTER,
+    BITS,
+    Comparison,
+    adapters,
+    comparisons,
+    general_change,
+    measured,
+    purpose,
+    tax_change,
+    trained_base,
+    why_not_released,
+)
 from drawplate.units import format_bytes, format_count, format_percent, format_seconds
 
 Tone = Word | Literal["unmeasured", "stopped", "failed"]
@@ -51,74 +64,57 @@ def plural(count: int, noun: str) -> str:
     return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"
 
 
-def measured(result: Evaluation | None) -> Evaluation | None:
-    """The evaluation, or None where nothing was counted and so no ratio exists."""
-    return result if result is not None and result.tokens > 0 else None
-
-
-def heldout_change(record: RunRecord) -> Change | None:
-    """Change of held-out perplexity, negative where it fell; None where either side is missing."""
-    before, after = measured(record.evaluation.baseline), measured(record.evaluation.final)
-    if before is None or after is None:
-        return None
-    percent = record.evaluation.perplexity_change_percent
-    if percent is None:
-        percent = perplexity_change_percent(before, after)
-    return Change(percent=percent, ci95_percent=record.evaluation.change_ci95_percent)
-
-
-def tax_change(record: RunRecord) -> Change | None:
-    """Change of perplexity by quantizing the base model; None where it was not measured."""
-    return _change(record.evaluation.quantization_tax_percent, record.evaluation.quantization_tax_ci95_percent)
-
-
-def general_change(record: RunRecord) -> Change | None:
-    """Change of perplexity on text that is not of the domain; None where it was not measured."""
-    return _change(record.evaluation.general_change_percent, record.evaluation.general_ci95_percent)
-
-
-def _change(percent: float | None, interval: tuple[float, float] | None) -> Change | None:
-    return None if percent is None else Change(percent=percent, ci95_percent=interval)
-
-
-def perplexity_change_percent(before: Evaluation, after: Evaluation) -> float:
-    """100 (exp(after.loss - before.loss) - 1): the ratio of perplexities without forming either."""
-    return percent_of(after.loss - before.loss)
-
-
 def verdict(record: RunRecord) -> Verdict:
-    """Whether it helped, in compare.py's words; a run that was stopped or failed says so first."""
+    """Whether it helped, in compare.py's words; a run that was stopped or failed says so first.
+
+    It is about the base model that a person has: as released, where that was measured, and named where it was not.
+    """
     if record.status != "finished":
         return _unfinished(record)
-    change = heldout_change(record)
-    if change is None:
+    found = comparisons(record)
+    if not found:
         return Verdict(
             tone="unmeasured",
             headline=f"Finished after {_steps(record)}; whether it helped was not measured",
             detail="There is no held-out evaluation from both before and after the training.",
         )
-    words = change.in_words()
+    return verdict_of(record, found[0])
+
+
+def verdict_of(record: RunRecord, compared: Comparison) -> Verdict:
+    """The verdict on one base model, of a run that is finished."""
+    words = compared.change.in_words()
     return Verdict(
-        tone=change.word, headline=words[0].upper() + words[1:], scores=_scores(record), detail=_rests_on(record)
+        tone=compared.change.word,
+        headline=words[0].upper() + words[1:],
+        scores=_scores(compared),
+        detail=_rests_on(record, compared),
     )
 
 
-def _scores(record: RunRecord) -> str:
-    before, after = record.evaluation.baseline, record.evaluation.final
-    assert before is not None  # heldout_change found both
-    assert after is not None
-    return f"held-out perplexity {format_figure(before.perplexity)} -> {format_figure(after.perplexity)}"
+def _scores(compared: Comparison) -> str:
+    on = f" on {compared.base}" if compared.base else ""
+    return f"held-out perplexity {in_perplexities(compared)}{on}"
 
 
-def _rests_on(record: RunRecord) -> str:
-    final = record.evaluation.final
-    tokens = f", {plural(final.tokens, 'token')}" if final is not None else ""
-    brackets = ", with its 95 % interval" if record.evaluation.change_ci95_percent else ""
-    documents = plural(record.data.heldout_documents, "document")
-    return (
-        f"Change of perplexity{brackets}, measured before and after on the same {documents}{tokens}, none of them "
-        "trained on."
+def in_perplexities(compared: Comparison) -> str:
+    """`24.48 -> 13.76`."""
+    return f"{format_figure(compared.before.perplexity)} -> {format_figure(compared.after.perplexity)}"
+
+
+def _rests_on(record: RunRecord, compared: Comparison) -> str:
+    brackets = ", with its 95 % interval" if compared.change.ci95_percent else ""
+    sides = "before and after" if compared.adapter == ADAPTER else f"without and with {compared.adapter}"
+    text = (
+        f"Change of perplexity{brackets}, measured {sides} on {_documents(record, compared)}, none of them trained on."
     )
+    return " ".join(part for part in (text, why_not_released(record)) if part)
+
+
+def _documents(record: RunRecord, compared: Comparison) -> str:
+    held_out = record.data.heldout_documents
+    sample = f" of {format_count(held_out)} held-out ones" if compared.documents < held_out else ""
+    return f"the same {plural(compared.documents, 'document')}{sample}, {plural(compared.after.tokens, 'token')}"
 
 
 def _steps(record: RunRecord, of_planned: bool = False) -> str:
@@ -133,14 +129,13 @@ def _unfinished(record: RunRecord) -> Verdict:
     verb = "failed" if record.status == "failed" else "was stopped"
     done = record.training.optimizer_steps
     headline = f"The run {verb} " + (f"after {_steps(record, True)}" if done else "before the first optimizer step")
-    change = heldout_change(record)
     sentences = []
     reasons = dict.fromkeys((record.training.stopped_because, record.error)) if record.status == "stopped" else {}
     if reason := "; ".join(text.rstrip(".") for text in reasons if text):
         sentences.append(f"Reason: {reason}.")
-    if change is not None:
-        words = change.in_words()
-        sentences.append(f"{words[0].upper()}{words[1:]} ({_scores(record)}).")
+    for compared in comparisons(record)[:1]:
+        words = compared.change.in_words()
+        sentences.append(f"{words[0].upper()}{words[1:]} ({_scores(compared)}).")
     if has_adapter(record):
         sentences.append(f"Safe: your documents, and the adapter trained so far, in {folder_name(record)}/adapter.")
     else:
@@ -168,22 +163,40 @@ def data_facts(record: RunRecord) -> list[Fact]:
 
 
 def score_facts(record: RunRecord) -> list[Fact]:
-    """Held-out perplexity before, after, and the change."""
-    facts = []
+    """Held-out perplexity before, after, and the change; then what stands beside it, each with its base model."""
+    found, facts = comparisons(record), []
+    if found:
+        facts = _compared_facts(record, found[0])
     for label, result in (("Before", record.evaluation.baseline), ("After", record.evaluation.final)):
-        if measured(result) is not None and result is not None:
-            note = f"{format_figure(result.bits_per_byte, 3)} bits per byte" if result.bytes else ""
-            facts.append(Fact(label=label, value=f"perplexity {format_figure(result.perplexity)}", note=note))
-    change = heldout_change(record)
-    if change is not None:
-        note = "95 % interval in brackets" if change.ci95_percent else ""
-        facts.append(Fact(label="Change", value=change.in_figures(), note=note))
+        if not found and result is not None and measured(result) is not None:
+            facts.append(_perplexity_fact(label, result, trained_base(record)))
+    for beside in found[1:]:
+        value = f"perplexity {in_perplexities(beside)}, {beside.change.in_figures()}"
+        note = f"{record.model.precision}, as in training; without and with {beside.adapter}"
+        facts.append(Fact(label=f"On the {BITS[record.model.precision]}-bit base", value=value, note=note))
     if forgotten := general_change(record):
-        facts.append(Fact(label="General text", value=forgotten.in_words(), note=record.evaluation.general_text))
+        note = ", on ".join(part for part in (record.evaluation.general_text, trained_base(record)) if part)
+        facts.append(Fact(label="General text", value=forgotten.in_words(), note=note))
     if tax := tax_change(record):
         note = f"by quantizing the base model to {record.model.precision}, before training"
         facts.append(Fact(label="Quantization tax", value=tax.in_figures(), note=note))
     return facts
+
+
+def _compared_facts(record: RunRecord, compared: Comparison) -> list[Fact]:
+    after = f"with {compared.adapter}" if compared.base else ""
+    interval = "95 % interval in brackets" if compared.change.ci95_percent else ""
+    return [
+        _perplexity_fact("Before", compared.before, compared.base),
+        _perplexity_fact("After", compared.after, after),
+        Fact(label="Change", value=compared.change.in_figures(), note=interval),
+    ]
+
+
+def _perplexity_fact(label: str, result: Evaluation, base: str) -> Fact:
+    bits = f"{format_figure(result.bits_per_byte, 3)} bits per byte" if result.bytes else ""
+    note = ", ".join(part for part in (base, bits) if part)
+    return Fact(label=label, value=f"perplexity {format_figure(result.perplexity)}", note=note)
 
 
 def training_facts(record: RunRecord) -> list[Fact]:
@@ -211,8 +224,25 @@ def training_facts(record: RunRecord) -> list[Fact]:
     if total:
         note = f"{format_seconds(training.seconds)} of it training" if training.seconds and record.total_seconds else ""
         facts.append(Fact(label="Time", value=format_seconds(total), note=note))
-    if training.tokens_per_second:
-        facts.append(Fact(label="Speed", value=f"{format_count(training.tokens_per_second)} tokens/s", note="training"))
+    return facts + speed_facts(record)
+
+
+def speed_facts(record: RunRecord) -> list[Fact]:
+    """The two speeds of a run under their names, and when its first step was done."""
+    whole, warm, first = (
+        record.training.tokens_per_second,
+        record.times.tokens_per_second,
+        record.times.first_step_seconds,
+    )
+    facts = []
+    if first:
+        note = "after the start: reading, loading and measuring included"
+        facts.append(Fact(label="First step", value=format_seconds(first), note=note))
+    if warm:
+        facts.append(Fact(label="Speed once warm", value=f"{format_count(warm)} tokens/s", note="the median step"))
+    if whole:
+        note = "compiling, capturing and warming up included"
+        facts.append(Fact(label="Speed of all steps", value=f"{format_count(whole)} tokens/s", note=note))
     return facts
 
 
@@ -252,9 +282,16 @@ def adapter_facts(record: RunRecord) -> list[Fact]:
     if trainable:
         note = f"{100 * trainable / all_parameters:.2f} % of {format_count(all_parameters)}" if all_parameters else ""
         facts.append(Fact(label="Trainable parameters", value=format_count(trainable), note=note))
-    if has_adapter(record):
-        facts.append(Fact(label="Adapter", value=f"{folder_name(record)}/adapter"))
-    return facts
+    return facts + places(record, folder_name(record))
+
+
+def places(record: RunRecord, folder: str) -> list[Fact]:
+    """Where each adapter is, and for which base model."""
+    root = folder.rstrip("/")
+    return [
+        Fact(label="Adapter", value=f"{root}/{adapter.folder}", note=purpose(record, adapter))
+        for adapter in adapters(record)
+    ]
 
 
 def has_adapter(record: RunRecord) -> bool:
@@ -262,9 +299,26 @@ def has_adapter(record: RunRecord) -> bool:
     return record.training.optimizer_steps > 0
 
 
-def eval_command(record: RunRecord, folder: str) -> list[str]:
-    """The next command, as parts that each belong on one line; empty where there is no adapter to measure."""
-    if not has_adapter(record):
-        return []
-    model, adapter = shlex.quote(record.model.name), shlex.quote(f"{folder.rstrip('/')}/adapter")
-    return ["drawplate eval", f"--model {model}", f"--adapter {adapter}", "--data YOUR_DOCUMENTS"]
+@dataclass(frozen=True, kw_only=True)
+class NextCommand:
+    """A command worth giving next: what it measures, and its parts, each of which belongs on one line."""
+
+    what: str
+    parts: tuple[str, ...]
+
+
+def next_commands(record: RunRecord, folder: str) -> list[NextCommand]:
+    """To measure each adapter on its base model; nothing where there is none."""
+    return [
+        NextCommand(what=purpose(record, adapter), parts=tuple(eval_command(record, folder, adapter)))
+        for adapter in adapters(record)
+    ]
+
+
+def eval_command(record: RunRecord, folder: str, adapter: AdapterFacts) -> list[str]:
+    """To measure an adapter on documents of one's own; one of two fixes the precision of the base model it is for."""
+    model, path = shlex.quote(record.model.name), shlex.quote(f"{folder.rstrip('/')}/{adapter.folder}")
+    parts = ["drawplate eval", f"--model {model}", f"--adapter {path}"]
+    if len(adapters(record)) > 1 and adapter.base_precision:
+        parts.append(f"--set quantization.precision={adapter.base_precision}")
+    return [*parts, "--data YOUR_DOCUMENTS"]
