@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from drawplate.errors import UsageError
-from drawplate.recipe import Recipe, cache_folder, expand, known_keys, load_recipe
+from drawplate.recipe import Recipe, cache_folder, elsewhere, expand, known_keys, load_recipe
 
 SMALLEST = {"model": {"name_or_path": "m"}, "data": {"files": ["a.txt"]}}
 
@@ -199,3 +200,138 @@ def test_the_cache_can_be_moved_and_named_in_a_path(monkeypatch, tmp_path):
 def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: {name_or_path: m}\ndata: {files: a.txt, near_duplicates: off}\n")
     assert load_recipe(tmp_path / "recipe.yaml").data.near_duplicates == "off"
+
+
+def test_a_key_given_twice_is_refused_with_its_lines(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name_or_path: m}\ntrain:\n  seed: 1\ndata: {files: a}\nlora: {r: 2, r: 64}\ntrain: {}\n")
+    with pytest.raises(UsageError) as error:
+        load_recipe(path)
+    assert error.value.what == f"{path}: lora.r is given twice, in line 5; train is given twice, in lines 2 and 6."
+    with pytest.raises(UsageError, match="r is given twice"):
+        load_recipe(SMALLEST, ["lora={r: 2, r: 64}"])
+
+
+def test_anchors_and_merges_are_no_repetition(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: {name_or_path: m}\ndata: &d {files: a}\ntrain: {<<: {seed: 3}, seed: 4}\n")
+    assert load_recipe(tmp_path / "r.yaml").train.seed == 4
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"data": {"files": ""}},
+        {"data": {"files": ["a.txt", ""]}},
+        {"data": {"heldout_files": [""]}},
+        {"data": {"files": [], "dataset": ""}},
+        {"evaluation": {"general_files": ""}},
+        {"model": {"name_or_path": ""}},
+        {"model": {"gguf_file": ""}},
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(sections):
+    with pytest.raises(UsageError, match=r"(files|dataset|name_or_path|gguf_file): it is empty"):
+        load_recipe(with_values(**sections))
+
+
+def test_no_empty_path_is_ever_expanded():
+    with pytest.raises(UsageError, match="A path is empty"):
+        expand("")
+    with pytest.raises(UsageError, match="output_dir: it is empty"):
+        load_recipe({**SMALLEST, "output_dir": ""})
+    with pytest.raises(UsageError, match="path is empty"):
+        load_recipe("")
+    with pytest.raises(UsageError, match=r"--set data\.files= has no value"):
+        load_recipe(SMALLEST, ["data.files="])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.revision=0123456", "0123456"),
+        ("model.revision=1234567", "1234567"),
+        ("model.revision=12e4567", "12e4567"),
+        ("model.revision=2024-01-01", "2024-01-01"),
+        ("data.text_field=no", "no"),
+        ("data.packing=no", False),
+        ("model.compile=off", False),
+        ("train.max_steps=1e1", 10),
+        ("train.max_steps=-1", None),
+        ("train.seed=1_000", 1000),
+        ("train.learning_rate=1e-4", 1e-4),
+        ("train.optim=adamw_bnb_8bit", "adamw_8bit"),
+        ("lora.init_lora_weights=true", "default"),
+        ("lora.target_modules=q_proj", ["q_proj"]),
+        ("lora.target_modules=q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("lora.target_modules=[all-linear]", "all-linear"),
+        ("lora.target_modules=all-linear", "all-linear"),
+        (r"lora.target_modules=.*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        ("tracking.report_to=none", []),
+        ("tracking.report_to=wandb", ["wandb"]),
+    ],
+)
+def test_a_value_is_what_its_key_means(override, value):
+    section, key = override.split("=")[0].split(".")
+    assert getattr(getattr(load_recipe(SMALLEST, [override]), section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("train.learning_rate=.inf", "finite"),
+        ("train.learning_rate=.nan", "finite"),
+        ("train.max_steps=true", "a number is needed"),
+        ("train.max_steps=1.5", "train.max_steps"),
+        ("lora.target_modules=.*(q_proj", "is none (missing ), unterminated subpattern"),
+        ("lora.target_modules=[all-linear, q_proj]", "give it alone"),
+        ("memory.vram=6", "write 6GiB if that is meant"),
+        ("memory.ram='12'", "write 12GiB if that is meant"),
+        ("memory.vram=6000", "write 6000MiB if that is meant"),
+        ("memory.vram=-1", "not a size"),
+        ("memory.vram=.inf", "not a size"),
+        ("memory.vram=6G", "not a size"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_with_its_reason(override, part):
+    with pytest.raises(UsageError) as error:
+        load_recipe(SMALLEST, [override])
+    assert part in error.value.what
+    assert override.split("=")[0] in error.value.what
+
+
+def test_bytes_of_a_resolved_recipe_are_read_back():
+    recipe = load_recipe(SMALLEST, ["memory.vram=6GiB"])
+    assert load_recipe(yaml.safe_load(recipe.to_yaml())).memory.vram == 6 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("lora.use_dora", "no DoRA"),
+        ("lora.modules_to_save", "remove it"),
+        ("lora.rank_pattern", "lora.r"),
+        ("train.warmup_steps", "train.warmup_ratio"),
+        ("train.eval_strategy", "evaluation.eval_steps"),
+        ("train.dataloader_num_workers", "remove it"),
+        ("train.max_seq_length", "data.max_length"),
+    ],
+)
+def test_keys_of_other_libraries_lead_where_they_are_meant(key, part):
+    with pytest.raises(UsageError) as error:
+        load_recipe(SMALLEST, [f"{key}=1"])
+    assert part in error.value.what
+    assert "did you mean" not in error.value.what
+
+
+def test_every_lead_names_keys_that_exist():
+    for text in [*elsewhere._LEADS.values(), *(text for _, text in elsewhere._GROUPS)]:
+        for name in re.findall(r"\b(?:model|data|train|lora|quantization|evaluation|memory|tracking)\.\w+", text):
+            assert name in known_keys(), name
+    assert not set(elsewhere._LEADS) & {key.rpartition(".")[2] for key in known_keys()}
+
+
+def test_a_recipe_nested_too_deeply_or_with_odd_keys_is_refused(tmp_path):
+    for text in ("a: " + "[" * 5000, "{1: 2}", "? [a]\n: b", "a: !!python/object:os.system {}", "model: &m\n  x: *m\n"):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(UsageError):
+            load_recipe(tmp_path / "r.yaml")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,7 +29,7 @@ app = typer.Typer(
     help="Fine-tune open language models on your own documents, on the GPU you already have.",
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in data.max_length=1024.")
 ]
@@ -78,7 +77,7 @@ def tune(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006 - type
 
 @app.command()
 def resume(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that ended early.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run that ended early.")],
     accept: Annotated[
         list[str], typer.Option("--accept", metavar="KEY", help="Go on although this was changed; may be repeated.")
     ] = [],  # noqa: B006 - typer copies the default
@@ -89,19 +88,20 @@ def resume(
     """Go on with a run that was stopped, killed or failed, from its newest good checkpoint."""
     with ending() as ended:
         import drawplate
+        from drawplate.recipe import expand
         from drawplate.report.live import LiveDisplay
         from drawplate.report.summary import summary_table
 
         if prove:
             _print_proof(run)
             return
-        ended.goes_on_in(run)
+        ended.goes_on_in(expand(run))
         with LiveDisplay() as display:
             record = drawplate.resume(run, display, accept=accept)
-        _print_table(summary_table(record, str(run)))
+        _print_table(summary_table(record, run))
 
 
-def _print_proof(run: Path) -> None:
+def _print_proof(run: str) -> None:
     from drawplate.report.live import LiveDisplay
     from drawplate.run import prove
 
@@ -233,7 +233,7 @@ def _described_recipe() -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _load(path: Path, overrides: list[str]) -> Recipe:
+def _load(path: str, overrides: list[str]) -> Recipe:
     from drawplate.recipe import load_recipe
 
     return load_recipe(path, overrides)

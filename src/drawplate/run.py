@@ -140,11 +140,11 @@ def plan(recipe: Recipe, gpu: str | None = None) -> Plan:
 
 
 def evaluate(
-    model: str | Seq[str],
-    adapter: str | Seq[str] | None,
-    files: Seq[str],
+    model: str | Path | Seq[str],
+    adapter: str | Path | Seq[str] | None,
+    files: str | Path | Seq[str],
     *,
-    settings: Seq[str] = (),
+    settings: str | Seq[str] = (),
     observer: Observer | None = None,
 ) -> dict[str, ModelScore]:
     """Perplexity and bits per byte of models and adapters on the same documents, each compared with the first.
@@ -152,8 +152,8 @@ def evaluate(
     Args:
         model: folder or repository name of a base model, or several.
         adapter: folder of a PEFT LoRA adapter, or several, or None.
-        files: files or folders of documents; all of them are measured.
-        settings: recipe keys, like `quantization.precision=nf4`.
+        files: a file or folder of documents, or several; all of them are measured.
+        settings: recipe keys, one or several, like `quantization.precision=nf4`.
         observer: told the progress.
 
     Returns:
@@ -162,9 +162,13 @@ def evaluate(
     Raises:
         UserError: whatever a person can act on.
     """
-    models = [model] if isinstance(model, str) else list(model)
-    adapters = [adapter] if isinstance(adapter, str) else list(adapter or ())
-    return compare_models(models, adapters, files, Journal(observer), settings)
+    adapters = _listed(adapter) if adapter is not None else []
+    return compare_models(_listed(model), adapters, _listed(files), Journal(observer), _listed(settings))
+
+
+def _listed(given: str | Path | Seq[str | Path]) -> list[str]:
+    """One name is a list of one: a string's letters are no files."""
+    return [str(given)] if isinstance(given, (str, Path)) else [str(one) for one in given]
 
 
 def _tell(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> RunRecord:

@@ -38,6 +38,7 @@ FAULTS: dict[int, str] = {
     35: "secrets in documents and environment",
     36: "empty folder, all duplicates, one document, near-duplicates",
     110: "a cache below something that is no folder",
+    90: "a recipe that cannot be meant: a key twice, an empty path, a pattern that is none, another library's keys",
 }
 
 SEES: dict[int, tuple[str, ...]] = {
@@ -117,6 +118,12 @@ SEES: dict[int, tuple[str, ...]] = {
     35: (),
     36: (),
     110: ("<folder> cannot be made: <file> is no folder",),
+    90: (
+        "train is given twice, in lines <a> and <b>.",
+        "is empty",
+        "lora.target_modules: it is read as a regular expression and is none (<error>)",
+        "there is no key lora.use_dora: Drawplate trains plain LoRA and no DoRA; remove it",
+    ),
 }  # fmt: skip
 
 ELSEWHERE = {

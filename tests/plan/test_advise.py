@@ -168,3 +168,8 @@ def test_a_rate_far_from_the_usual_is_warned_of(rate, word):
 def test_many_epochs_are_warned_of():
     [warning] = advise(recipe_of(train={"num_train_epochs": 20}), learner((128,) * 1000)).warnings
     assert "by heart" in warning
+    evaluated = recipe_of(train={"num_train_epochs": 20}, evaluation={"eval_steps": 10})
+    assert advise(evaluated, learner((128,) * 1000)).warnings == (), "what is advised is done already"
+    never = recipe_of(train={"num_train_epochs": 20}, evaluation={"eval_steps": 10**6})
+    [warning] = advise(never, learner((128,) * 1000)).warnings
+    assert "evaluation.eval_steps is 1000000 and there are" in warning

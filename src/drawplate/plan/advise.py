@@ -177,7 +177,7 @@ def _warnings(recipe: Recipe, learner: Learner, epochs: float, batch: int, steps
     found = (
         _too_few_steps(recipe, learner, epochs, batch, steps),
         _far_off_rate(recipe, learner, epochs),
-        _many(epochs),
+        _many(epochs, recipe.evaluation.eval_steps, steps),
     )
     return tuple(warning for warning in found if warning)
 
@@ -211,10 +211,11 @@ def _far_off_rate(recipe: Recipe, learner: Learner, epochs: float) -> str:
     )
 
 
-def _many(epochs: float) -> str:
-    if epochs <= MANY_EPOCHS:
+def _many(epochs: float, eval_steps: int | None, steps: int) -> str:
+    if epochs <= MANY_EPOCHS or (eval_steps or steps) < steps:
         return ""
+    asked = f"evaluation.eval_steps is {eval_steps} and there are {steps}: set it lower" if eval_steps else ""
     return (
-        f"{epochs:g} epochs make a model learn a small corpus by heart. Set evaluation.eval_steps, so that the best "
-        "adapter is kept and not the last one, or fewer epochs (train.num_train_epochs)."
+        f"{epochs:g} epochs make a model learn a small corpus by heart. {asked or 'Set evaluation.eval_steps'}, so "
+        "that the best adapter is kept and not the last one, or set fewer epochs (train.num_train_epochs)."
     )

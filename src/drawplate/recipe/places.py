@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from drawplate.errors import UsageError
+
 
 def cache_folder() -> Path:
     """Where downloads and converted weights are kept: $DRAWPLATE_CACHE, or drawplate/ in the user's cache folder."""
@@ -15,5 +17,15 @@ def cache_folder() -> Path:
 
 
 def expand(path: str) -> Path:
-    """A path of the recipe with `~` and `${DRAWPLATE_CACHE}` filled in; no other variable is, so none can leak."""
+    """A path of the recipe with `~` and `${DRAWPLATE_CACHE}` filled in; no other variable is, so none can leak.
+
+    Raises:
+        UsageError: it is empty, which Python would take for the current folder.
+    """
+    if not path:
+        raise UsageError(
+            "A path is empty.",
+            safe="Nothing was read or written.",
+            next_step="Name a file or folder; `.` is the current folder. Is a variable of the shell not set?",
+        )
     return Path(path.replace("${DRAWPLATE_CACHE}", str(cache_folder()))).expanduser()

@@ -1,6 +1,7 @@
 """A recipe from a file or a mapping, and what is said of one that cannot be meant.
 
-Unknown keys are refused with the nearest known one; a value that cannot be is named with its key.
+Unknown keys are refused with the nearest known one, or with where a key of another library leads; a value that cannot
+be is named with its key.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ import yaml
 from pydantic import ValidationError
 
 from drawplate.errors import UsageError
+from drawplate.recipe.elsewhere import lead
 from drawplate.recipe.sections import Recipe, Section
+from drawplate.recipe.yaml_text import RepeatedKey, read_yaml
+
+_NOTHING = "Nothing was loaded or written."
 
 
 def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -24,7 +29,7 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | tupl
         UsageError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a value
             cannot be meant.
     """
-    values = source if isinstance(source, dict) else _read_yaml(Path(source))
+    values = source if isinstance(source, dict) else _read_file(source)
     values = {key: dict(part) if isinstance(part, dict) else part for key, part in values.items()}
     for override in overrides:
         _apply_override(values, override)
@@ -34,45 +39,63 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | tupl
         where = "the recipe" if isinstance(source, dict) else str(source)
         raise UsageError(
             f"{where}: " + _explain(error.errors()),
-            safe="Nothing was loaded or written.",
-            next_step="Mend the recipe; `drawplate recipe` lists every key with its meaning.",
+            safe=_NOTHING,
+            next_step="Change that in the recipe; `drawplate recipe` lists every key with its meaning.",
         ) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_file(source: str | Path) -> dict[str, Any]:
+    if source == "":
+        raise UsageError("The recipe's path is empty.", safe=_NOTHING, next_step="Name a recipe file.")
+    path = Path(source)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"The recipe {path} cannot be read: {error.strerror}.",
+            safe=_NOTHING,
             next_step="Name a recipe file, for example examples/climate-demo.yaml.",
         ) from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is not a text.", next_step="Name a recipe file.") from None
-    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not a text.", safe=_NOTHING, next_step="Name a recipe file.") from None
+    except RepeatedKey as error:
+        raise UsageError(
+            f"{path}: {error}.", safe=_NOTHING, next_step="Keep one of them; put the keys of one section together."
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place, why = (f"line {mark.line + 1}: " if mark else ""), getattr(error, "problem", None) or error
-        raise UsageError(f"{path} is not YAML: {place}{why}.", next_step="Mend that line.") from None
+        raise UsageError(f"{path} is not YAML: {place}{why}.", safe=_NOTHING, next_step="Change that line.") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no keys.", next_step="Start from examples/climate-demo.yaml.")
+        raise UsageError(
+            f"{path} contains no settings.", safe=_NOTHING, next_step="Start from examples/climate-demo.yaml."
+        )
     return values
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UsageError(f"--set {override} has no value.", next_step="Write --set section.key=value.")
+    path, _, text = override.partition("=")
+    if not text.strip() or not path.strip():
+        raise UsageError(
+            f"--set {override} has no value.",
+            safe=_NOTHING,
+            next_step="Write --set section.key=value; null leaves a key open. Is a variable of the shell not set?",
+        )
     section, _, key = path.strip().rpartition(".")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml(text)
+    except RepeatedKey as error:
+        raise UsageError(f"--set {override}: {error}.", safe=_NOTHING, next_step="Keep one of them.") from None
+    except (yaml.YAMLError, ValueError):
         value = text
     if not section:
         values[key] = value
         return
     part = values.setdefault(section, {})
     if not isinstance(part, dict):
-        raise UsageError(f"--set {override}: {section} is not a section.", next_step=_known_keys_hint(section))
+        raise UsageError(
+            f"--set {override}: {section} is not a section.", safe=_NOTHING, next_step=_known_keys_hint(section)
+        )
     part[key] = value
 
 
@@ -116,7 +139,8 @@ def _explain(problems: Iterable[Any]) -> str:
 def _explain_key(key: str, problems: list[Any]) -> str:
     kind, given = problems[0]["type"], problems[0]["input"]
     if kind == "extra_forbidden":
-        return f"unknown key {key}, {_known_keys_hint(key)}"
+        elsewhere = lead(key)
+        return f"there is no key {key}: {elsewhere}" if elsewhere else f"unknown key {key}, {_known_keys_hint(key)}"
     if kind == "missing":
         return f"{key} is missing"
     if given is None:

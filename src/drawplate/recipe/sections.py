@@ -2,8 +2,8 @@
 
 Key names are the ones people know from `transformers.TrainingArguments`, `peft.LoraConfig` and
 `transformers.BitsAndBytesConfig`, grouped into sections. A key left out is `auto` (or its stated default); what
-`auto` became is written to the run folder's `recipe.yaml` and explained by the plan. YAML 1.1's surprises (`2e-4` is a
-string, `no` is False) are undone by pydantic's coercion to each field's type.
+`auto` became is written to the run folder's `recipe.yaml` and explained by the plan. The type of a key decides what its
+value is taken for (values.py).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from drawplate.units import parse_bytes
+from drawplate.recipe.values import as_meant, layer_names, memory_size
 
 Auto = Literal["auto"]
 Precision = Literal["nf4", "fp4", "int8", "fp8", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["float16", "bfloat16", "float32"]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Bytes = Annotated[int, BeforeValidator(memory_size)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 USUAL_RANK = 16
@@ -35,7 +35,15 @@ def _off(value: Any) -> Any:
 class Section(BaseModel):
     """Frozen, and strict about names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        return as_meant(name, value, cls.model_fields[name].annotation)
 
 
 class ModelSection(Section):
@@ -89,7 +97,7 @@ class LoraSection(Section):
     lora_alpha: Positive | Auto = Field(
         "auto", description="The update is scaled by lora_alpha / r (or / sqrt(r), rslora); auto: twice r."
     )
-    target_modules: list[str] | str = Field(
+    target_modules: Annotated[list[str] | str, BeforeValidator(layer_names)] = Field(
         "auto", description="Names of linear layers, or all-linear; auto: all-linear."
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's input set to zero in training.")
@@ -272,6 +280,15 @@ class TrackingSection(Section):
         default=[], description="Any of tensorboard, trackio, wandb, mlflow; each is an extra to install."
     )
     project_name: str = Field("drawplate", description="The name that trackers file the run under.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_tracker_is_a_list(cls, values: Any) -> Any:
+        return (
+            values
+            if not isinstance(values, dict) or values.get("report_to") == "none"
+            else _listed(values, "report_to")
+        )
 
 
 class Recipe(Section):
