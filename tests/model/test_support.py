@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, DynamicCache
 
 from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.errors import IntegrityError, UsageError
@@ -83,25 +89,142 @@ def test_a_model_inside_one_for_text_and_images_is_found(tmp_path):
 
 
 class _Sharing(nn.Module):
-    """A layer that leaves something for the next in an argument all layers are given."""
+    """A layer that leaves its input for the next, in a way that is given."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, leave: Callable[..., None]) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.leave = layer, leave
 
-    def forward(self, hidden, *args, shared, **kwargs):
-        shared["keys"] = hidden
+    def forward(self, hidden, *args, shared=None, **kwargs):
+        self.leave(hidden, shared)
         return self.layer(hidden, *args, **kwargs)
 
 
-def test_layers_that_share_state_are_trained_on_the_device_only():
+@dataclass
+class _Box:
+    keys: object = None
+
+
+class _Slot:
+    __slots__ = ("keys",)
+
+    def __init__(self) -> None:
+        self.keys = None
+
+
+def sharing(leave: Callable[..., None], shared: Callable[[], object] | None = None) -> Walk:
+    """What a walk finds of a Llama whose layers share state."""
     anatomy = anatomy_of("llama")
     for i, layer in enumerate(list(anatomy.layers)):
-        anatomy.layers[i] = _Sharing(layer)
-    original = anatomy.body.forward
-    anatomy.body.forward = lambda **kwargs: original(**kwargs, shared={})
-    found = walk(anatomy)
-    assert "layer 0 changes shared" in found.obstacle
+        anatomy.layers[i] = _Sharing(layer, leave)
+    if shared is not None:
+        original = anatomy.body.forward
+        anatomy.body.forward = lambda **kwargs: original(**kwargs, shared=shared())
+    return walk(anatomy)
+
+
+def keep(hidden: Tensor, shared: Any) -> None:
+    shared["keys"] = hidden
+
+
+def keep_attribute(hidden: Tensor, shared: Any) -> None:
+    shared.keys = hidden
+
+
+SIDE_DOORS: dict[str, tuple[Callable[..., None], Callable[[], object]]] = {
+    "a dict": (keep, dict),
+    "a UserDict": (keep, UserDict),
+    "a dict within": (lambda hidden, shared: keep(hidden, shared["layers"][0]), lambda: UserDict(layers=[{}])),
+    "a list": (lambda hidden, shared: shared.append(hidden), list),
+    "a dataclass": (keep_attribute, _Box),
+    "an object": (keep_attribute, SimpleNamespace),
+    "an object with slots": (keep_attribute, _Slot),
+    "a cache": (
+        lambda hidden, shared: shared.update(hidden[:, None], hidden[:, None], 0),
+        DynamicCache,
+    ),
+    "a tensor changed in place": (
+        lambda hidden, shared: shared.add_(hidden.detach().sum()),
+        lambda: torch.zeros((), device="meta"),
+    ),
+    "a tensor within, changed in place": (
+        lambda hidden, shared: shared["sum"].add_(hidden.detach().sum()),
+        lambda: {"sum": torch.zeros((), device="meta")},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SIDE_DOORS)
+def test_layers_that_change_what_all_are_given_are_on_no_account_recomputed(kind):
+    assert sharing(*SIDE_DOORS[kind]).obstacle.startswith("layer 0 changes shared")
+
+
+def test_layers_that_change_their_own_input_are_not_recomputed():
+    assert sharing(lambda hidden, _: hidden.mul_(2)).obstacle == "layer 0 changes its hidden states"
+
+
+def test_layers_that_change_an_object_which_others_hold_are_not_recomputed():
+    box = _Box()
+    assert "layer 0 changes leave.box" in sharing(_Leave(box)).obstacle
+    assert sharing(_Leave(_Box(), writes=False)).obstacle == ""
+    found = sharing(lambda hidden, _: setattr(_Sharing, "keys", hidden)).obstacle
+    del _Sharing.keys
+    assert found == "layer 0 changes _Sharing"
+
+
+class _Leave:
+    def __init__(self, box: _Box, *, writes: bool = True) -> None:
+        self.box, self.writes = box, writes
+
+    def __call__(self, hidden: Tensor, _: object) -> None:
+        if self.writes:
+            self.box.keys = hidden
+
+
+def test_what_a_layer_keeps_for_itself_alone_is_no_obstacle():
+    anatomy = anatomy_of("llama")
+    for layer in anatomy.layers:
+        layer.self_attn.register_forward_hook(lambda module, given, out: setattr(module, "last", out[0]))
+    assert walk(anatomy).obstacle == ""
+
+
+class _Plain(nn.Module):
+    def forward(self, hidden: Tensor, **further: object) -> tuple[Tensor, Tensor]:
+        return hidden * 1, hidden.mean(-1)
+
+
+def handing_on(arguments: Callable[[list[tuple[Tensor, Tensor]]], dict[str, object]]) -> Walk:
+    """What a walk finds of a body that gives each layer `arguments` of what the layers before it returned."""
+    anatomy = anatomy_of("llama")
+    for i in range(len(anatomy.layers)):
+        anatomy.layers[i] = _Plain()
+
+    def forward(*, inputs_embeds: Tensor, **_: object) -> None:
+        made = [(inputs_embeds, inputs_embeds)]
+        for layer in anatomy.layers:
+            made.append(layer(made[-1][0], **arguments(made[1:])))
+
+    anatomy.body.forward = forward
+    return walk(anatomy)
+
+
+def test_a_tensor_that_an_earlier_layer_made_is_a_side_door():
+    assert handing_on(lambda made: {}) == handing_on(lambda made: {"past": []})
+    assert handing_on(lambda made: {}).obstacle == ""
+    found = handing_on(lambda made: {"past": _Box(made[0][0] * 2 if made else None)})
+    assert found.obstacle == "layer 1 is given past.keys, which an earlier layer has made"
+
+
+def test_what_a_later_layer_needs_beside_hidden_states_is_not_dropped():
+    """Our layers return None for what comes after the hidden states."""
+    assert handing_on(lambda made: {}).extras == (1,) * 4  # nobody asks for it
+    with pytest.raises(UsageError, match=r"layer 1 is given routed\[0\], which an earlier layer returns beside"):
+        handing_on(lambda made: {"routed": [further for _, further in made]})
+
+
+def test_layers_that_share_state_are_trained_on_the_device_only():
+    found = sharing(*SIDE_DOORS["a UserDict"])
+    anatomy = anatomy_of("llama")
     for tiers, policies in ((["host"] * 4, ["keep"] * 4), (["device"] * 4, ["recompute"] * 4)):
         with pytest.raises(UsageError, match="LlamaForCausalLM can be trained on the device"):
             require_streamable(anatomy, found, tiers, policies)
@@ -112,6 +235,57 @@ def test_layers_that_share_parameters_are_an_obstacle():
     anatomy = anatomy_of("llama")
     anatomy.layers[2].mlp = anatomy.layers[1].mlp
     assert "layers 1 and 2 share mlp.gate_proj.weight" in walk(anatomy).obstacle
+
+
+GEMMA_4 = {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": 97,
+}
+
+
+def test_keys_and_values_that_layers_share_are_found():
+    """Gemma 4 E2B and E4B; their body looks embeddings up in its table, so that the walk must give it ids."""
+    found = walk(anatomy_of("gemma4_text", **GEMMA_4))
+    assert found.obstacle == "layer 0 changes shared_kv_states"
+    alone = {**GEMMA_4, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+    assert walk(anatomy_of("gemma4_text", **alone)).obstacle == ""
+
+
+def looking(condition: Callable[[Tensor | None, Tensor | None], Tensor]) -> Walk:
+    """What a walk finds of a Llama whose body looks at a value on its way."""
+    anatomy = anatomy_of("llama")
+    original = anatomy.body.forward
+
+    def forward(input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: object) -> object:
+        if bool(condition(input_ids, inputs_embeds)):
+            raise RuntimeError("nothing to do with values")
+        return original(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    anatomy.body.forward = forward
+    found = walk(anatomy)
+    assert all(tensor.is_meta for tensor in (*anatomy.body.parameters(), *anatomy.body.buffers()))
+    return found
+
+
+def test_a_body_that_looks_at_values_is_walked_all_the_same():
+    plain = Walk((None,) * 4, unused=((),) * 4)
+    by_ids = looking(lambda ids, embedded: torch.tensor(False) if embedded is None else embedded.sum() > 0)
+    assert (by_ids.obstacle, by_ids.unpackable) == ("", "")
+    with_values = looking(lambda ids, embedded: (ids if embedded is None else embedded).sum() > 1000)
+    assert with_values.extras == plain.extras
+    assert (with_values.obstacle, with_values.unpackable) == ("", "")
+
+
+def test_of_a_body_that_cannot_be_walked_nothing_good_is_assumed():
+    found = looking(lambda ids, embedded: torch.zeros(1, device="meta") > 0)
+    assert found.obstacle.startswith("its body looks at values before they are there")
+    assert found.unpackable == found.obstacle
 
 
 def test_a_plain_model_has_no_obstacle():

@@ -2,26 +2,28 @@
 
 transformers' own body is walked once on the meta device, with a recorder in place of each decoder layer. It shows what
 a configuration does not say: how often each layer is called, what it returns beside hidden states, whether layers hand
-one another tensors by a side door (shared keys and values), whether positions meet in our attention only (an
+one another tensors by a side door (model/side_doors.py), whether positions meet in our attention only (an
 architecture with an attention of its own would not be causal here, a recurrent one would carry state from one packed
 document to the next), whether attention is told the documents' borders, and which linear layers are really called as
 modules, so that an adapter on them has an effect.
 The walk computes nothing and takes some milliseconds a layer.
 
-Left out: bodies that look at a tensor's values on their way, which the meta device does not have. Of those nothing is
-found out here; the self-check after loading still compares their loss with transformers' own.
+The meta device has no values. A body that looks at them is given token ids instead of embeddings, or walked on the CPU
+with zeros for everything outside of its linear layers and embeddings. Where that fails too nothing is known of it: its
+layers stay on the device with their activations, and documents do not share a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from drawplate.errors import UsageError
 from drawplate.model import attention
@@ -29,7 +31,9 @@ from drawplate.model.anatomy import Anatomy
 from drawplate.model.frozen import FrozenLinear
 from drawplate.model.layer_functions import kind_of
 from drawplate.model.logits_path import require_known_logits
+from drawplate.model.side_doors import Watched, shared_by
 from drawplate.model.unused_products import unused_products
+from drawplate.model.walk_values import with_values
 
 MARK = "drawplate_walk"
 """An argument that only shows whether what the body is given reaches attention."""
@@ -55,33 +59,53 @@ class Walk:
 
 
 class _Recorder(nn.Module):
-    """Stands where a decoder layer stood, and calls it on the meta device."""
+    """Stands where a decoder layer stood, and calls it on the meta device.
 
-    def __init__(self, template: nn.Module) -> None:
+    What the layer returns is marked as having a gradient, and nothing else of the walk has one: a later layer that is
+    given such a tensor beside its hidden states is given it by this one.
+    """
+
+    def __init__(self, template: nn.Module, shared: Mapping[str, Any], further: list[Tensor]) -> None:
         super().__init__()
-        self.calls, self.side_door = 0, ""
+        self.calls, self.side_door, self.needs = 0, "", ""
         self.extras: int | None = None
         self.attended = self.told = False
         self.called_with: tuple[Tensor, tuple[Any, ...], dict[str, Any]] | None = None
         object.__setattr__(self, "_template", template)
+        object.__setattr__(self, "_shared", shared)
+        object.__setattr__(self, "_further", further)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         self.called_with = (hidden_states, args, kwargs)
-        before = _contents(kwargs)
-        with attention.watched() as calls:
-            out = self._template(hidden_states, *args, **kwargs)
+        given = {"its hidden states": hidden_states, **{f"argument {i + 1}": a for i, a in enumerate(args)}, **kwargs}
+        before = Watched(given | self._shared)
+        self._look_at(before, hidden_states)
+        with attention.watched() as calls, torch.enable_grad():
+            out = tree_map_only(Tensor, _marked, self._template(hidden_states, *args, **kwargs))
         self.attended = bool(calls)
         self.told = all(MARK in arguments for arguments in calls)
-        changed = [name for name, content in _contents(kwargs).items() if content != before[name]]
-        self.side_door = self.side_door or next(iter(changed), "")
-        if not isinstance(out, tuple):
-            return out
-        self.extras = len(out) - 1
-        return (out[0], *[None] * self.extras)
+        if changed := before.changed():
+            self.side_door = self.side_door or f"changes {changed}"
+        if isinstance(out, tuple):
+            self.extras = len(out) - 1
+            self._further.extend(x for x in out[1:] if isinstance(x, Tensor))
+        return out
+
+    def _look_at(self, given: Watched, hidden_states: Tensor) -> None:
+        """Whether an earlier layer has made something of what this one is given beside its hidden states."""
+        for name, tensor in given.tensors():
+            if any(tensor is made for made in self._further):
+                self.needs = self.needs or name
+            elif tensor.requires_grad and tensor is not hidden_states:
+                self.side_door = self.side_door or f"is given {name}, which an earlier layer has made"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._template, name)
+
+
+def _marked(made: Tensor) -> Tensor:
+    return made.detach().requires_grad_() * 1 if made.is_floating_point() else made
 
 
 def walk(anatomy: Anatomy) -> Walk:
@@ -98,23 +122,15 @@ def walk(anatomy: Anatomy) -> Walk:
     if experts:
         raise _refused(name, f"{experts} keeps a mixture of experts in one tensor, which is not supported yet")
     require_known_logits(anatomy)
-    recorders = [_Recorder(template) for template in templates]
-    try:
-        with _in_place_of(anatomy.layers, recorders), _counting_calls(templates) as called:
-            hidden = torch.empty(*PROBE_SHAPE, anatomy.config.hidden_size, device="meta")
-            positions = torch.arange(PROBE_SHAPE[1], device="meta").expand(PROBE_SHAPE)
-            inputs = {"inputs_embeds": hidden, "position_ids": positions, "use_cache": False, "return_dict": True}
-            takes_more = any(p.kind is p.VAR_KEYWORD for p in signature(anatomy.body.forward).parameters.values())
-            anatomy.body(**inputs, **({MARK: True} if takes_more else {}))
-    except UsageError:
-        raise
-    except Exception as error:  # whatever an architecture's own code may raise
-        if _needs_values(error):
-            return Walk((None,) * len(templates), _shared_tensors(templates))
-        raise _refused(name, f"its body fails without the layers around it ({_first_line(error)})") from None
+    recorders, called, unknown = _watched_walk(anatomy, templates)
+    if unknown:
+        return Walk((None,) * len(templates), unknown, unknown)
     calls = {recorder.calls for recorder in recorders}
     if calls != {1}:
         raise _refused(name, f"its layers are not called once each ({min(calls)} to {max(calls)} times)")
+    needs = next((f"layer {i} is given {r.needs}" for i, r in enumerate(recorders) if r.needs), "")
+    if needs:
+        raise _refused(name, f"{needs}, which an earlier layer returns beside its hidden states")
     _dissolve_groups(templates, called)
     idle = sorted({path.rpartition(".")[2] for path, module in _adapted(templates) if path not in called})
     if idle:
@@ -124,10 +140,48 @@ def walk(anatomy: Anatomy) -> Walk:
             next_step="Name other layers in lora.target_modules.",
         )
     unpackable = _unpackable(name, templates, recorders)
-    side_door = next((f"layer {i} changes {r.side_door}" for i, r in enumerate(recorders) if r.side_door), "")
+    side_door = next((f"layer {i} {r.side_door}" for i, r in enumerate(recorders) if r.side_door), "")
     extras = tuple(recorder.extras for recorder in recorders)
     obstacle = side_door or _shared_tensors(templates)
     return Walk(extras, obstacle, unpackable, () if obstacle else _unused(templates, recorders))
+
+
+def _watched_walk(anatomy: Anatomy, templates: Sequence[nn.Module]) -> tuple[list[_Recorder], dict[str, Tensor], str]:
+    """(each layer's recorder, the linear layers that were called, why nothing is known of the body).
+
+    Raises:
+        UsageError: the body does not run without the layers around it.
+    """
+    shared, why = shared_by(templates), ""
+    ways: tuple[tuple[str, str], ...] = (("inputs_embeds", "meta"), ("input_ids", "meta"))
+    for given, device in (*ways, ("inputs_embeds", "cpu"), ("input_ids", "cpu")):
+        further: list[Tensor] = []
+        recorders = [_Recorder(template, shared, further) for template in templates]
+        values: AbstractContextManager[None] = with_values(anatomy.body) if device == "cpu" else nullcontext()
+        try:
+            with values, _in_place_of(anatomy.layers, recorders), _counting_calls(templates) as called:
+                anatomy.body(**_walk_inputs(anatomy, given, device))
+            return recorders, called, ""
+        except UsageError:
+            raise
+        except Exception as error:  # whatever an architecture's own code may raise
+            if not why and not _needs_values(error):
+                why = f"its body fails without the layers around it ({_first_line(error)})"
+                raise _refused(anatomy.architecture, why) from None
+            why = why or f"its body looks at values before they are there ({_first_line(error)})"
+    return [], {}, why
+
+
+def _walk_inputs(anatomy: Anatomy, given: str, device: str) -> dict[str, Any]:
+    """What the body is called with: embeddings as model/causal_lm.py gives them, or ids."""
+    positions = torch.arange(PROBE_SHAPE[1], device=device).expand(PROBE_SHAPE)
+    made = {
+        "inputs_embeds": lambda: torch.zeros(*PROBE_SHAPE, anatomy.config.hidden_size, device=device),
+        "input_ids": lambda: torch.ones(PROBE_SHAPE, dtype=torch.long, device=device),
+    }
+    inputs = {given: made[given](), "position_ids": positions, "use_cache": False, "return_dict": True}
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in signature(anatomy.body.forward).parameters.values())
+    return inputs | ({MARK: True} if takes_more else {})
 
 
 def _unused(templates: Sequence[nn.Module], recorders: Sequence[_Recorder]) -> tuple[tuple[str, ...], ...]:
@@ -208,17 +262,6 @@ def _needs_values(error: Exception) -> bool:
     return isinstance(error, (RuntimeError, NotImplementedError)) and ("meta" in text or "data-dependent" in text)
 
 
-def _contents(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the mutable arguments hold, by identity."""
-    return {
-        name: sorted(
-            (str(key), id(item)) for key, item in (value.items() if isinstance(value, dict) else enumerate(value))
-        )
-        for name, value in kwargs.items()
-        if isinstance(value, (dict, list))
-    }
-
-
 def _shared_tensors(templates: Sequence[nn.Module]) -> str:
     seen: dict[int, int] = {}
     for i, template in enumerate(templates):
@@ -269,6 +312,6 @@ def _counting_calls(templates: Sequence[nn.Module]) -> Iterator[dict[str, Tensor
 def _shape_of_output(name: str, module: FrozenLinear, called: dict[str, Tensor]) -> Any:
     def forward(x: Tensor) -> Tensor:
         called[name] = x
-        return x.new_empty((*x.shape[:-1], module.out_features))
+        return x.new_zeros((*x.shape[:-1], module.out_features))
 
     return forward
