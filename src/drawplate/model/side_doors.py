@@ -74,7 +74,7 @@ class _Alone:
 def _reachable(roots: Mapping[str, Any]) -> Iterator[tuple[int, str, Any]]:
     """(identity, name, object) of everything that the roots hold, each once."""
     seen: set[int] = set()
-    waiting = [(name, thing, 0) for name, thing in reversed(roots.items())]
+    waiting = [(name, thing, 0) for name, thing in reversed(list(roots.items()))]
     while waiting:
         name, thing, depth = waiting.pop()
         if id(thing) in seen or isinstance(thing, (*_CONSTANTS, *_CODE)):

@@ -27,7 +27,8 @@ def with_values(body: nn.Module) -> Iterator[None]:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             object.__setattr__(module, "forward", _zeros_of(module))
             standing_in.append(module)
-        for held in () if isinstance(module, LARGE) else (module._parameters, module._buffers):
+        own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in () if isinstance(module, LARGE) else own:
             kept += [(held, name, tensor) for name, tensor in held.items() if tensor is not None and tensor.is_meta]
     try:
         for held, name, tensor in kept:
