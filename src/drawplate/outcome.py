@@ -210,7 +210,7 @@ class Outcome:
             precision=plan_.precision,
             sha256=checkpoint.sha256(),
             architecture=(checkpoint.config.architectures or [""])[0],
-            layers=checkpoint.config.num_hidden_layers,
+            layers=len(self.prepared.anatomy.layers),
             trainable_parameters=adapter.parameter_count if adapter else 0,
             frozen_bytes=(self.model.residency.device_bytes + self.model.residency.host_bytes) if self.model else 0,
             self_check_difference=self.self_check_difference,

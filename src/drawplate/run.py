@@ -27,7 +27,7 @@ from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
 from drawplate.measure import score_unquantized
 from drawplate.memory import PeakMeter
-from drawplate.model.adapter import CONFIG_NAME, save_adapter, write_base_precision
+from drawplate.model.adapter import CONFIG_NAME, require_adapter_loads, save_adapter, write_base_precision
 from drawplate.model.error_start import without_start
 from drawplate.outcome import Outcome
 from drawplate.phases import (
@@ -45,7 +45,7 @@ from drawplate.prepare import prepare
 from drawplate.prove import Proof
 from drawplate.prove import prove as replay
 from drawplate.recipe import Recipe, expand
-from drawplate.records import ModelScore, Plan, RunRecord
+from drawplate.records import AdapterFacts, ModelScore, Plan, RunRecord
 from drawplate.rehearse import enforce_cap
 from drawplate.reopen import Reopened, recipe_of, refuse_finished, reopen
 from drawplate.report.card import CARD_NAME, model_card
@@ -192,6 +192,7 @@ def _train_and_measure(outcome: Outcome, folder: RunFolder, reopened: Reopened |
     with journal.in_phase("load"):
         enforce_cap(outcome.prepared)
         outcome.model = load_model(outcome)
+        _require_an_ending(outcome, folder)
     if "baseline" not in outcome.scores:
         with journal.in_phase("rehearse"):
             rehearse_worst(outcome, folder)
@@ -206,6 +207,16 @@ def _train_and_measure(outcome: Outcome, folder: RunFolder, reopened: Reopened |
         measure_heldout(outcome, model, "final", step=outcome.state.step)
         keep_the_best(outcome, model)
         measure_general(outcome, model, "general final")
+
+
+def _require_an_ending(outcome: Outcome, folder: RunFolder) -> None:
+    """What is written last is written once for nobody: what fails in it must fail before training."""
+    assert outcome.model is not None
+    record = outcome.record("stopped")
+    render_report(record)
+    facts = AdapterFacts(folder=ADAPTER_NAME, base_precision=record.model.precision)
+    model_card(record, facts, outcome.model.adapter.config.to_dict())
+    require_adapter_loads(outcome.model.adapter, outcome.model.anatomy, folder.path)
 
 
 def _break_off(outcome: Outcome, folder: RunFolder, error: BaseException) -> None:

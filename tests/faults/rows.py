@@ -36,6 +36,7 @@ FAULTS: dict[int, str] = {
     26: "no GPU, an old driver",
     27: "a model configuration that asks for code",
     35: "secrets in documents and environment",
+    65: "an adapter whose tensors PEFT would not load",
     36: "empty folder, all duplicates, one document, near-duplicates",
     110: "a cache below something that is no folder",
     90: "a recipe that cannot be meant: a key twice, an empty path, a pattern that is none, another library's keys",
@@ -116,6 +117,7 @@ SEES: dict[int, tuple[str, ...]] = {
     26: ("model.device_map asks for cuda, but <cause>.", "<cure>; or set model.device_map to cpu."),
     27: ("asks to run code that comes with the model; Drawplate never does.",),
     35: (),
+    65: ("PEFT does not load the adapter of this run on <class>: <reason>.",),
     36: (),
     110: ("<folder> cannot be made: <file> is no folder",),
     90: (

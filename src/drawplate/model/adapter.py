@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from drawplate.errors import IntegrityError, UsageError
+from drawplate.model.adapter_home import pattern_for, require_loadable
 from drawplate.model.anatomy import Anatomy
 from drawplate.model.host_adapter import HostAdapter
 from drawplate.recipe import LoraSection
@@ -30,6 +33,8 @@ PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 BASE_NAME = "base_precision.json"
+PEFT_REFUSES = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), frozenset({"out_proj"}))
+"""Linear layers that PEFT (0.19 to 0.21) takes no adapter for, by model type: they are left out of all-linear."""
 
 
 def lora_config(section: LoraSection, anatomy: Anatomy, base_model: str, revision: str | None) -> LoraConfig:
@@ -53,7 +58,7 @@ def lora_config(section: LoraSection, anatomy: Anatomy, base_model: str, revisio
         inference_mode=True,
     )
     if targets == "all-linear":
-        config.target_modules = sorted({name.rpartition(".")[2] for name in linear_names(anatomy)})
+        config.target_modules = sorted({name.rpartition(".")[2] for name in _all_linear(anatomy)})
     found = {name.rpartition(".")[2] for name in target_names(config, anatomy)}
     wanted = set() if isinstance(targets, str) else {t.rpartition(".")[2] for t in targets}
     if not linear_names(anatomy):
@@ -69,7 +74,27 @@ def lora_config(section: LoraSection, anatomy: Anatomy, base_model: str, revisio
             safe="Nothing was loaded or written.",
             next_step=f"Choose among {have}, or all-linear.",
         )
+    _name_no_others(config, anatomy)
     return config
+
+
+def _all_linear(anatomy: Anatomy) -> list[str]:
+    """The linear layers that all-linear means: those that PEFT takes. It refuses some of Mamba's by their names."""
+    kind = getattr(anatomy.home.config, "model_type", None)
+    refused = PEFT_REFUSES.get(str(kind), frozenset())
+    return [name for name in linear_names(anatomy) if name.rpartition(".")[2] not in refused]
+
+
+def _name_no_others(config: LoraConfig, anatomy: Anatomy) -> None:
+    """Where PEFT would find more under these names in the class that the checkpoint names, name them by a pattern."""
+    home = anatomy.home
+    modules = home.modules or [name for name, _ in anatomy.skeleton.named_modules()]
+    wanted = {saved_name(name, anatomy) for name in target_names(config, anatomy)}
+    if {name for name in modules if name and check_target_module_exists(config, name)} == wanted:
+        return
+    config.target_modules = pattern_for(sorted(wanted), home.layers_path)
+    if {name for name in modules if name and check_target_module_exists(config, name)} != wanted:
+        config.target_modules = "|".join(re.escape(name) for name in sorted(wanted))
 
 
 def linear_names(anatomy: Anatomy) -> list[str]:
@@ -83,8 +108,18 @@ def linear_names(anatomy: Anatomy) -> list[str]:
 
 
 def target_names(config: LoraConfig, anatomy: Anatomy) -> set[str]:
-    """Full names of the linear layers that get an adapter, by PEFT's own rule."""
-    return {name for name in linear_names(anatomy) if check_target_module_exists(config, name)}
+    """Full names of the linear layers that get an adapter, by PEFT's own rule, under their names here or in the class
+    that the checkpoint names."""
+    return {
+        name
+        for name in linear_names(anatomy)
+        if check_target_module_exists(config, saved_name(name, anatomy)) or check_target_module_exists(config, name)
+    }
+
+
+def saved_name(name: str, anatomy: Anatomy) -> str:
+    """A module's name in the class that the checkpoint names."""
+    return anatomy.home.layers_path + name.removeprefix(anatomy.layers_path)
 
 
 def scaling_of(config: LoraConfig) -> float:
@@ -97,7 +132,7 @@ class Adapter:
 
     Args:
         config: PEFT's configuration.
-        layers_path: the decoder layers' path in the base model.
+        layers_path: the decoder layers' path in the class that the checkpoint names.
         shapes: for each layer, local name (`self_attn.q_proj.lora_A`) -> shape.
         seed: decides the initial A matrices, whatever the global RNG's state; B starts at zero.
         device: where layers are computed.
@@ -230,6 +265,18 @@ def save_adapter(folder: Path, config: LoraConfig, state: dict[str, Tensor], tra
             f"{folder} holds {len(written)} adapter tensors where {len(trained)} were trained.",
             next_step="Please report this; the checkpoint before it is unharmed.",
         )
+
+
+def require_adapter_loads(adapter: Adapter, anatomy: Anatomy, parent: Path) -> None:
+    """Write an adapter as it would be saved to a folder that is removed, and load it there with PEFT.
+
+    Raises:
+        UsageError: PEFT does not take all of it on the class that the checkpoint names.
+        IntegrityError: what was written is not what is trained.
+    """
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".trial-") as folder:
+        adapter.save(Path(folder))
+        require_loadable(Path(folder), anatomy.home, adapter.named_tensors())
 
 
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:

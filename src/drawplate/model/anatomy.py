@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from drawplate.errors import UsageError
 from drawplate.model import causal_attention
+from drawplate.model.adapter_home import Home, home_of
 from drawplate.model.attention import NAME, register
 
 
@@ -31,6 +32,7 @@ class Anatomy:
         layers_path: where they are in the skeleton, like `model.layers`.
         embedding_path, head_path: names of the two modules.
         tied: the head's weight is the embedding's.
+        home: the class that the checkpoint names, on which adapters are loaded.
     """
 
     config: PretrainedConfig
@@ -41,6 +43,7 @@ class Anatomy:
     embedding_path: str
     head_path: str
     tied: bool
+    home: Home
 
     @property
     def architecture(self) -> str:
@@ -85,7 +88,10 @@ def build_anatomy(config: PretrainedConfig, *, attention: str = NAME) -> Anatomy
         UsageError: the architecture is not a causal LM with one list of decoder layers.
     """
     register()
+    whole = copy.deepcopy(config)
     config = copy.deepcopy(config.get_text_config() if hasattr(config, "get_text_config") else config)
+    if type(config) is not type(whole):  # the class around a text model decides what is tied in it
+        config.tie_word_embeddings = bool(getattr(whole, "tie_word_embeddings", False))
     name = (config.architectures or [config.model_type])[0]
     try:
         with torch.device("meta"):
@@ -115,6 +121,7 @@ def build_anatomy(config: PretrainedConfig, *, attention: str = NAME) -> Anatomy
         embedding_path=_path_of(skeleton, embedding),
         head_path=_path_of(skeleton, head),
         tied=head.weight is embedding.weight or bool(getattr(config, "tie_word_embeddings", False)),
+        home=home_of(whole, skeleton, layers_path),
     )
 
 

@@ -85,7 +85,7 @@ def assemble(
     residency = _loaded_layers(anatomy, placement, names, progress, tell)
     adapter = Adapter(
         config,
-        anatomy.layers_path,
+        anatomy.home.layers_path,
         [trained_shapes(m, config) for m in anatomy.layers],
         seed=seed,
         device=placement.device,

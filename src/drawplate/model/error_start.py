@@ -59,7 +59,7 @@ def quantization_error_start(
             rms_I = rms[i, path]
             weight_I = rms_I.clamp(min=LEAST_WEIGHT * float(rms_I.max()))
             left_OR, right_RI = leading_factors(error_OI.mul_(weight_I), config.r, generator)
-            prefix = f"base_model.model.{model.anatomy.layers_path}.{i}.{path}"
+            prefix = f"base_model.model.{model.anatomy.home.layers_path}.{i}.{path}"
             a_RI = torch.zeros(config.r, linear.in_features)
             b_OR = torch.zeros(linear.out_features, config.r)
             a_RI[: len(right_RI)] = (right_RI / weight_I / root).cpu()
