@@ -5,10 +5,10 @@
 Each case is one `drawplate tune` in a process of its own, on random weights of a real shape that are written to disk
 as a checkpoint, with a tokenizer that is trained on the documents. Read off `record.json`: predicted and measured
 bytes of both memories, planned and measured seconds, speeds, warnings. Measured from outside, every 50 ms: the bytes
-that the driver counts on the card, and the kernel's counts of the process. The exit code and the whole screen are kept
+that the driver counts for the process, and the kernel's counts of it. The exit code and the whole screen are kept
 beside OUT.json, in OUT.screens/. A case that ends in a traceback or beyond the bounds is marked.
 
-Models are written, used and removed one after another, so that one of them and its cache lie on the disk at a time.
+Models are written, used and removed group by group, so that few of them and their cache lie on the disk at a time.
 `--host` asks before the cases how the kernel counts page-locked memory. Left out: the quality of what is learnt
 (random weights), other programs on the card, several GPUs.
 """
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ MISSION = (
     "train.gradient_checkpointing=true",
 )
 NF4, EIGHT = ("quantization.precision=nf4",), ("train.effective_batch_size=8",)
+GROUPS = (("135m", "1b", "3b"), ("qwen3-4b", "phi3-mini", "gemma2-2b"), ("8b",))
+"""Models that lie on the disk at a time."""
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "135m-nothing-set": ("135m", ()),
     "135m-fp32": ("135m", ("quantization.precision=fp32",)),
@@ -120,6 +123,9 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/acceptance"))
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument(
+        "--side-by-side", type=int, default=1, help="cases at a time"
+    )
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--host", action="store_true")
     given = parser.parse_args()
@@ -131,15 +137,19 @@ def main() -> None:
     wanted = given.cases.split(",")
     given.scratch.mkdir(parents=True, exist_ok=True)
     write_tokenizer(given.documents, given.scratch / "tokenizer")
-    for model in dict.fromkeys(CASES[case][0] for case in wanted):
-        began = time.monotonic()
-        write_model(model, given.scratch / model, given.scratch / "tokenizer")
-        print(f"{model} written in {time.monotonic() - began:.0f} s", flush=True)
-        for case in (case for case in wanted if CASES[case][0] == model):
-            found["cases"][case] = run_case(case, given)
-            given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            print(line_of(case, found["cases"][case]), flush=True)
-        shutil.rmtree(given.scratch / model)
+    for group in GROUPS:
+        cases = [case for case in wanted if CASES[case][0] in group]
+        for model in dict.fromkeys(CASES[case][0] for case in cases):
+            began = time.monotonic()
+            write_model(model, given.scratch / model, given.scratch / "tokenizer")
+            print(f"{model} written in {time.monotonic() - began:.0f} s", flush=True)
+        with ThreadPoolExecutor(max_workers=given.side_by_side) as pool:
+            for case, facts in zip(cases, pool.map(lambda case: run_case(case, given), cases), strict=True):
+                found["cases"][case] = facts
+                given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                print(line_of(case, facts), flush=True)
+        for model in group:
+            shutil.rmtree(given.scratch / model, ignore_errors=True)
         shutil.rmtree(given.scratch / "cache" / "arenas", ignore_errors=True)
 
 
@@ -202,7 +212,7 @@ class Outside:
 
         pynvml.nvmlInit()
         self.handle, self.nvml = pynvml.nvmlDeviceGetHandleByIndex(0), pynvml
-        self.process, self.before, self.peaks = process, self._on_card(), {}
+        self.process, self.peaks = process, {}
         self.timeline, self.began = [], time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -214,12 +224,13 @@ class Outside:
         self._thread.join()
         return self.peaks
 
-    def _on_card(self) -> int:
-        return int(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used)
+    def _of_process(self) -> int:
+        running = self.nvml.nvmlDeviceGetComputeRunningProcesses(self.handle)
+        return next((int(p.usedGpuMemory or 0) for p in running if p.pid == self.process), 0)
 
     def _watch(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
-            counts = {"device": self._on_card() - self.before}
+            counts = {"device": self._of_process()}
             try:
                 lines = Path(f"/proc/{self.process}/status").read_text().splitlines()
             except OSError:

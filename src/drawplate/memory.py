@@ -99,6 +99,14 @@ def own_device_bytes(device: torch.device) -> int:
     return 0
 
 
+def let_go_of_page_locks() -> None:
+    """Give the page-locked blocks that torch keeps for reuse back to the system, where this torch can do that."""
+    empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None and _cuda_answers():
+        torch.cuda.synchronize()
+        empty()
+
+
 def memory_sample() -> MemorySample:
     """Bytes in use now. Device fields stay 0 until CUDA was first used: asking must not create a context."""
     host = _host()

@@ -19,6 +19,7 @@ from drawplate.evaluate import total
 from drawplate.guards import StopRequested, Watchdog, leave_at_once, write_stacks
 from drawplate.journal import Journal
 from drawplate.measure import Scores, forgetting_warning, give_back_memory, score, score_deployed, score_general
+from drawplate.memory import memory_sample
 from drawplate.model.adapter import lora_config, read_adapter, save_adapter
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM
@@ -27,7 +28,7 @@ from drawplate.outcome import Outcome
 from drawplate.prepare import Prepared, evaluation_cutting, placement_of, train_cutting
 from drawplate.recipe import expand
 from drawplate.records import Evaluation
-from drawplate.rehearse import rehearsed
+from drawplate.rehearse import learn_overheads, rehearsed
 from drawplate.reopen import Reopened
 from drawplate.run_folder import CHECKPOINTS_NAME, START_NAME, RunFolder
 from drawplate.saving import Saving, where
@@ -162,6 +163,7 @@ def train_adapter(outcome: Outcome, model: CausalLM, folder: RunFolder, reopened
         train(replace(task, watchdog=watchdog), outcome.journal, state)
         saving.save(state)
     _doubt_the_probe(outcome)
+    learn_overheads(prepared, memory_sample().process_bytes)
 
 
 def _doubt_the_probe(outcome: Outcome) -> None:

@@ -112,8 +112,6 @@ def rehearse(prepared: Prepared, model: CausalLM, folder: Path) -> tuple[tuple[R
                         raise
                     return tuple(phases), f"The rehearsal of {name} ran out of memory."
             phases.append(_phase(prepared, name, meter))
-            if name == "training":
-                _learn(prepared, phases[-1])
     return tuple(phases), ""
 
 
@@ -160,20 +158,21 @@ def _untouched(model: CausalLM) -> Iterator[None]:
                     parameter.copy_(value)
 
 
-def _learn(prepared: Prepared, phase: RehearsedPhase) -> None:
-    """What CUDA and its libraries hold after a step is kept for the next plan on this machine.
+def learn_overheads(prepared: Prepared, host_bytes: int) -> None:
+    """What CUDA and its libraries hold at the end of training is kept for the next plan on this machine.
 
     The host's share is what is measured less the plan's other lines. On a CPU those are too large to take it from.
+
+    Args:
+        prepared: with the plan that was followed.
+        host_bytes: host memory in use at the end of training.
     """
     if prepared.device.type != "cuda":
         return
-    lines = next((p.lines for p in prepared.plan.phases if p.phase == phase.phase), ())
+    lines = next((phase.lines for phase in prepared.plan.phases if phase.phase == "training"), ())
     counted = sum(line.bytes for line in lines if line.where == "host" and line.name != RUNTIME)
-    keep_overheads(
-        prepared.device,
-        context=measure_context(prepared.device).bytes,
-        runtime_host=phase.host_bytes - counted,
-    )
+    context = measure_context(prepared.device).bytes
+    keep_overheads(prepared.device, context=context, runtime_host=host_bytes - counted)
 
 
 def _phase(prepared: Prepared, name: str, meter: PeakMeter) -> RehearsedPhase:

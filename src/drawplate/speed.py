@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from drawplate.attention_rates import AttentionRates
 from drawplate.device import machine
 from drawplate.kernels.four_bits import dequantize
-from drawplate.memory import measure_context, memory_sample
+from drawplate.memory import let_go_of_page_locks, measure_context, memory_sample
 from drawplate.overheads import CPU_RUNTIME_HOST_BYTES, RUNTIME_HOST_BYTES, STEP_CONTEXT_BYTES
 from drawplate.recipe import cache_folder
 from drawplate.records import DeviceSpeed, Machine, from_json, to_json
@@ -241,7 +241,10 @@ def _bus_rates(timer: _Timer) -> list[float]:
         there()
         back()
 
-    return [size / timer.seconds(there), size / timer.seconds(back), 2 * size / timer.seconds(both)]
+    rates = [size / timer.seconds(there), size / timer.seconds(back), 2 * size / timer.seconds(both)]
+    hosts.clear()
+    let_go_of_page_locks()
+    return rates
 
 
 def _dequantize_rate(timer: _Timer, dtype: torch.dtype) -> float:
