@@ -123,9 +123,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/acceptance"))
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument(
-        "--side-by-side", type=int, default=1, help="cases at a time"
-    )
+    parser.add_argument("--side-by-side", type=int, default=1, help="cases at a time")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--host", action="store_true")
     given = parser.parse_args()
