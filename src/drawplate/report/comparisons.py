@@ -144,6 +144,11 @@ def adapters(record: RunRecord) -> tuple[AdapterFacts, ...]:
     return (own, AdapterFacts(folder=UNQUANTIZED, base_precision="", deployed=True)) if started else (own,)
 
 
+def deployed_first(record: RunRecord) -> list[AdapterFacts]:
+    """The adapters, that for the base model as released before the other."""
+    return sorted(adapters(record), key=lambda adapter: not adapter.deployed)
+
+
 def purpose(record: RunRecord, adapter: AdapterFacts) -> str:
     """For which base model an adapter is; empty where there is only one that it could be."""
     if len(adapters(record)) > 1:

@@ -19,6 +19,7 @@ from drawplate.report.comparisons import (
     Comparison,
     adapters,
     comparisons,
+    deployed_first,
     general_change,
     measured,
     purpose,
@@ -286,11 +287,11 @@ def adapter_facts(record: RunRecord) -> list[Fact]:
 
 
 def places(record: RunRecord, folder: str) -> list[Fact]:
-    """Where each adapter is, and for which base model."""
+    """Where each adapter is, and for which base model; the verdict's own first."""
     root = folder.rstrip("/")
     return [
         Fact(label="Adapter", value=f"{root}/{adapter.folder}", note=purpose(record, adapter))
-        for adapter in adapters(record)
+        for adapter in deployed_first(record)
     ]
 
 
@@ -308,10 +309,10 @@ class NextCommand:
 
 
 def next_commands(record: RunRecord, folder: str) -> list[NextCommand]:
-    """To measure each adapter on its base model; nothing where there is none."""
+    """To measure each adapter on its base model, the verdict's own first; nothing where there is none."""
     return [
         NextCommand(what=purpose(record, adapter), parts=tuple(eval_command(record, folder, adapter)))
-        for adapter in adapters(record)
+        for adapter in deployed_first(record)
     ]
 
 
