@@ -8,6 +8,7 @@ ordinary exception. The exit codes are part of the contract with scripts that ca
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -94,7 +95,8 @@ class StoppedSafely(UserError):
 
 def disk_refusal(path: Path, error: Exception) -> StorageError:
     """The error of a disk that refuses to write `path`, as a person should read it."""
-    full = getattr(error, "errno", None) in FULL
+    in_words = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has no errno
+    full = (int(in_words[1]) if in_words else getattr(error, "errno", None)) in FULL
     return (DiskFull if full else StorageError)(
         f"{path} could not be written: {getattr(error, 'strerror', None) or error}.",
         safe="What was written before it is complete.",

@@ -73,7 +73,9 @@ def prove(
         raise UsageError(
             f"{folder.path} has {len(found)} good checkpoints, and a replay needs two.",
             safe="Nothing was changed.",
-            next_step="Let the run go on until it has written another.",
+            next_step="Train again with --set train.keep_checkpoints=true: a finished run's checkpoints are removed."
+            if folder.finished
+            else "Let the run go on until it has written another.",
         )
     newer, older = found
     about = read_about(older)

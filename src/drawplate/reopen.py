@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from drawplate.checkpoint import require_good, unfinished
+from drawplate.checkpoint import finished, require_good, unfinished
 from drawplate.device import machine, pick_device
 from drawplate.errors import IntegrityError, UsageError
 from drawplate.outcome import fingerprints
@@ -71,7 +71,8 @@ def refuse_finished(folder: RunFolder) -> None:
         raise UsageError(
             f"The run in {folder.path} is finished.",
             safe="Nothing in it was touched.",
-            next_step=f"Read {folder.path}/report.html, or replay its end: drawplate resume {folder.path} --prove",
+            next_step=f"Read {folder.path}/report.html."
+            + (f" To replay its end: drawplate resume {folder.path} --prove" if finished(folder.checkpoints) else ""),
         )
 
 
@@ -117,12 +118,12 @@ def reopen(folder: RunFolder, recipe: Recipe, accept: Collection[str]) -> Reopen
 
 
 def recipe_changes(before: dict[str, Any], recipe: Recipe) -> dict[str, str]:
-    """Keys whose values differ, each with both in words; the run's folder is not one."""
+    """Keys whose values differ, each with both in words, but for those that say only what is left in which folder."""
     old, new = _flat(before), _flat(recipe.model_dump(mode="json"))
     return {
         key: f"{key} is {new.get(key)!r} and was {old.get(key, new.get(key))!r}"
         for key in new
-        if key != "output_dir" and new.get(key) != old.get(key, new.get(key))
+        if key not in ("output_dir", "train.keep_checkpoints") and new.get(key) != old.get(key, new.get(key))
     }
 
 

@@ -232,6 +232,9 @@ def _break_off(outcome: Outcome, folder: RunFolder, error: BaseException) -> Non
     try:
         if outcome.model is not None and not is_lost():
             _save_adapter(outcome, folder, state.best_adapter)
+    except (OSError, UserError) as second:
+        journal.on_warning(f"The adapter could not be written: {' '.join(str(second).splitlines())}")
+    try:
         _write(outcome.record("stopped" if stopped else "failed", error=what), folder)
     except (OSError, UserError) as second:
         journal.message(f"The record of this run could not be written: {second}")
@@ -269,12 +272,15 @@ def _write_cards(record: RunRecord, folder: RunFolder) -> None:
 def _write(record: RunRecord, folder: RunFolder) -> RunRecord:
     folder.write_json("record.json", record)
     folder.write_text("report.html", render_report(record))
+    if record.status == "finished" and not record.recipe["train"]["keep_checkpoints"]:
+        folder.remove_checkpoints()
     return record
 
 
 def _write_beginnings(outcome: Outcome, folder: RunFolder, reopened: Reopened | None) -> None:
     prepared, journal = outcome.prepared, outcome.journal
     folder.write_text(RECIPE_NAME, prepared.recipe.to_yaml())  # first: with it, the folder is a run's
+    folder.tell = journal.on_warning
     journal.open(folder.path, folder.make_room)
     folder.write_json("plan.json", prepared.plan)
     folder.write_lines("intake.jsonl", prepared.corpus.intake)

@@ -3,8 +3,9 @@
 Every file that others read is written beside its final name, flushed to the disk and renamed, so that a reader sees the
 old one or the new one and never half of either. metrics.jsonl is the exception: it grows by lines.
 
-A reserve of some MiB is held while the run goes. When the disk is full it is given up, so that the log and the report
-of a run that has to stop can still be written.
+A reserve of some MiB is held while the run goes. When the disk is full, what Drawplate's caches hold of it is given up,
+and then the reserve, so that the log and the report of a run that has to stop can still be written. A trained adapter
+is worth more: for it older checkpoints go too, and if there is still no room it is written somewhere else.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from drawplate.checkpoint import write_folder
-from drawplate.errors import DiskFull, StorageError, UsageError, disk_refusal
+from drawplate.caches import release
+from drawplate.checkpoint import finished, good, keep_only, write_folder
+from drawplate.errors import DiskFull, StoppedSafely, StorageError, UsageError, disk_refusal
 from drawplate.records import to_json
-from drawplate.units import MIB
+from drawplate.units import MIB, format_bytes
 
 LOCK_NAME = "run.lock"
 RESERVE_NAME = ".reserve"
@@ -30,13 +33,18 @@ RECIPE_NAME = "recipe.yaml"
 ADAPTER_NAME = "adapter"
 START_NAME = "adapter_start"
 UNQUANTIZED_NAME = "adapter_unquantized"
+TRAINED_NAMES = ("adapter", UNQUANTIZED_NAME)
 RECORD_NAME = "record.json"
 CHECKPOINTS_NAME = "checkpoints"
 OWN_NAMES = (LOCK_NAME, RESERVE_NAME)
 
 
 class RunFolder:
-    """The folder at `path`; nothing is created before `claim`."""
+    """The folder at `path`; nothing is created before `claim`.
+
+    Attributes:
+        tell: takes a warning, such as that the caches were emptied to make room.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,6 +52,8 @@ class RunFolder:
         self._abandoned = False
         self._may_abandon = True
         self._made: list[Path] = []
+        self._elsewhere: dict[str, Path] = {}
+        self.tell: Callable[[str], None] = lambda _: None
 
     def check_free(self) -> None:
         """Refuse a folder that another run uses, that holds anything, or that cannot be written.
@@ -135,7 +145,7 @@ class RunFolder:
         self._claimed = False
         if self._abandoned:
             self._remove_contents()
-        self.make_room()
+        self._give_up_reserve()
         (self.path / LOCK_NAME).unlink(missing_ok=True)
         if self._abandoned:
             with suppress(OSError):  # somebody has put something there meanwhile
@@ -147,7 +157,20 @@ class RunFolder:
         self._abandoned = self._may_abandon
 
     def make_room(self) -> bool:
-        """Give up the reserve; whether there was one."""
+        """Give up what Drawplate's caches have of this disk, else the reserve; whether there was anything."""
+        return self.release_caches() or self._give_up_reserve()
+
+    def release_caches(self) -> bool:
+        """Empty Drawplate's caches, if they are on this disk; whether that gave anything."""
+        given_back = release(beside=self.path)
+        if given_back:
+            self.tell(
+                f"The disk of {self.path} is full: {format_bytes(given_back)} of prepared weights were removed from "
+                "the cache. The next run prepares them again."
+            )
+        return given_back > 0
+
+    def _give_up_reserve(self) -> bool:
         try:
             (self.path / RESERVE_NAME).unlink()
         except OSError:
@@ -158,6 +181,22 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where the run's checkpoints are."""
         return self.path / CHECKPOINTS_NAME
+
+    def remove_checkpoints(self) -> None:
+        """Of a finished run, with what only resuming needs."""
+        keep_only(self.checkpoints, [])
+        with suppress(OSError):  # something that is not ours lies there
+            self.checkpoints.rmdir()
+        shutil.rmtree(self.path / START_NAME, ignore_errors=True)
+
+    def _remove_older_checkpoints(self) -> bool:
+        """All but the newest good one; whether there were others."""
+        there = finished(self.checkpoints)
+        newest = good(self.checkpoints, 1)
+        if not newest or len(there) < 2:
+            return False
+        keep_only(self.checkpoints, newest)
+        return True
 
     def _remove_contents(self) -> None:
         """All of it is this run's: `claim` found the folder empty."""
@@ -170,17 +209,17 @@ class RunFolder:
                 child.unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a whole file; where the disk is full, the reserve is given up for it.
+        """Write a whole file; where the disk is full, caches and reserve are given up for it.
 
         Raises:
             StorageError: the disk refuses; an earlier file of that name is untouched.
         """
-        try:
-            return self._write_text(name, text)
-        except DiskFull:
-            if not self.make_room():
-                raise
-        return self._write_text(name, text)
+        while True:
+            try:
+                return self._write_text(name, text)
+            except DiskFull:
+                if not self.make_room():
+                    raise
 
     def _write_text(self, name: str, text: str) -> Path:
         target = self.path / name
@@ -197,14 +236,40 @@ class RunFolder:
         return target
 
     def write_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
-        """Write a folder that is whole under its name, as `write_text` writes a file."""
-        try:
-            write_folder(self.path / name, fill)
-        except DiskFull:
-            if not self.make_room():
+        """Write a folder that is whole under its name, as `write_text` writes a file.
+
+        Raises:
+            StorageError: the disk refuses.
+            StoppedSafely: it had no room for an adapter, which is in another place now.
+        """
+        trained = name in TRAINED_NAMES
+        while True:
+            try:
+                write_folder(self.path / name, fill)
+                return self.path / name
+            except DiskFull as error:
+                if self.make_room() or (trained and self._remove_older_checkpoints()):
+                    continue
+                if trained:
+                    self._write_elsewhere(name, fill, error)
                 raise
-            write_folder(self.path / name, fill)
-        return self.path / name
+
+    def _write_elsewhere(self, name: str, fill: Callable[[Path], None], full: DiskFull) -> None:
+        """An adapter, once, in the first place that takes it; returns only where none does."""
+        where = self._elsewhere.get(name)
+        for place in () if where else (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
+            there = place / f"{self.path.name}-{name}-{os.getpid()}"
+            with suppress(StorageError, OSError):
+                write_folder(there, fill)
+                where = self._elsewhere[name] = there
+                break
+        if where:
+            raise StoppedSafely(
+                full.what,
+                safe=f"The trained adapter is whole in {where}.",
+                next_step=f"Free some space, then write adapter and report: drawplate resume {self.path}. Or move the "
+                "folder to another disk and resume it there.",
+            )
 
     def write_json(self, name: str, record: Any) -> Path:
         """Write a record as indented JSON."""

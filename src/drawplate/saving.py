@@ -1,6 +1,7 @@
 """When a run's checkpoints are written, and what becomes of the run when the disk refuses them.
 
-By steps, by minutes, at a stop, and at both ends of training. A full disk costs a warning: the checkpoint before is
+By steps, by minutes, at a stop, and at both ends of training. On a full disk Drawplate's caches go first. If that is
+not enough, it costs a warning: the checkpoint before is
 still there, training goes on and the next due moment tries again; the third refusal in a row ends the run where it can
 go on. Any other refusal (an I/O error, a folder that is gone) ends it at once: a disk that cannot be trusted is not
 asked again.
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from drawplate.checkpoint import Position, good, keep_only, problem_of, write_checkpoint
+from drawplate.checkpoint import Pieces, Position, good, keep_only, problem_of, write_checkpoint
 from drawplate.errors import DiskFull, StoppedSafely
 from drawplate.outcome import Outcome
 from drawplate.prepare import Prepared
@@ -82,8 +83,7 @@ class Saving:
             return
         began = time.monotonic()
         try:
-            files = snapshot_files(self._model.adapter, self._optimizer, state, self._outcome.kept())
-            written = write_checkpoint(self._folder.checkpoints, position, files)
+            written = self._written(position, state)
         except DiskFull as error:
             self._on_full(error)
             return
@@ -94,6 +94,17 @@ class Saving:
         self._good = [written, *(path for path in self._good if path != written)][:KEPT]
         keep_only(self._folder.checkpoints, self._good)
         self._outcome.journal.write("checkpoint", {"name": written.name, "seconds": round(self._saved_at - began, 3)})
+
+    def _written(self, position: Position, state: TrainState) -> Path:
+        try:
+            return write_checkpoint(self._folder.checkpoints, position, self._files(state))
+        except DiskFull:
+            if not self._folder.release_caches():
+                raise
+        return write_checkpoint(self._folder.checkpoints, position, self._files(state))
+
+    def _files(self, state: TrainState) -> dict[str, Pieces]:
+        return snapshot_files(self._model.adapter, self._optimizer, state, self._outcome.kept())
 
     def _on_full(self, error: DiskFull) -> None:
         self._refusals += 1

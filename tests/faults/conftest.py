@@ -90,7 +90,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def values_of(small: Path, output: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """The recipe of a run of nine steps, a checkpoint after every third, an evaluation after every second."""
-    train = {"effective_batch_size": 2, "max_steps": STEPS, "save_steps": 3, **sections.pop("train", {})}
+    often = {"save_steps": 3, "keep_checkpoints": True}
+    train = {"effective_batch_size": 2, "max_steps": STEPS, **often, **sections.pop("train", {})}
     defaults: dict[str, dict[str, Any]] = {
         "data": {"heldout_fraction": 0.2},
         "lora": {"lora_dropout": 0.1},

@@ -38,6 +38,7 @@ FAULTS: dict[int, str] = {
     35: "secrets in documents and environment",
     65: "an adapter whose tensors PEFT would not load",
     36: "empty folder, all duplicates, one document, near-duplicates",
+    46: "Drawplate's own caches fill the disk; no room for the adapter",
     110: "a cache below something that is no folder",
     90: "a recipe that cannot be meant: a key twice, an empty path, a pattern that is none, another library's keys",
 }
@@ -119,6 +120,12 @@ SEES: dict[int, tuple[str, ...]] = {
     35: (),
     65: ("PEFT does not load the adapter of this run on <class>: <reason>.",),
     36: (),
+    46: (
+        "The disk of <run> is full: <size> of prepared weights were removed from the cache.",
+        "could not be written: No space left on device.",
+        "The trained adapter is whole in <folder>.",
+        "drawplate resume <run>",
+    ),
     110: ("<folder> cannot be made: <file> is no folder",),
     90: (
         "train is given twice, in lines <a> and <b>.",

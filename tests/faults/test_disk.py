@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 import drawplate.run as story
+import drawplate.run_folder as run_folder
 import drawplate.saving as saving
 from drawplate.doctor import examine
-from drawplate.errors import StoppedSafely, StorageError
+from drawplate.errors import DiskFull, StoppedSafely, StorageError, disk_refusal
 from drawplate.recipe import load_recipe
 from drawplate.records import RunRecord
 from drawplate.run_folder import RunFolder
@@ -187,6 +189,95 @@ def test_row_08_control_without_the_question_the_model_is_opened(
     monkeypatch.setattr("drawplate.run_folder.os.access", lambda path, mode: False)
     with pytest.raises(ZeroDivisionError):
         tune(small, tmp_path / "run")
+
+
+@pytest.fixture
+def crowded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An arena on a disk that becomes full after step 5 of the run beside it."""
+    monkeypatch.setenv("DRAWPLATE_CACHE", str(tmp_path / "cache"))
+    arena = tmp_path / "cache" / "arenas" / "nf4-a.arena"
+    arena.parent.mkdir(parents=True)
+    arena.write_bytes(bytes(MIB))
+    on_step = story.Journal.on_step
+
+    def fill(self: Any, record: Any, progress: float) -> None:
+        if record.step == 5:
+            disk = SmallDisk(monkeypatch, tmp_path, 0)
+            disk.quota = disk.used + 4096  # some lines of the log, and no checkpoint
+        on_step(self, record, progress)
+
+    monkeypatch.setattr(story.Journal, "on_step", fill)
+    return arena
+
+
+def test_row_46_a_run_without_room_takes_it_from_the_caches(
+    small: Path, clean: Path, tmp_path: Path, crowded: Path
+) -> None:
+    record = tune(small, tmp_path / "run")
+    shows(46, " ".join(record.warnings), 0)
+    assert not crowded.exists()
+    assert "tries again" not in " ".join(record.warnings)
+    assert same_adapter(tmp_path / "run", clean)
+
+
+def test_row_46_control_without_the_caches_room_the_checkpoint_is_refused(
+    small: Path, tmp_path: Path, crowded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "release", lambda beside: 0)
+    assert "tries again" in " ".join(tune(small, tmp_path / "run").warnings)
+    assert crowded.exists()
+
+
+@pytest.fixture
+def no_room_for_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The disk of the run takes no adapter; the present folder, on another disk, does."""
+    write, elsewhere = run_folder.write_folder, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+
+    def refuse(target: Path, fill: Any) -> None:
+        if target == tmp_path / "run" / "adapter":
+            raise disk_refusal(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        write(target, fill)
+
+    monkeypatch.setattr(run_folder, "write_folder", refuse)
+    return elsewhere
+
+
+def test_row_46_an_adapter_that_has_no_room_is_written_elsewhere_and_named(
+    small: Path, clean: Path, tmp_path: Path, no_room_for_the_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(StoppedSafely) as stopped:
+        tune(small, run)
+    for which in (1, 2, 3):
+        shows(46, str(stopped.value), which)
+    (rescued,) = no_room_for_the_adapter.iterdir()
+    weights = "adapter_model.safetensors"
+    assert (rescued / weights).read_bytes() == (clean / "adapter" / weights).read_bytes()
+    record = json.loads((run / "record.json").read_text())
+    assert record["status"] == "stopped"
+    assert str(rescued) in record["warnings"][-1]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000009"], "the older one made room"
+    monkeypatch.undo()
+    story.resume(run)
+    assert same_adapter(run, clean)
+
+
+def test_row_46_control_without_another_place_the_adapter_is_lost(
+    small: Path, tmp_path: Path, no_room_for_the_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "TRAINED_NAMES", ())
+    with pytest.raises(DiskFull):
+        tune(small, tmp_path / "run")
+    assert list(no_room_for_the_adapter.iterdir()) == []
+
+
+def test_row_46_a_full_disk_is_recognised_in_the_words_of_safetensors() -> None:
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert isinstance(disk_refusal(Path("x"), error), DiskFull)
+    other = SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
+    assert not isinstance(disk_refusal(Path("x"), other), DiskFull)
 
 
 @pytest.mark.parametrize("name", ["cache", "hub cache"])

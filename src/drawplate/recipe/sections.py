@@ -205,6 +205,9 @@ class TrainSection(Section):
     gradient_checkpointing: bool | Auto = Field("auto", description="Recompute activations in backward.")
     save_steps: Count | Auto = Field("auto", description="Optimizer steps between checkpoints; auto: a tenth of all.")
     save_minutes: float = Field(5.0, gt=0, description="Minutes between checkpoints at most, within a long step too.")
+    keep_checkpoints: bool = Field(
+        False, description="Leave the checkpoints of a finished run; `drawplate resume RUN --prove` needs them."
+    )
     seed: int = Field(42, ge=0, description="Decides the split, the order, the dropout and the adapter's start.")
 
     @model_validator(mode="after")
