@@ -84,8 +84,11 @@ def compare_models(
         contenders = _contenders(models, adapters, files, settings)
         first = contenders[0]
         max_length = min(choose_max_length(c.recipe, max_positions(c.checkpoint)) for c in contenders)
-        render = renderer_of(load_tokenizer(first.checkpoint.folder))
-        corpus = read_documents(first.recipe.data, first.recipe.data.files, render)
+        section = first.recipe.data
+        render = renderer_of(load_tokenizer(first.checkpoint.folder), section.template_date)
+        corpus = read_documents(section, section.files, render)
+        for line in corpus.left_out:
+            journal.on_warning(line)
     measured = []
     for contender in contenders:
         measured.append(_measure(contender, corpus, max_length, journal))

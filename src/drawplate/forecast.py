@@ -86,7 +86,7 @@ def _corpus_shape(
     except DataError as error:
         return *_without_tokenizer(recipe, max_length, error), ()
     try:
-        _, sides = read_sides(recipe, renderer_of(tokenizer))
+        read, sides = read_sides(recipe, renderer_of(tokenizer, recipe.data.template_date))
         training = tokenize(sides.train, tokenizer, max_length, append_eos=True)
         context = choose_context_tokens(recipe, max_length)
         heldout = tokenize(sides.heldout, tokenizer, max_length, context_tokens=context)
@@ -96,7 +96,11 @@ def _corpus_shape(
         if not _absent(recipe, error):
             raise
         return *_assumed(max_length, error), ()
-    return CorpusShape(lengths=lengths_of(training), heldout_lengths=lengths_of(heldout)), (), sides.warnings
+    return (
+        CorpusShape(lengths=lengths_of(training), heldout_lengths=lengths_of(heldout)),
+        (),
+        read.left_out + sides.warnings,
+    )
 
 
 def _absent(recipe: Recipe, error: DataError | NeedsNetwork) -> bool:
@@ -115,7 +119,7 @@ def _assumed(max_length: int, error: DataError | NeedsNetwork) -> tuple[CorpusSh
 def _without_tokenizer(recipe: Recipe, max_length: int, error: DataError) -> tuple[CorpusShape, tuple[str, ...]]:
     """Lengths from characters."""
 
-    def no_template(_: object) -> None:
+    def no_template(*_: object) -> None:
         raise DataError("A conversation needs the tokenizer's template.", next_step="Fetch the model's tokenizer.")
 
     try:

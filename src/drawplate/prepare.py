@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 import torch
 
 from drawplate.cgroups import available_ram_bytes
-from drawplate.data.chat import ChatRenderer, chat_renderer
+from drawplate.data.chat import ChatRenderer, chat_renderer, writes_a_date
 from drawplate.data.documents import Corpus, read_documents
 from drawplate.data.general import general_documents, sample
 from drawplate.data.split import Split, hold_out_given, split
@@ -37,6 +38,7 @@ from drawplate.speed import measured_speed
 from drawplate.train import Cutting
 
 HOST_SHARE = 0.85  # of what the host can still give, the most that a measurement beside the run takes
+ALL_OF_THEM = "See intake.jsonl."
 GENERAL_TOKENS = {"cpu": 3072, "cuda": 65_536}  # some seconds of each
 
 
@@ -66,7 +68,8 @@ def prepare(recipe: Recipe) -> Prepared:
     device = pick_device(recipe.model.device_map)
     checkpoint = open_checkpoint(recipe.model)
     tokenizer = load_tokenizer(checkpoint.folder)
-    corpus, sides = read_sides(recipe, renderer_of(tokenizer))
+    recipe = with_template_date(recipe, tokenizer)
+    corpus, sides = read_sides(recipe, renderer_of(tokenizer, recipe.data.template_date))
     max_length = choose_max_length(recipe, max_positions(checkpoint))
     training = tokenize(sides.train, tokenizer, max_length, append_eos=True)
     heldout = tokenize(sides.heldout, tokenizer, max_length, context_tokens=choose_context_tokens(recipe, max_length))
@@ -78,7 +81,8 @@ def prepare(recipe: Recipe) -> Prepared:
     advised = advise(recipe, Learner(lengths=lengths, hidden=anatomy.config.hidden_size)).recipe
     chosen = choose_plan(recipe, checkpoint, anatomy, training, heldout, max_length)
     chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy)
-    chosen = replace(chosen, warnings=sides.warnings + chosen.warnings)
+    said = (*(f"{line} {ALL_OF_THEM}" for line in corpus.left_out), *sides.warnings)
+    chosen = replace(chosen, warnings=said + chosen.warnings)
     return Prepared(
         recipe=advised,
         checkpoint=checkpoint,
@@ -101,7 +105,8 @@ def read_sides(recipe: Recipe, render: ChatRenderer) -> tuple[Corpus, Split]:
         return corpus, split(corpus.documents, recipe.data)
     given = read_documents(recipe.data, recipe.data.heldout_files, render)
     sides = hold_out_given(corpus.documents, given.documents, recipe.data)
-    return replace(corpus, intake=corpus.intake + given.intake), sides
+    both = replace(corpus, intake=corpus.intake + given.intake, left_out=corpus.left_out + given.left_out)
+    return both, sides
 
 
 def _general_windows(
@@ -110,7 +115,9 @@ def _general_windows(
     if not recipe.evaluation.forgetting:
         return ()
     section = recipe.evaluation
-    documents = general_documents(section.general_files, recipe.data.text_field, renderer_of(tokenizer))
+    documents = general_documents(
+        section.general_files, recipe.data.text_field, renderer_of(tokenizer, recipe.data.template_date)
+    )
     context = choose_context_tokens(recipe, max_length)
     tokens = tokenize(documents, tokenizer, max_length, context_tokens=context)
     require_predictable(tokens, "general")
@@ -164,10 +171,21 @@ def require_predictable(tokens: Tokenized, name: str) -> None:
         )
 
 
-def renderer_of(tokenizer: Tokenizer) -> ChatRenderer:
-    """The tokenizer's chat template, looked for at the first conversation: a base model has none and needs none."""
-    make = functools.cache(lambda: chat_renderer(tokenizer))
-    return lambda messages: make()(messages)
+def renderer_of(tokenizer: Tokenizer, now: datetime | None = None) -> ChatRenderer:
+    """The tokenizer's chat template, looked for at the first conversation: a base model has none and needs none.
+
+    `now` is the time that the template may write, if not the clock's.
+    """
+    make = functools.cache(lambda: chat_renderer(tokenizer, now))
+    return lambda messages, tools=(), settings=None: make()(messages, tools, settings)
+
+
+def with_template_date(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
+    """The recipe with today's date in it, where the chat template writes one: a run keeps that of its first day."""
+    if recipe.data.template_date is not None or not writes_a_date(tokenizer):
+        return recipe
+    today = datetime.now().replace(microsecond=0)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"template_date": today})})
 
 
 def placement_of(chosen: Plan, device: torch.device) -> Placement:

@@ -88,7 +88,7 @@ def test_parts_of_text_are_joined(tokenizer):
         ([{"role": "user", "content": "x"}], "no message of the assistant"),
         ([{"content": "x"}], "without a role"),
         ([{"role": "assistant", "content": None}], "not text"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "tool calls"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "a tool call without a name"),
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "not text"),
     ],
 )

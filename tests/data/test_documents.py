@@ -237,10 +237,12 @@ def test_html_in_a_declared_encoding_is_read(tmp_path):
 
 
 def test_broken_unicode_in_rows_is_replaced_and_counted(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud800b"}\n{"text": "c\xffd"}\n')
+    broken = b'{"text": "a\\ud800b"}\n{"text": "\xc3\xa9t\xc3\xa9 c\xffd"}\n'
+    (tmp_path / "a.jsonl").write_bytes(broken)
     corpus = read(tmp_path)
-    assert texts(corpus) == ["a\ufffdb", "c\ufffdd"]
+    assert texts(corpus) == ["a\ufffdb", "\u00e9t\u00e9 c\ufffdd"]
     assert "2 control or broken" in corpus.intake[0].reason
+    assert "read as UTF-8, with 1 characters that were broken as U+FFFD" in corpus.left_out[0]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,7 @@ def test_a_parquet_file_damaged_in_the_middle_leaves_no_half_of_its_rows(tmp_pat
     start, end = len(data) * 6 // 10, len(data) * 9 // 10
     data[start:end] = bytes(end - start)
     path.write_bytes(data)
-    assert next(formats.read_parquet(path, ("text",)))[1] == {"text": texts_of_rows[0]}
+    assert next(formats.read_parquet(path, ("text",)).rows)[1] == {"text": texts_of_rows[0]}
     (tmp_path / "b.txt").write_text(texts_of_rows[0])
     corpus = read(tmp_path)
     assert texts(corpus) == [texts_of_rows[0]]

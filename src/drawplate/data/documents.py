@@ -11,29 +11,37 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from drawplate.data.chat import ChatRenderer
-from drawplate.data.files import HTML_ENDINGS, Found, find_files
-from drawplate.data.formats import FileRefused, RowOrProblem, read_html, read_text, row_reader
+from drawplate.data.conversations import COLUMNS
+from drawplate.data.files import ENDINGS, HTML_ENDINGS, Found, find_files
+from drawplate.data.formats import read_html, read_text, row_reader
 from drawplate.data.hub import dataset_rows
-from drawplate.data.rows import Text, clean, row_text, words_sha256
+from drawplate.data.left_out import LeftOut
+from drawplate.data.row_counts import RowCounts, cut_out, mended
+from drawplate.data.rows import Text, plain_text, row_text, words_sha256
+from drawplate.data.table import FileRefused, Row, Table
 from drawplate.errors import DataError, UsageError
 from drawplate.recipe import DataSection
 from drawplate.records import Document, Intake
-from drawplate.units import format_count
 
 LISTED_PROBLEMS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """All documents, in the order of the files, and what became of each file."""
+    """All documents, in the order of the files, and what became of each file.
+
+    Attributes:
+        left_out: in sentences, what was left out or guessed at and where to look.
+    """
 
     documents: tuple[Document, ...]
     intake: tuple[Intake, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def read_documents(section: DataSection, paths: Sequence[str], render: ChatRenderer | None = None) -> Corpus:
@@ -54,10 +62,11 @@ def read_documents(section: DataSection, paths: Sequence[str], render: ChatRende
         for found in find_files(paths):
             reader.read_file(found)
     elif section.dataset:
-        reader.read_rows(section.dataset, 0, dataset_rows(section.dataset, section.dataset_split))
+        reader.read_rows(section.dataset, 0, Table(rows=dataset_rows(section)))
     if not reader.documents:
         raise _nothing(paths or [section.dataset or "data.files"], reader.intake)
-    return Corpus(documents=tuple(reader.documents), intake=tuple(reader.intake))
+    left_out = reader.left_out.sentences(reader.intake)
+    return Corpus(documents=tuple(reader.documents), intake=tuple(reader.intake), left_out=left_out)
 
 
 def _nothing(paths: Sequence[str], intake: Sequence[Intake]) -> DataError:
@@ -68,7 +77,7 @@ def _nothing(paths: Sequence[str], intake: Sequence[Intake]) -> DataError:
     return DataError(
         f"There is no document in {', '.join(paths)} ({files})" + (f": {listed}" if listed else "") + ".",
         safe="Nothing was loaded or written.",
-        next_step="Name files or folders with text in data.files: .txt .md .html .jsonl .parquet or .csv.",
+        next_step=f"Name files or folders with text in data.files: {' '.join(ENDINGS)}.",
     )
 
 
@@ -78,6 +87,7 @@ class _Reader:
     def __init__(self, section: DataSection, render: ChatRenderer | None) -> None:
         self.documents: list[Document] = []
         self.intake: list[Intake] = []
+        self.left_out = LeftOut()
         self._section = section
         self._render = render
         self._pattern = _compiled(section.split_pattern)
@@ -86,78 +96,86 @@ class _Reader:
     def read_file(self, found: Found) -> None:
         """Read one file, or note why it is not read."""
         if found.problem:
-            self.intake.append(Intake(file=found.name, status="skipped", bytes=found.bytes, reason=found.problem))
+            self._not_read(found, "skipped", found.problem)
             return
-        columns = (self._section.text_field, "messages", "prompt", "completion", self._section.group_by or "text")
-        rows = row_reader(found.path, columns)
+        columns = tuple(dict.fromkeys((self._section.text_field, *COLUMNS, *filter(None, [self._section.group_by]))))
+        rows = row_reader(found.path, columns, self._section.encoding)
         try:
+            if found.bytes == 0:
+                raise FileRefused("it is empty")
             if rows is not None:
                 self.read_rows(found.name, found.bytes, rows())
             elif found.path.suffix.lower() in HTML_ENDINGS:
-                text, remark = read_html(found.path, whole=self._pattern is not None)
-                self._read_text(found, text, remark)
+                whole = self._pattern is not None
+                text, guess, how = read_html(found.path, whole=whole, encoding=self._section.encoding)
+                self._read_text(found, text, guess, how)
             else:
-                self._read_text(found, *read_text(found.path))
+                self._read_text(found, *read_text(found.path, self._section.encoding))
         except (FileRefused, OSError) as error:
             reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-            self.intake.append(Intake(file=found.name, status="refused", bytes=found.bytes, reason=reason))
+            self._not_read(found, "refused", reason)
 
-    def _read_text(self, found: Found, text: str, remark: str) -> None:
-        text, mended = clean(text)
+    def _not_read(self, found: Found, status: Literal["skipped", "refused"], reason: str) -> None:
+        self.intake.append(Intake(file=found.name, status=status, bytes=found.bytes, reason=reason))
+        self.left_out.file(found.name, reason)
+
+    def _read_text(self, found: Found, text: str, guess: str, how: str = "") -> None:
         line = Intake(file=found.name, status="read", bytes=found.bytes)
-        parts, removed = _cut(text, self._pattern)
-        remarks = [remark] if remark else []
-        if removed:
-            remarks.append(f"data.split_pattern took out {format_count(removed)} characters")
-        if mended:
-            remarks.append(_mended(mended))
-        for number, part in enumerate(parts, start=1):
-            name = found.name if len(parts) == 1 else f"{found.name}#{number}"
-            line = self._add(name, Text(text=part, group=self._group(found.name, {})), line)
+        try:
+            whole = plain_text(text, self._render, parse=self._section.chat_markup == "parse")
+        except ValueError as error:
+            raise FileRefused(str(error)) from None
+        guesses = [*filter(None, [guess]), *whole.remarks, *([mended(whole.mended)] if whole.mended else [])]
+        for remark in guesses:
+            self.left_out.remark(found.name, remark)
+        whole = dataclasses.replace(whole, group=self._group(found.name, {}))
+        line, removed = self._add_cut(found.name, whole, line, "#")
+        remarks = [*filter(None, [guess, how]), *([cut_out(removed)] if removed else []), *guesses[bool(guess) :]]
         self.intake.append(dataclasses.replace(line, reason="; ".join(remarks)))
 
-    def read_rows(self, name: str, size: int, rows: Iterator[RowOrProblem]) -> None:
+    def read_rows(self, name: str, size: int, table: Table) -> None:
         """Read a table; a row that cannot be used costs that row."""
-        before = len(self.documents)
+        before, counts = len(self.documents), RowCounts()
         line = Intake(file=name, status="read", bytes=size)
-        refused, first_refused, mended, removed, alone = 0, "", 0, 0, 0
         try:
-            for number, row in rows:
+            for number, row in table.rows:
                 try:
-                    if isinstance(row, ValueError):
-                        raise row
-                    text = row_text(row, self._section.text_field, self._render)
-                    text = dataclasses.replace(text, group=self._group(name, row))
+                    text = self._row_text(name, row)
                 except ValueError as error:
-                    refused += 1
-                    first_refused = first_refused or f"row {number}: {error}"
+                    counts.refuse(number, str(error))
                     continue
-                mended += text.mended
-                alone += self._section.group_by is not None and not text.group
-                line, taken = self._add_row(f"{name}#{number}", text, line)
-                removed += taken
+                counts.add(number, text, alone=self._section.group_by is not None and not text.group)
+                line, removed = self._add_cut(f"{name}#{number}", text, line, ".")
+                counts.removed += removed
         except FileRefused:
             del self.documents[before:]
             self._known = {words_sha256(document.text) for document in self.documents}
             raise
-        remarks = [f"{format_count(refused)} rows refused, the first at {first_refused}"] if refused else []
-        if removed:
-            remarks.append(f"data.split_pattern took out {format_count(removed)} characters")
-        if mended:
-            remarks.append(_mended(mended))
-        if alone:
-            remarks.append(f"{format_count(alone)} rows have no {self._section.group_by}: each is a group of its own")
-        unusable = refused and not (line.documents or line.duplicate_documents or line.short_documents)
-        status: Literal["read", "refused"] = "refused" if unusable else "read"
-        line = dataclasses.replace(line, status=status, refused_rows=refused, texts=line.texts + refused)
-        self.intake.append(dataclasses.replace(line, reason="; ".join(remarks)))
+        counts.tell(name, self.left_out, table.remarks)
+        used = line.documents or line.duplicate_documents or line.short_documents
+        status: Literal["read", "refused"] = "refused" if counts.refused and not used else "read"
+        line = dataclasses.replace(
+            line, status=status, refused_rows=len(counts.refused), texts=line.texts + len(counts.refused)
+        )
+        reason = "; ".join(counts.remarks(table.remarks, self._section.group_by))
+        self.intake.append(dataclasses.replace(line, reason=reason or ("it has no rows" if not line.texts else "")))
+        if not line.texts:
+            self.left_out.file(name, "it has no rows")
 
-    def _add_row(self, name: str, text: Text, line: Intake) -> tuple[Intake, int]:
+    def _row_text(self, name: str, row: Row | ValueError) -> Text:
+        if isinstance(row, ValueError):
+            raise row
+        parse = self._section.chat_markup == "parse"
+        text = row_text(row, self._section.text_field, self._render, parse=parse)
+        return dataclasses.replace(text, group=self._group(name, row))
+
+    def _add_cut(self, name: str, text: Text, line: Intake, joint: str) -> tuple[Intake, int]:
+        """Keep a text, or the pieces that the split pattern makes of it; and how many characters that took out."""
         if self._pattern is None or text.trained_spans is not None:
-            return self._add(name, text, line), 0
+            return self._add(name, dataclasses.replace(text, text=_stripped(text)), line), 0
         parts, removed = _cut(text.text, self._pattern)
         for number, part in enumerate(parts, start=1):
-            part_name = name if len(parts) == 1 else f"{name}.{number}"
+            part_name = name if len(parts) == 1 else f"{name}{joint}{number}"
             line = self._add(part_name, Text(text=part, group=text.group), line)
         return line, removed
 
@@ -197,8 +215,8 @@ class _Reader:
         return dataclasses.replace(line, documents=line.documents + 1, characters=line.characters + len(text.text))
 
 
-def _mended(count: int) -> str:
-    return f"{format_count(count)} control or broken characters mended"
+def _stripped(text: Text) -> str:
+    return text.text.strip() if text.trained_spans is None else text.text
 
 
 def _compiled(pattern: str | None) -> re.Pattern[str] | None:

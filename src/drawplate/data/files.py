@@ -1,7 +1,8 @@
 """Which files there are: a walk that opens nothing, in the same order on every machine.
 
-Inside a folder, links are not followed: a link may lead out of the folder or round in a circle, and a document that is
-really elsewhere can be named itself. What is not read is still listed, with the reason.
+Inside a folder, a link to a file is read where the file lies in the same folder, or in the blobs of the same model or
+dataset in the hub's cache. Other links are not followed: they may lead out of the folder or round in a circle, and can
+be named themselves. What is not read is still listed, with the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from drawplate.units import format_bytes
 
 TEXT_ENDINGS = (".txt", ".md")
 HTML_ENDINGS = (".html", ".htm")
-TABLE_ENDINGS = (".jsonl", ".parquet", ".csv")
+TABLE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 ENDINGS = (*TEXT_ENDINGS, *HTML_ENDINGS, *TABLE_ENDINGS)
 
 
@@ -51,7 +52,7 @@ def find_files(paths: Sequence[str]) -> Iterator[Found]:
                 safe="Nothing was loaded or written.",
                 next_step="Name files or folders that exist (data.files, or --data of eval).",
             ) from None
-        for found in _walk(root) if directory else [_examine(root, printable(root.name), follow=True)]:
+        for found in _walk(root) if directory else [_examine(root, printable(root.name), (None,))]:
             real = os.path.realpath(found.path)
             if real in seen:
                 found = Found(path=found.path, name=found.name, bytes=found.bytes, problem="named twice")
@@ -65,7 +66,7 @@ def find_files(paths: Sequence[str]) -> Iterator[Found]:
 
 
 def _walk(root: Path) -> Iterator[Found]:
-    shown = printable(root.resolve().name or str(root))
+    shown, within = printable(root.resolve().name or str(root)), _link_targets(root)
     pending = [(root, shown)]
     while pending:
         folder, folder_name = pending.pop()
@@ -82,19 +83,32 @@ def _walk(root: Path) -> Iterator[Found]:
             elif entry.is_dir(follow_symlinks=False):
                 folders.append((path, name))
             else:
-                yield _examine(path, name, follow=False)
+                yield _examine(path, name, within)
         pending += reversed(folders)
 
 
-def _examine(path: Path, name: str, *, follow: bool) -> Found:
-    """Look at a file's kind, ending and size without opening it."""
+def _link_targets(root: Path) -> tuple[Path, ...]:
+    """Folders into which links below `root` may lead: itself, and the blobs beside the hub's snapshot that it is in."""
+    real = root.resolve()
+    snapshots = [parent for parent in (real, *real.parents) if parent.name == "snapshots"]
+    return (real, *(parent.parent / "blobs" for parent in snapshots[:1]))
+
+
+def _examine(path: Path, name: str, within: tuple[Path | None, ...]) -> Found:
+    """Look at a file's kind, ending and size without opening it; `within` are folders that it may be a link into."""
     try:
-        status = path.stat() if follow else path.lstat()
-    except OSError as error:
-        return Found(path=path, name=name, problem=f"cannot be read: {error.strerror}")
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            status = path.stat()
+            target = path.resolve()
+            if None not in within and not any(target.is_relative_to(folder) for folder in within if folder):
+                problem = "a link that leads out of the folder; name the link itself in data.files"
+                return Found(path=path, name=name, problem=problem)
+    except (OSError, RuntimeError) as error:
+        return Found(path=path, name=name, problem=f"cannot be read: {getattr(error, 'strerror', None) or error}")
     problem = ""
-    if stat.S_ISLNK(status.st_mode):
-        problem = "a link; name the file it leads to in data.files"
+    if stat.S_ISDIR(status.st_mode):
+        problem = "a link to a folder; name the folder in data.files"
     elif not stat.S_ISREG(status.st_mode):
         problem = "not an ordinary file"
     elif path.suffix.lower() not in ENDINGS:

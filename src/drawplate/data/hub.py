@@ -8,29 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from drawplate.data.formats import RowOrProblem
+from drawplate.data.table import RowOrProblem
 from drawplate.errors import DataError, NeedsNetwork, reason_of
+from drawplate.recipe import DataSection
 
 PROBE_SECONDS = 3.0
+CHOICES = re.compile(r"(?:available configs|Available): \[([^\]]*)\]")
+"""What `datasets` says where a configuration is missing, or is not known."""
 
 
-def dataset_rows(name: str, split: str) -> Iterator[RowOrProblem]:
-    """The rows of one split, numbered from 1.
+def dataset_rows(section: DataSection) -> Iterator[RowOrProblem]:
+    """The rows of the section's dataset, configuration and split, numbered from 1.
 
     Raises:
         NeedsNetwork: the dataset is not cached on this machine and cannot be fetched.
-        DataError: there is no such split, or its files cannot be read.
+        DataError: there is no such configuration or split, or its files cannot be read.
     """
+    name, split, configuration = str(section.dataset), section.dataset_split, section.dataset_config
     import datasets  # here, because importing it takes a second
     from datasets.exceptions import DatasetNotFoundError
 
     try:
         with _offline_if_unreachable():
-            rows = datasets.load_dataset(name, split=split)
+            rows = datasets.load_dataset(name, *filter(None, [configuration]), split=split)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise NeedsNetwork(
             f"The dataset {name} is not on this machine and could not be fetched: {reason_of(error)}.",
@@ -38,12 +43,27 @@ def dataset_rows(name: str, split: str) -> Iterator[RowOrProblem]:
             next_step=f"With network: python -c \"import datasets; datasets.load_dataset('{name}', split='{split}')\"",
         ) from None
     except Exception as error:  # a builder may raise anything for files it cannot read
-        raise DataError(
-            f"The dataset {name} cannot be read: {reason_of(error)}.",
-            safe="Nothing was written.",
-            next_step="Check data.dataset and data.dataset_split, or download its files and name them in data.files.",
-        ) from None
-    yield from enumerate(rows, start=1)
+        raise _unreadable(name, error) from None
+    try:
+        yield from enumerate(rows, start=1)
+    except (ValueError, OSError) as error:  # bytes that are no UTF-8, files that are gone
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    choices = CHOICES.search(str(error))
+    if choices:
+        return DataError(
+            f"The dataset {name} has several configurations and data.dataset_config names none of them: {choices[1]}.",
+            safe="Nothing was loaded or written.",
+            next_step="Set data.dataset_config to one of them.",
+        )
+    return DataError(
+        f"The dataset {name} cannot be read: {reason_of(error)}.",
+        safe="Nothing was written.",
+        next_step="Check data.dataset, data.dataset_config and data.dataset_split, or download its files and name "
+        "them in data.files.",
+    )
 
 
 @contextlib.contextmanager

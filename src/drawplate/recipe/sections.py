@@ -8,6 +8,7 @@ value is taken for (values.py).
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -137,10 +138,18 @@ def _listed(values: Any, *keys: str) -> Any:
 class DataSection(Section):
     """Which documents, and how they become training sequences."""
 
-    files: list[str] = Field(default=[], description="Files or folders: .txt .md .html .jsonl .parquet .csv.")
+    files: list[str] = Field(default=[], description="Files or folders: .txt .md .html .jsonl .json .parquet .csv.")
     dataset: str | None = Field(None, description="A dataset on the Hugging Face hub, instead of files.")
+    dataset_config: str | None = Field(None, description="Configuration of the hub dataset, where it has several.")
     dataset_split: str = Field("train", description="Split of the hub dataset.")
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet, .csv and datasets.")
+    encoding: str | None = Field(None, description="Encoding of text files that are not UTF-8, like cp1250.")
+    chat_markup: Literal["text", "parse"] = Field(
+        "text", description="Texts with <|im_start|> and the like in them: text, or parse them into messages."
+    )
+    template_date: datetime | None = Field(
+        None, description="The day that a chat template writes; none: the day on which the run began."
+    )
     split_pattern: str | None = Field(
         None, description="Regular expression; a document starts at each line it matches, less what it matches."
     )
@@ -168,6 +177,15 @@ class DataSection(Section):
     @classmethod
     def _one_file_is_a_list(cls, values: Any) -> Any:
         return _listed(values, "files", "heldout_files")
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_exists(cls, value: str | None) -> str | None:
+        try:
+            "".encode(value or "utf-8")
+        except LookupError:
+            raise ValueError(f"there is no encoding of text called {value}; cp1250 and koi8-r are examples") from None
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
