@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import drawplate.measure as measure
 import drawplate.phases as phases
 import drawplate.run as story
-from drawplate.errors import IntegrityError, StoppedSafely
+from drawplate.errors import StoppedSafely
 from drawplate.guards import StopRequested
+from drawplate.model.causal_lm import CausalLM
+from drawplate.outcome import Outcome
 from drawplate.recipe import Recipe
 from drawplate.records import RunRecord
 from drawplate.report.html import render_report
@@ -178,30 +180,23 @@ def test_one_adapter_that_fits_both_is_measured_on_both(base: Path, corpus: Path
     assert "trained on the 4-bit base model (nf4)" in printed(summary_table(record, "runs/x"), width=200)
 
 
-def test_what_goes_wrong_costs_a_warning_and_the_verdict_says_which_baseline_it_has(
-    base: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def damaged(folder: Path) -> None:
-        raise IntegrityError(f"{folder.name} was changed.", next_step="")
-
-    monkeypatch.setattr(measure, "read_adapter", damaged)
-    record = story.tune(recipe_of(base, corpus, tmp_path / "run"))
-    assert record.status == "finished"
-    said = "The unquantized base model was not measured with adapter_unquantized: adapter_unquantized was changed."
-    assert said in record.warnings
-    assert verdict(record).scores.endswith("on the 4-bit base model (nf4)")
-    assert "The base model as released was not measured with an adapter." in verdict(record).detail
-
-
 def test_a_stop_while_it_is_measured_can_be_resumed_and_comes_to_the_same(
     run: tuple[RunRecord, Path, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _, gguf = run
+    models: list[weakref.ref[CausalLM]] = []
+
+    def remembered(outcome: Outcome) -> CausalLM:
+        model = phases.load_model(outcome)
+        models.append(weakref.ref(model))
+        return model
 
     def stopped(*_: object, **__: object) -> None:
+        assert [model() for model in models] == [None], "the run's own model is gone by then"
         raise StopRequested("SIGTERM")
 
     with monkeypatch.context() as patch:
+        patch.setattr(story, "load_model", remembered)
         patch.setattr(phases, "score_deployed", stopped)
         with pytest.raises(StoppedSafely):
             story.tune(recipe_of(gguf, corpus, tmp_path / "run"))

@@ -158,5 +158,6 @@ def test_a_later_process_takes_up_the_curves_and_the_log(tmp_path: Path, monkeyp
     assert second.evaluations == first.evaluations
     assert second.warnings == ["mind the gap"]
     assert second.seconds >= first.seconds - 1
+    assert second.first_step_seconds == first.first_step_seconds > 0
     steps = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl") if line["event"] == "step"]
     assert steps == list(range(1, 30)), "the torn line is gone and nothing else"

@@ -39,6 +39,7 @@ FAULTS: dict[int, str] = {
     65: "an adapter whose tensors PEFT would not load",
     36: "empty folder, all duplicates, one document, near-duplicates",
     46: "Drawplate's own caches fill the disk; no room for the adapter",
+    100: "after training, the base model as released cannot be measured with the adapter",
     110: "a cache below something that is no folder",
     90: "a recipe that cannot be meant: a key twice, an empty path, a pattern that is none, another library's keys",
 }
@@ -125,6 +126,11 @@ SEES: dict[int, tuple[str, ...]] = {
         "could not be written: No space left on device.",
         "The trained adapter is whole in <folder>.",
         "drawplate resume <run>",
+    ),
+    100: (
+        "The unquantized base model was not measured with <adapter>: <reason>",
+        "The base model as released was not measured with an adapter.",
+        "on the 4-bit base model (nf4)",
     ),
     110: ("<folder> cannot be made: <file> is no folder",),
     90: (

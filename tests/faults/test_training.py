@@ -1,4 +1,4 @@
-"""What goes wrong inside training: memory, numbers, spikes, watchers, clocks (rows 14, 15, 18, 19, 20, 22, 23)."""
+"""What goes wrong inside training: memory, numbers, spikes, watchers, clocks (rows 14 to 23, 100)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ import torch
 
 import drawplate.accumulate as accumulate
 import drawplate.guards as guards
+import drawplate.measure as measure
 import drawplate.run as story
 from drawplate.data.batches import cut_padded
-from drawplate.errors import DoesNotFit, NumericError, StoppedSafely
+from drawplate.errors import DoesNotFit, IntegrityError, NumericError, StoppedSafely
 from drawplate.integrations.trackers import Trackers
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.frozen import FrozenLinear
 from drawplate.recipe import load_recipe
 from drawplate.records import LedgerLine, MemorySample, Progress, RunRecord
+from drawplate.report.wording import verdict
 from tests.faults.conftest import same_adapter, values_of
 from tests.faults.inject import nan_at
 from tests.faults.rows import shows
@@ -357,3 +359,18 @@ def test_row_23_control_durations_by_the_date_would_jump(monkeypatch: pytest.Mon
     monkeypatch.setattr(guards.time, "monotonic", lambda: next(jumps))
     clock = guards.Clock()
     assert clock.now() - clock.now() > 0, "time runs backwards"
+
+
+def test_row_100_a_measurement_at_the_end_costs_a_warning_and_the_verdict_names_its_baseline(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(folder: Path) -> None:
+        raise IntegrityError(f"{folder.name} was changed.", next_step="")
+
+    monkeypatch.setattr(measure, "read_adapter", damaged)
+    nf4 = {"precision": "nf4", "bnb_4bit_compute_dtype": "float32"}
+    record = tune(small, tmp_path / "run", quantization=nf4, train={"max_steps": 1})
+    assert record.status == "finished"
+    shows(100, " ".join(record.warnings), 0)
+    shows(100, verdict(record).detail, 1)
+    shows(100, verdict(record).scores, 2)

@@ -37,6 +37,7 @@ _NAMES = {
     "evaluate": "Evaluating",
     "final": "Measuring after",
     "save": "Saving",
+    "deployed": "Measuring as released",
 }
 
 

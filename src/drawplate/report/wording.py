@@ -138,7 +138,8 @@ def _unfinished(record: RunRecord) -> Verdict:
         words = compared.change.in_words()
         sentences.append(f"{words[0].upper()}{words[1:]} ({_scores(compared)}).")
     if has_adapter(record):
-        sentences.append(f"Safe: your documents, and the adapter trained so far, in {folder_name(record)}/adapter.")
+        kept = [place.value + f" ({place.note})" * bool(place.note) for place in places(record, folder_name(record))]
+        sentences.append(f"Safe: your documents, and the adapter trained so far, in {' and '.join(kept)}.")
     else:
         sentences.append("Your documents are untouched; nothing was trained, so there is no adapter.")
     tone: Tone = "failed" if record.status == "failed" else "stopped"
