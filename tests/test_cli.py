@@ -156,30 +156,41 @@ def test_an_older_runs_record_is_not_taken_for_this_ones(monkeypatch, recipe_fil
     assert invoke("tune", str(recipe_file)).exit_code == 130
 
 
-def traceback_file(stderr: str) -> Path:
-    assert len(stderr.splitlines()) == 1, stderr
-    return Path(stderr.split("the traceback is in ")[1].split(", please")[0])
+def log_file(stderr: str) -> Path:
+    assert len(stderr.splitlines()) == 3, stderr
+    return Path(stderr.split("The log is ")[1].split(".txt")[0] + ".txt")
 
 
-def test_a_programmers_error_is_one_line_and_a_file(monkeypatch, recipe_file, tmp_path):
+def test_a_programmers_error_is_three_lines_and_a_file(monkeypatch, recipe_file, tmp_path):
     monkeypatch.setattr(ending.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(drawplate, "tune", raising(KeyError("loss\nsecond line")))
     done = invoke("tune", str(recipe_file))
     assert done.exit_code == 1
-    file = traceback_file(done.stderr)
+    file = log_file(done.stderr)
     assert file.parent == tmp_path
     assert "Traceback (most recent call last)" in file.read_text()
     assert "KeyError" in file.read_text()
 
 
-def test_the_traceback_of_a_run_that_had_begun_lies_in_its_folder(monkeypatch, recipe_file, tmp_path):
+def test_the_traceback_of_a_run_that_had_begun_lies_in_its_log(monkeypatch, recipe_file, tmp_path):
     def fail(*_):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "recipe.yaml").write_text("")
         raise RuntimeError("shapes")
 
     monkeypatch.setattr(drawplate, "tune", fail)
-    assert traceback_file(invoke("tune", str(recipe_file)).stderr).parent == tmp_path / "run"
+    file = log_file(invoke("tune", str(recipe_file)).stderr)
+    assert file == tmp_path / "run" / "log.txt"
+    assert "RuntimeError: shapes" in file.read_text()
+
+
+def test_where_no_log_can_be_written_the_place_is_named(monkeypatch, recipe_file):
+    monkeypatch.setattr(ending.tempfile, "NamedTemporaryFile", raising(PermissionError()))
+    monkeypatch.setattr(drawplate, "tune", raising(KeyError("loss")))
+    lines = invoke("tune", str(recipe_file)).stderr.splitlines()
+    assert len(lines) == 3
+    assert "No log could be written; it came from " in lines[2]
+    assert "test_cli.py, line " in lines[2]
 
 
 def test_eval_takes_several_files_and_prints_only_json(monkeypatch):

@@ -16,6 +16,7 @@ from drawplate import __version__
 from drawplate.ending import console, ending
 from drawplate.errors import EnvironmentProblem, IntegrityError
 from drawplate.quiet import hush_libraries
+from drawplate.screen import open_standard_streams
 
 if TYPE_CHECKING:
     from drawplate.caches import Cache
@@ -38,6 +39,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def main() -> None:
     """The `drawplate` command. Once it has ended, another Ctrl-C changes nothing of what it says."""
+    open_standard_streams()
     try:
         app()
     finally:

@@ -1,4 +1,4 @@
-"""Every way a command can end: three lines for what a person can mend, else one line and a traceback in a file.
+"""Every way a command can end: three lines on the screen, whatever was raised, and a traceback only in a file.
 
 What is printed goes through `visible`, because names of files and models are other people's. Libraries that are slow to
 import are imported when something is printed, so that `--help` answers at once.
@@ -12,24 +12,27 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
 from drawplate import __version__
 from drawplate.errors import StoppedSafely, UserError
+from drawplate.screen import LOG_NAME, LibraryOutput, library_output, screen
+from drawplate.unexpected import raised_in, unexpected
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 EXIT_INTERRUPTED = 130
+PRINTING = ("rich", "typer", "click", "drawplate.cli", "drawplate.ending", "drawplate.report")
 
 
 def console(stderr: bool = False) -> Console:
     """A console that colours nothing of its own accord."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+    return Console(file=screen() if stderr else None, highlight=False, soft_wrap=False)
 
 
 class Run:
@@ -57,23 +60,35 @@ class Run:
 def ending() -> Iterator[Run]:
     """Turn whatever a command ends with into what is printed and the exit code."""
     run = Run()
-    try:
-        yield run
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except UserError as error:
-        _print_parts(error)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        stopped = _stopped(run)
-        _print_parts(stopped)
-        raise typer.Exit(stopped.exit_code) from None
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        where = _write_traceback(error, run)
-        said = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
-        _print_line(f"Drawplate failed unexpectedly ({said}); the traceback is in {where}, please report it.", "red")
-        raise typer.Exit(UserError.exit_code) from None
+    with library_output() as output:
+        try:
+            yield run
+        except (typer.Exit, SystemExit, GeneratorExit):
+            raise
+        except UserError as error:
+            _end_with(error)
+        except KeyboardInterrupt:
+            _end_with(_stopped(run))
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            if isinstance(error, BrokenPipeError) and raised_in(error).startswith(PRINTING):
+                raise  # whoever read standard output has gone
+            _end_with(_unexpected(error, run, output))
+
+
+def _end_with(error: UserError) -> NoReturn:
+    _print_parts(error)
+    raise typer.Exit(error.exit_code) from None
+
+
+def _unexpected(error: BaseException, run: Run, output: LibraryOutput) -> UserError:
+    told, where = unexpected(error), _write_traceback(error, run, output)
+    told.safe = "Documents, models and earlier runs are untouched."
+    told.next_step += f" {where}"
+    if checkpoint := _last_checkpoint(run):
+        beside = "; the adapter and the report so far lie beside it" if run.wrote("record.json") else ""
+        told.safe = f"The last good checkpoint is {checkpoint}{beside}."
+        told.next_step += f" Go on with: drawplate resume {run.folder}"
+    return told
 
 
 def _print_parts(error: UserError) -> None:
@@ -98,7 +113,8 @@ def _stopped(run: Run) -> UserError:
     if run.wrote("record.json"):
         return StoppedSafely(
             "The run was interrupted.",
-            safe=f"The last good checkpoint is {_last_checkpoint(run.folder)}; adapter and report so far lie beside.",
+            safe=f"The last good checkpoint is {_last_checkpoint(run) or run.folder}; adapter and report so far lie "
+            "beside.",
             next_step=f"drawplate resume {run.folder}",
         )
     stopped = UserError(
@@ -110,23 +126,31 @@ def _stopped(run: Run) -> UserError:
     return stopped
 
 
-def _last_checkpoint(run: Path | None) -> Path:
-    from drawplate.checkpoint import good
+def _last_checkpoint(run: Run) -> Path | None:
+    """The newest good one that this run has; none where it has none, or where they cannot be read."""
+    if run.folder is None or not run.wrote("recipe.yaml"):
+        return None
+    try:
+        from drawplate.checkpoint import good
 
-    return next(iter(good((run or Path()) / "checkpoints", 1)), run or Path())
+        return next(iter(good(run.folder / "checkpoints", 1)), None)
+    except Exception:  # it is asked on the way out of another failure, which is the one to tell of
+        return None
 
 
-def _write_traceback(error: BaseException, run: Run) -> str:
-    """Into the run's folder where it has begun, else into a temporary file; the path, or why there is none."""
-    text = "".join(traceback.format_exception(error))
-    for place in (run.folder, None) if run.wrote("recipe.yaml") else (None,):
-        with (
-            suppress(OSError),
-            tempfile.NamedTemporaryFile(
-                "w", prefix="drawplate-traceback-", suffix=".txt", dir=place, delete=False, encoding="utf-8"
-            ) as file,
-        ):
-            file.write(f"drawplate {__version__}: {' '.join(sys.argv)}\n\n{text}")
-            return file.name
-    sys.stderr.write(text)
-    return "the lines above, because no file could be written"
+def _write_traceback(error: BaseException, run: Run, output: LibraryOutput) -> str:
+    """Into the run's log where it has begun, else into a temporary file; a sentence that names it, or says why not."""
+    text = f"drawplate {__version__}: {' '.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"
+    if run.folder is not None and run.wrote("recipe.yaml"):
+        with suppress(OSError), (run.folder / LOG_NAME).open("a", encoding="utf-8") as file:
+            file.write(text)
+            return f"The log is {file.name}."
+    with (
+        suppress(OSError),
+        tempfile.NamedTemporaryFile("wb", prefix="drawplate-traceback-", suffix=".txt", delete=False) as file,
+    ):
+        file.write(text.encode(errors="backslashreplace") + b"\n" + output.tail())
+        return f"The log is {file.name}."
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else "an unknown place"
+    return f"No log could be written; it came from {place}."

@@ -5,7 +5,6 @@ run.py says in which order they come; what they have come to so far is the outco
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -32,6 +31,7 @@ from drawplate.rehearse import learn_overheads, rehearsed
 from drawplate.reopen import Reopened
 from drawplate.run_folder import CHECKPOINTS_NAME, START_NAME, RunFolder
 from drawplate.saving import Saving, where
+from drawplate.screen import screen
 from drawplate.speed import forget_if_disturbed
 from drawplate.train import INITIAL_LOSS_SCALE, TrainTask, make_optimizer, rate_groups, schedule_of, train
 
@@ -223,8 +223,8 @@ def _leave_hung(outcome: Outcome, folder: RunFolder, saving: Saving, waited_seco
         f"Step {outcome.state.step + 1} hangs: nothing came of it for {waited_seconds:.0f} s. What every thread was "
         f"doing is in {stacks}."
     )
-    sys.stderr.write(f"\n{error}\n")
-    sys.stderr.flush()
+    screen().write(f"\n{error}\n")
+    screen().flush()
     leave_at_once(error.exit_code)
 
 

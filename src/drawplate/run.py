@@ -25,6 +25,7 @@ from drawplate.forecast import forecast
 from drawplate.guards import Clock, StopSignals
 from drawplate.integrations.trackers import open_trackers
 from drawplate.journal import Journal, Observer
+from drawplate.launch import require_one_process
 from drawplate.measure import score_unquantized
 from drawplate.memory import PeakMeter
 from drawplate.model.adapter import CONFIG_NAME, require_adapter_loads, save_adapter, write_base_precision
@@ -51,6 +52,7 @@ from drawplate.reopen import Reopened, recipe_of, refuse_finished, reopen
 from drawplate.report.card import CARD_NAME, model_card
 from drawplate.report.html import render_report
 from drawplate.run_folder import ADAPTER_NAME, RECIPE_NAME, UNQUANTIZED_NAME, RunFolder
+from drawplate.screen import log_into
 
 
 def tune(recipe: Recipe, observer: Observer | None = None) -> RunRecord:
@@ -64,6 +66,7 @@ def tune(recipe: Recipe, observer: Observer | None = None) -> RunRecord:
         StoppedSafely: a signal came; what was trained is saved, and `resume` goes on with it.
         UserError: whatever a person can act on; the folder then holds what was safe to write.
     """
+    require_one_process()
     folder = RunFolder(expand(recipe.output_dir))
     folder.check_free()
     return _run(recipe, folder, observer)
@@ -82,6 +85,7 @@ def resume(path: str | Path, observer: Observer | None = None, *, accept: Collec
         UsageError: there is no run, it is finished, or its recipe changed.
         UserError: as `tune`.
     """
+    require_one_process()
     folder = RunFolder(expand(str(path)))
     folder.require_run()
     refuse_finished(folder)
@@ -94,6 +98,7 @@ def prove(path: str | Path, observer: Observer | None = None) -> Proof:
     Raises:
         UserError: as `resume`; the run's files are only read.
     """
+    require_one_process()
     folder = RunFolder(expand(str(path)))
     with ExitStack() as stack:
         stack.callback(folder.release)
@@ -162,6 +167,7 @@ def evaluate(
     Raises:
         UserError: whatever a person can act on.
     """
+    require_one_process()
     adapters = _listed(adapter) if adapter is not None else []
     return compare_models(_listed(model), adapters, _listed(files), Journal(observer), _listed(settings))
 
@@ -232,11 +238,11 @@ def _break_off(outcome: Outcome, folder: RunFolder, error: BaseException) -> Non
     try:
         if outcome.model is not None and not is_lost():
             _save_adapter(outcome, folder, state.best_adapter)
-    except (OSError, UserError) as second:
+    except Exception as second:  # the error that ended the run is the one to tell of
         journal.on_warning(f"The adapter could not be written: {' '.join(str(second).splitlines())}")
     try:
         _write(outcome.record("stopped" if stopped else "failed", error=what), folder)
-    except (OSError, UserError) as second:
+    except Exception as second:
         journal.message(f"The record of this run could not be written: {second}")
 
 
@@ -281,6 +287,7 @@ def _write_beginnings(outcome: Outcome, folder: RunFolder, reopened: Reopened | 
     prepared, journal = outcome.prepared, outcome.journal
     folder.write_text(RECIPE_NAME, prepared.recipe.to_yaml())  # first: with it, the folder is a run's
     folder.tell = journal.on_warning
+    log_into(folder.path)
     journal.open(folder.path, folder.make_room)
     folder.write_json("plan.json", prepared.plan)
     folder.write_lines("intake.jsonl", prepared.corpus.intake)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import math
 import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import drawplate.ending as ending
 import drawplate.guards as guards
 from drawplate.journal import Journal
 from drawplate.model.causal_lm import CausalLM
@@ -141,6 +145,28 @@ def no_signals() -> None:
     """Signals keep their usual meaning, also where the tests themselves were started deaf to a closed terminal."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     guards.StopSignals.__enter__ = lambda self: self  # type: ignore[method-assign]
+
+
+def on_step(step: int, what: str) -> None:
+    """After that optimizer step libraries write to standard error in every way (`talk`), or an exception is raised."""
+    after = Journal.on_step
+
+    def watched(self: Journal, record: Any, progress: float) -> None:
+        after(self, record, progress)
+        if record.step != step:
+            return
+        if what != "talk":
+            raise {"memory": MemoryError, "fault": KeyError}[what]("planted\nin two lines")
+        warnings.warn("of Python", stacklevel=1)
+        logging.getLogger("torch._inductor").warning("of a logger")
+        os.write(2, b"of C\n")
+
+    Journal.on_step = watched  # type: ignore[method-assign]
+
+
+def libraries_on_the_screen() -> None:
+    """Standard error stays what it is."""
+    ending.library_output = lambda: nullcontext()  # type: ignore[assignment]
 
 
 def write_in_place() -> None:

@@ -41,6 +41,10 @@ FAULTS: dict[int, str] = {
     46: "Drawplate's own caches fill the disk; no room for the adapter",
     100: "after training, the base model as released cannot be measured with the adapter",
     110: "a cache below something that is no folder",
+    48: "libraries that warn, log, or write to standard error from C",
+    91: "an exception that is not ours, of Python, torch, its compiler or safetensors",
+    92: "standard error closed; a compiler's cache that cannot be made",
+    93: "one of several processes under torchrun, accelerate or MPI",
     90: "a recipe that cannot be meant: a key twice, an empty path, a pattern that is none, another library's keys",
 }
 
@@ -133,6 +137,18 @@ SEES: dict[int, tuple[str, ...]] = {
         "on the 4-bit base model (nf4)",
     ),
     110: ("<folder> cannot be made: <file> is no folder",),
+    48: (),
+    91: (
+        "Memory ran out where the plan did not expect it (MemoryError: planted).",
+        "Drawplate failed unexpectedly (KeyError: <error>).",
+        "The last good checkpoint is <folder>; the adapter and the report so far lie beside it.",
+        "The log is <file>. Go on with: drawplate resume <run>",
+    ),
+    92: (
+        "The cache of torch's compiler cannot be written (<error>).",
+        "Set TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR to folders that you may write to",
+    ),
+    93: ("Drawplate runs as one process on one GPU, and this is one of <n> processes (WORLD_SIZE=<n>).",),
     90: (
         "train is given twice, in lines <a> and <b>.",
         "is empty",

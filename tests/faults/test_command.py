@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import drawplate
+import drawplate.run as story
 from drawplate import cli
-from tests.faults.conftest import write_recipe
+from drawplate.errors import UsageError
+from drawplate.recipe import load_recipe
+from tests.faults.conftest import Server, values_of, write_recipe
 from tests.faults.rows import shows
 
 
@@ -62,3 +68,76 @@ def test_row_90_a_pattern_that_is_none_and_a_key_of_another_library(small: Path,
     code, said = invoke("plan", path, "--set", "lora.use_dora=true")
     assert code == 2
     shows(90, said, 3)
+
+
+def test_row_48_what_libraries_say_is_in_the_log_and_not_on_the_screen(
+    server: Server, small: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.txt"
+    recipe = write_recipe(small, run, train={"max_steps": 2}, evaluation={"forgetting": False})
+    assert server.run(out, "tune", recipe, faults=[["on_step", {"step": 1, "what": "talk"}]]) == 0
+    log, said = (run / "log.txt").read_text(), out.read_text()
+    for words in ("of Python", "of a logger", "of C"):
+        assert words in log
+        assert words not in said
+
+
+def test_row_48_control_without_the_log_they_talk_over_the_screen(server: Server, small: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.txt"
+    recipe = write_recipe(small, run, train={"max_steps": 2}, evaluation={"forgetting": False})
+    faults = [["libraries_on_the_screen", {}], ["on_step", {"step": 1, "what": "talk"}]]
+    assert server.run(out, "tune", recipe, faults=faults) == 0
+    assert "of C" in out.read_text()
+    assert not (run / "log.txt").exists()
+
+
+@pytest.mark.parametrize(("what", "code", "which"), [("memory", 5, 0), ("fault", 1, 1)])
+def test_row_91_an_exception_of_anybody_is_three_lines_and_what_was_trained_is_kept(
+    what: str, code: int, which: int, server: Server, small: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.txt"
+    recipe = write_recipe(small, run, train={"save_steps": 2, "max_steps": 4}, evaluation={"forgetting": False})
+    assert server.run(out, "tune", recipe, faults=[["on_step", {"step": 3, "what": what}]]) == code
+    said = out.read_text()
+    assert "Traceback" not in said
+    shows(91, said, which)
+    for sentence in (2, 3):
+        shows(91, said, which=sentence)
+    assert "Traceback (most recent call last)" in (run / "log.txt").read_text()
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_row_92_a_closed_standard_error_changes_nothing(tmp_path: Path) -> None:
+    command = ["/bin/sh", "-c", 'exec "$@" 2>&-', "-", sys.executable, "-m", "drawplate.cli"]
+    done = subprocess.run([*command, "recipe"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout[:6]) == (0, "# Whic")
+    done = subprocess.run([*command, "plan", str(tmp_path / "none.yaml")], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2
+
+
+def test_row_92_a_compilers_cache_that_cannot_be_made_is_named(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = {"__name__": "torch._inductor.codecache"}
+    exec("import os\ndef make(*_): os.makedirs('/dev/null/x')", namespace)
+    monkeypatch.setattr(drawplate, "plan", namespace["make"])
+    code, said = invoke("plan", write_recipe(small, tmp_path / "run"))
+    assert code == 3
+    shows(92, said, 0)
+    shows(92, said, 1)
+
+
+def test_row_93_one_of_several_processes_touches_nothing(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(values_of(small, tmp_path / "run"))
+    monkeypatch.setattr(story, "prepare", lambda _: pytest.fail("something was read"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for begin in (lambda: story.tune(recipe), lambda: story.resume(tmp_path), lambda: story.evaluate("m", None, ["a"])):
+        with pytest.raises(UsageError) as error:
+            begin()
+        shows(93, str(error.value))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(pytest.fail.Exception):
+        story.tune(recipe)  # the control: alone under a launcher it begins

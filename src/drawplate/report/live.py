@@ -24,6 +24,7 @@ from rich.text import Text
 
 from drawplate.records import Progress
 from drawplate.report.visible import shorten, visible
+from drawplate.screen import screen
 from drawplate.units import format_count, format_seconds
 
 PLAIN_SECONDS = 5.0
@@ -67,7 +68,7 @@ class LiveDisplay:
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console or Console(stderr=True, force_interactive=sys.stderr.isatty())
+        self._console = console or Console(file=screen(), force_interactive=screen().isatty())
         self._clock = clock
         self._view: _TerminalView | _PlainView = (
             _TerminalView(self._console) if self._console.is_interactive else _PlainView(self._console)
@@ -128,6 +129,7 @@ class _TerminalView:
             console=console,
             expand=False,
             transient=True,
+            redirect_stderr=screen() is sys.stderr,
         )
         self._task: TaskID | None = None
         self._last: tuple[Progress, Pace] | None = None
