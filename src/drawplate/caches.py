@@ -110,7 +110,7 @@ def require_room(needed_bytes: int) -> None:
         OSError: it cannot fit; nothing was removed.
     """
     folder, found = cache_folder(), entries()
-    free = shutil.disk_usage(_standing(folder)).free
+    free = shutil.disk_usage(standing(folder)).free
     own = sum(entry.bytes for entry in found)
     excess = max(own + needed_bytes - allowed_bytes(), needed_bytes + spared_bytes(folder) - free)
     with _locked(found) as unused:
@@ -153,13 +153,13 @@ def allowed_bytes() -> int:
     chosen = limit_bytes()
     if chosen is not None:
         return chosen
-    free = shutil.disk_usage(_standing(cache_folder())).free
+    free = shutil.disk_usage(standing(cache_folder())).free
     return min(MOST_BYTES, int(SHARE_OF_FREE * (free + sum(entry.bytes for entry in entries()))))
 
 
 def spared_bytes(folder: Path) -> int:
     """The last part of the disk, which no cache takes."""
-    return int(SPARED_SHARE_OF_DISK * shutil.disk_usage(_standing(folder)).total)
+    return int(SPARED_SHARE_OF_DISK * shutil.disk_usage(standing(folder)).total)
 
 
 def limit_bytes() -> int | None:
@@ -314,13 +314,13 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _standing(folder: Path) -> Path:
+def standing(folder: Path) -> Path:
     """The folder, or the nearest above it that there is."""
     return next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
 
 
 def _device_of(path: Path) -> int:
-    return _standing(path).stat().st_dev
+    return standing(path).stat().st_dev
 
 
 def _user() -> str:

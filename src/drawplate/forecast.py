@@ -29,6 +29,7 @@ from drawplate.prepare import (
     renderer_of,
     require_predictable,
     situation_of,
+    with_disk,
     with_quantization_tax,
 )
 from drawplate.recipe import Recipe, expand
@@ -53,6 +54,7 @@ def forecast(recipe: Recipe, gpu: str | None = None) -> Plan:
     situation = _situation_on(gpu, recipe, checkpoint, anatomy) if gpu else situation_of(recipe, checkpoint, anatomy)
     chosen = choose(replace(situation, assumptions=situation.assumptions + assumptions), corpus, max_length)
     chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy)
+    chosen = with_disk(chosen, recipe, checkpoint, anatomy)
     return replace(chosen, warnings=warnings + chosen.warnings)
 
 

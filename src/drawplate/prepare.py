@@ -7,11 +7,13 @@ weights.
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 import torch
 
+from drawplate.caches import standing
 from drawplate.cgroups import available_ram_bytes
 from drawplate.data.chat import ChatRenderer, chat_renderer, writes_a_date
 from drawplate.data.documents import Corpus, read_documents
@@ -30,9 +32,10 @@ from drawplate.model.support import walk
 from drawplate.model.weights import Checkpoint, open_checkpoint
 from drawplate.plan.advise import Learner, advise, advised_adapter
 from drawplate.plan.choose import CorpusShape, Obstacles, Situation, choose, choose_compute_dtype, choose_max_length
+from drawplate.plan.disk import RunFiles, disk_warning, with_disk_lines
 from drawplate.plan.ledger import ModelShape
 from drawplate.plan.tax import plan_quantization_tax
-from drawplate.recipe import FOUR_BITS, Recipe
+from drawplate.recipe import FOUR_BITS, Recipe, expand
 from drawplate.records import Plan, Sequence
 from drawplate.speed import measured_speed
 from drawplate.train import Cutting
@@ -40,6 +43,7 @@ from drawplate.train import Cutting
 HOST_SHARE = 0.85  # of what the host can still give, the most that a measurement beside the run takes
 ALL_OF_THEM = "See intake.jsonl."
 GENERAL_TOKENS = {"cpu": 3072, "cuda": 65_536}  # some seconds of each
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,7 @@ def prepare(recipe: Recipe) -> Prepared:
     advised = advise(recipe, Learner(lengths=lengths, hidden=anatomy.config.hidden_size)).recipe
     chosen = choose_plan(recipe, checkpoint, anatomy, training, heldout, max_length)
     chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy)
+    chosen = with_disk(chosen, recipe, checkpoint, anatomy)
     said = (*(f"{line} {ALL_OF_THEM}" for line in corpus.left_out), *sides.warnings)
     chosen = replace(chosen, warnings=said + chosen.warnings)
     return Prepared(
@@ -137,6 +142,19 @@ def with_quantization_tax(chosen: Plan, recipe: Recipe, checkpoint: Checkpoint, 
         host_room_bytes=int(HOST_SHARE * available),
         starts_adapter=recipe.lora.filled().init_lora_weights == "quantization_error" and chosen.precision in FOUR_BITS,
     )
+
+
+def with_disk(chosen: Plan, recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy) -> Plan:
+    """The plan with what the run will have of the disk, and a warning where that has less room."""
+    files = RunFiles(
+        trained_parameters=model_shape(anatomy, recipe).trained_parameters,
+        tokenizer_bytes=sum(
+            path.stat().st_size for pattern in TOKENIZER_FILES for path in checkpoint.folder.glob(pattern)
+        ),
+    )
+    counted = with_disk_lines(chosen, recipe, files)
+    warning = disk_warning(counted, shutil.disk_usage(standing(expand(recipe.output_dir))).free, recipe.output_dir)
+    return replace(counted, warnings=(*counted.warnings, warning)) if warning else counted
 
 
 def choose_context_tokens(recipe: Recipe, max_length: int) -> int:

@@ -23,17 +23,17 @@ from typing import Any
 from drawplate.caches import release
 from drawplate.checkpoint import finished, good, keep_only, write_folder
 from drawplate.errors import DiskFull, StoppedSafely, StorageError, UsageError, disk_refusal
+from drawplate.plan.disk import RESERVE_BYTES
 from drawplate.records import to_json
-from drawplate.units import MIB, format_bytes
+from drawplate.units import format_bytes
 
 LOCK_NAME = "run.lock"
 RESERVE_NAME = ".reserve"
-RESERVE_BYTES = 8 * MIB
 RECIPE_NAME = "recipe.yaml"
 ADAPTER_NAME = "adapter"
 START_NAME = "adapter_start"
 UNQUANTIZED_NAME = "adapter_unquantized"
-TRAINED_NAMES = ("adapter", UNQUANTIZED_NAME)
+TRAINED_NAMES = (ADAPTER_NAME, UNQUANTIZED_NAME)
 RECORD_NAME = "record.json"
 CHECKPOINTS_NAME = "checkpoints"
 OWN_NAMES = (LOCK_NAME, RESERVE_NAME)

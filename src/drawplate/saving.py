@@ -9,7 +9,6 @@ asked again.
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 
@@ -18,13 +17,13 @@ import torch
 from drawplate.checkpoint import Pieces, Position, good, keep_only, problem_of, write_checkpoint
 from drawplate.errors import DiskFull, StoppedSafely
 from drawplate.outcome import Outcome
+from drawplate.plan.disk import CHECKPOINTS_KEPT, save_steps_of
 from drawplate.prepare import Prepared
 from drawplate.run_folder import RunFolder
 from drawplate.snapshot import read_about, restore, snapshot_files
 from drawplate.train_task import TrainState
 
-CHECKPOINTS_IN_A_RUN = 10
-KEPT = 2
+KEPT = CHECKPOINTS_KEPT
 REFUSALS = 3
 RETRY_SECONDS = 60.0
 
@@ -146,5 +145,4 @@ def where(checkpoints: list[Path]) -> str:
 
 def save_steps(prepared: Prepared) -> int:
     """Optimizer steps between checkpoints: as asked, else a tenth of the run."""
-    asked = prepared.recipe.train.save_steps
-    return asked if asked != "auto" else math.ceil(prepared.plan.optimizer_steps / CHECKPOINTS_IN_A_RUN)
+    return save_steps_of(prepared.recipe, prepared.plan.optimizer_steps)

@@ -20,9 +20,9 @@ from drawplate.plan.host_kept import LINE
 from drawplate.plan.replay import Replay
 from drawplate.plan.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings, stored_bits
 from drawplate.plan.sketch import kept_bytes_per_token_and_layer, sketched
-from drawplate.plan.stage import TRAINED_BYTES
 from drawplate.plan.storage import Storage, layer_bytes
 from drawplate.records import LedgerLine, PhaseLedger
+from drawplate.units import MIB
 
 __all__ = [
     "DTYPE_BYTES",
@@ -43,8 +43,8 @@ __all__ = [
 ]
 
 PHASES = ("load", "baseline evaluation", "training", "checkpoint", "final evaluation")
-CHECKPOINTS_KEPT = 2
 ARENA_ALIGNMENT = 2**16
+SMALLEST_ARENA_BYTES = 16 * MIB
 DEVICE_FORMULAS = {
     "frozen weights, dequantized": "layers x parameters x bytes of the compute dtype",
     "frozen weights on the device": "layers x stored tensors, each rounded up to 256 bytes",
@@ -119,7 +119,7 @@ def ledger(model: ModelShape, choice: Choice, around: Surroundings | None = None
                 lines=(
                     *_device_lines(moment, choice, around),
                     *_host_lines(lines),
-                    *_disk_lines(name, model, choice),
+                    *_disk_lines(model, choice),
                 ),
             )
             for name, moment, lines in zip(PHASES, moments, rows, strict=True)
@@ -147,16 +147,13 @@ def _host_lines(rows: list[Row]) -> tuple[LedgerLine, ...]:
     return tuple(LedgerLine(name=n, where="host", bytes=size, formula=text) for n, size, text in rows if size)
 
 
-def _disk_lines(phase: str, model: ModelShape, choice: Choice) -> tuple[LedgerLine, ...]:
-    """What the run has written by the end of a phase."""
+def _disk_lines(model: ModelShape, choice: Choice) -> tuple[LedgerLine, ...]:
+    """The cache's part, where there is one; the run folder's is that of plan/disk.py."""
     size, storage = DTYPE_BYTES[choice.compute_dtype], Storage(choice.precision, choice.double_quant)
     rows: list[Row] = []
     if choice.precision not in PLAIN or choice.host_layers(model.layers):
         layers = [layer_bytes(model.kinds[k], storage, size) for k in model.kind_of_layer]
         arena = sum(math.ceil(each / ARENA_ALIGNMENT) * ARENA_ALIGNMENT for each in layers) + ARENA_ALIGNMENT
-        rows.append(("cache of prepared weights", arena, "layers as stored, each rounded up to 64 KiB"))
-    if phase in ("checkpoint", "final evaluation"):
-        adapter = model.trained_parameters * TRAINED_BYTES
-        rows.append(("checkpoints", CHECKPOINTS_KEPT * adapter, "2 x trained parameters x 4 bytes"))
-        rows.append(("adapter", adapter, "trained parameters x 4 bytes"))
+        if sum(layers) >= SMALLEST_ARENA_BYTES:
+            rows.append(("cache of prepared weights", arena, "layers as stored, each rounded up to 64 KiB"))
     return tuple(LedgerLine(name=n, where="disk", bytes=b, formula=f) for n, b, f in rows)
