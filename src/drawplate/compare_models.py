@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from drawplate.compare import Change, bits_per_byte_change, perplexity_change
+from drawplate.data.cautions import not_read
 from drawplate.data.documents import Corpus, read_documents
 from drawplate.data.tokens import Tokenized, load_tokenizer, tokenize
 from drawplate.device import pick_device
@@ -170,6 +171,8 @@ def _measure(contender: _Contender, corpus: Corpus, max_length: int, journal: Jo
         context = choose_context_tokens(recipe, max_length)
         tokens = tokenize(corpus.documents, tokenizer, max_length, context_tokens=context)
         require_predictable(tokens, "given")
+        for line in not_read(tokens.ledger, "given", max_length):
+            journal.on_warning(line)
         chosen = choose_plan(recipe, checkpoint, build_anatomy(checkpoint.config), tokens, None, max_length)
         model = assemble(
             checkpoint,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from drawplate.data.cautions import cautions
 from drawplate.data.tokens import load_tokenizer, tokenize
 from drawplate.device import machine, pick_device
 from drawplate.errors import DataError, NeedsNetwork
@@ -94,15 +95,12 @@ def _corpus_shape(
         heldout = tokenize(sides.heldout, tokenizer, max_length, context_tokens=context)
         require_predictable(training, "training")
         require_predictable(heldout, "held-out")
+        said = (*read.left_out, *sides.warnings, *cautions(sides.train, training, tokenizer, max_length))
     except (DataError, NeedsNetwork) as error:
         if not _absent(recipe, error):
             raise
         return *_assumed(max_length, error), ()
-    return (
-        CorpusShape(lengths=lengths_of(training), heldout_lengths=lengths_of(heldout)),
-        (),
-        read.left_out + sides.warnings,
-    )
+    return CorpusShape(lengths=lengths_of(training), heldout_lengths=lengths_of(heldout)), (), said
 
 
 def _absent(recipe: Recipe, error: DataError | NeedsNetwork) -> bool:

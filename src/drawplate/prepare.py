@@ -15,6 +15,7 @@ import torch
 
 from drawplate.caches import standing
 from drawplate.cgroups import available_ram_bytes
+from drawplate.data.cautions import cautions, not_read
 from drawplate.data.chat import ChatRenderer, chat_renderer, writes_a_date
 from drawplate.data.documents import Corpus, read_documents
 from drawplate.data.general import general_documents, sample
@@ -87,6 +88,8 @@ def prepare(recipe: Recipe) -> Prepared:
     chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy)
     chosen = with_disk(chosen, recipe, checkpoint, anatomy)
     said = (*(f"{line} {ALL_OF_THEM}" for line in corpus.left_out), *sides.warnings)
+    said += cautions(sides.train, training, tokenizer, max_length)
+    said += not_read(heldout.ledger, "held-out", max_length)
     chosen = replace(chosen, warnings=said + chosen.warnings)
     return Prepared(
         recipe=advised,

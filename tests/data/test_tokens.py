@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 
@@ -45,9 +46,9 @@ def test_the_ledger_accounts_for_every_token(tokenizer, given_documents, max_len
     assert ledger.tokens == sum(map(len, texts)) + append_eos * len(given_documents)
     parts = ledger.counted_tokens + ledger.first_tokens + ledger.masked_tokens + ledger.dropped_tokens
     assert ledger.tokens == parts
-    assert ledger.tokens == sum(map(len, result.sequences)) + ledger.dropped_tokens
+    assert ledger.tokens == sum(map(len, result.sequences)) - ledger.context_tokens + ledger.dropped_tokens
     assert ledger.counted_tokens == sum(int(s.counted.sum()) for s in result.sequences)
-    assert ledger.first_tokens == ledger.windows == len(result.sequences)
+    assert ledger.first_tokens <= ledger.windows == len(result.sequences)
     assert ledger.text_bytes == sum(len(d.text.encode()) for d in given_documents if d.text)
     assert [s.index for s in result.sequences] == list(range(ledger.windows))
     assert all(len(s) <= max_length and not s.counted[0] and s.counted.any() for s in result.sequences)
@@ -143,11 +144,11 @@ def test_only_tokens_of_trained_spans_are_counted(tokenizer):
     assert "".join(counted).replace("Ġ", " ") == " on a mat"
 
 
-def test_a_window_that_holds_only_a_prompt_is_dropped(tokenizer):
+def test_a_prompt_that_does_not_fit_is_dropped_but_for_its_end(tokenizer):
     text = "zq" * 10 + "xj"
     result = tokenize([document(text, trained_spans=((20, 22),))], tokenizer, 8)
-    assert [len(s) for s in result.sequences] == [6]
-    assert result.ledger.dropped_tokens == 16
+    assert [len(s) for s in result.sequences] == [8]
+    assert result.ledger.dropped_tokens == 14
     assert result.ledger.counted_tokens == 2
 
 
@@ -211,3 +212,44 @@ def test_a_tokenizer_that_asks_for_code_is_refused_and_the_code_not_imported(tok
     with pytest.raises(IntegrityError, match="auto_map"):
         load_tokenizer(tokenizer_folder)
     assert not canary.exists()
+
+
+def answered(tokenizer, *lengths):
+    """A document of prompts and answers by turns, each of so many tokens (one letter each); the first is a prompt."""
+    parts = ["xq"[i % 2] + "".join("zkvj"[j % 4] for j in range(n - 1)) for i, n in enumerate(lengths)]
+    borders = list(itertools.accumulate(lengths, initial=0))
+    spans = tuple((borders[i], borders[i + 1]) for i in range(1, len(parts), 2))
+    assert len(tokenizer("".join(parts))["input_ids"]) == sum(lengths), "letters that the tokenizer never joins"
+    return Document(name="d", text="".join(parts), sha256="", trained_spans=spans)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "windows", "dropped"),
+    [
+        ((40, 4), [(28, 44)], 28),  # one answer: a whole window that ends with it
+        ((4, 4, 4, 4), [(0, 16)], 0),  # all fits
+        ((40, 4, 2, 2), [(32, 48)], 32),  # two answers, and half a window before the first
+        ((40, 4, 4, 4), [(28, 44), (36, 52)], 28),  # together they would leave the first less than half a window
+        ((3, 20), [(0, 16), (7, 23)], 0),  # an answer longer than a window, the rest with what precedes it
+        ((10, 4, 30), [(0, 14)], 30),  # what lies behind the last answer
+    ],
+)
+def test_an_answer_keeps_as_much_of_its_prompt_as_fits(tokenizer, lengths, windows, dropped):
+    whole = answered(tokenizer, *lengths)
+    ids = tokenizer(whole.text)["input_ids"]
+    result = tokenize([whole], tokenizer, 16)
+    assert [sequence.input_ids.tolist() for sequence in result.sequences] == [ids[a:b] for a, b in windows]
+    assert result.ledger.counted_tokens == sum(lengths[1::2]), "each token of an answer is learnt once"
+    assert result.ledger.dropped_tokens == dropped
+    assert result.ledger.cut_prompts == any(start > 0 for start, _ in windows)
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=2, max_size=8), length=st.integers(2, 24), held=st.booleans())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_token_of_an_answer_is_counted_once_and_the_ledger_sums(tokenizer, lengths, length, held):
+    ledger = tokenize(
+        [answered(tokenizer, *lengths)], tokenizer, length, context_tokens=length // 2 if held else 0
+    ).ledger
+    counted = ledger.counted_tokens + ledger.first_tokens + ledger.masked_tokens + ledger.dropped_tokens
+    assert counted == ledger.tokens == sum(lengths)
+    assert ledger.counted_tokens == sum(lengths[1::2])

@@ -5,6 +5,9 @@ first token of each is read but never predicted (at most one token in `max_lengt
 window after the first begins with `context_tokens` that are read again and not counted, so that every token but the
 document's first is counted once, with at least so much text before it; the price is reading them twice.
 
+Documents of which the loss counts parts alone (answers) are cut otherwise (data/windows.py): each answer keeps as much
+of its prompt as fits, and what no window reads is counted as dropped.
+
 A control token's name inside a document, like `<|im_end|>` in a page about chat models, is tokenised as the text it is:
 only a chat template writes control tokens. Tokenizers without character offsets (the slow ones) are refused, because
 spans and bytes cannot be counted through them.
@@ -22,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from drawplate.data.windows import Window, answer_windows, text_windows
 from drawplate.errors import DataError, IntegrityError, reason_of
 from drawplate.records import Document, Sequence, TokenLedger
 
@@ -117,15 +121,17 @@ def tokenize(
         raise ValueError(f"{context_tokens} tokens of context leave nothing new in a window of {max_length}")
     sequences: list[Sequence] = []
     names = ("documents", "tokens", "first_tokens", "masked_tokens", "dropped_tokens", "cut_documents")
-    more = ("context_tokens", "text_bytes", "dropped_windows", "dropped_documents")
+    more = ("context_tokens", "text_bytes", "dropped_windows", "dropped_documents", "cut_prompts")
     totals = dict.fromkeys((*names, *more), 0)
     for document, tokens in _encode_all(documents, tokenizer, append_eos):
         totals["documents"] += 1
         totals["tokens"] += len(tokens.ids)
         totals["cut_documents"] += len(tokens.ids) > max_length
         totals["text_bytes"] += int(tokens.bytes.sum())
-        windows_before = len(sequences)
-        for start, fresh, end in _windows(len(tokens.ids), max_length, context_tokens):
+        windows_before, read, cut = len(sequences), 0, False
+        for start, fresh, end in _windows_of(document, tokens, max_length, context_tokens):
+            totals["dropped_tokens"] += max(start - read, 0)
+            read, cut = end, cut or start > 0
             window = _sequence(len(sequences), document, tokens, (start, fresh, end))
             if not window.counted.any():
                 totals["dropped_tokens"] += end - fresh
@@ -136,7 +142,9 @@ def tokenize(
             totals["masked_tokens"] += int((~window.counted[fresh - start + first :]).sum())
             totals["context_tokens"] += fresh - start
             sequences.append(window)
+        totals["dropped_tokens"] += len(tokens.ids) - read
         totals["dropped_documents"] += len(sequences) == windows_before
+        totals["cut_prompts"] += cut and document.trained_spans is not None
     ledger = TokenLedger(
         **totals,
         windows=len(sequences),
@@ -145,24 +153,10 @@ def tokenize(
     return Tokenized(sequences=tuple(sequences), ledger=ledger)
 
 
-def _windows(count: int, max_length: int, context_tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(start, fresh, end) of each window, which reads [start, end) and predicts in [fresh, end).
-
-    Without context, where the last would hold one token, the one before leaves it a second.
-    """
-    if context_tokens:
-        fresh = 0
-        while fresh < count:
-            start = max(fresh - context_tokens, 0)
-            end = min(start + max_length, count)
-            yield start, fresh, end
-            fresh = end
-        return
-    borders = [*range(0, count, max_length), count]
-    if len(borders) > 2 and borders[-1] - borders[-2] == 1 and max_length > 2:
-        borders[-2] -= 1
-    for start, end in itertools.pairwise(borders):
-        yield start, start, end
+def _windows_of(document: Document, tokens: _Tokens, max_length: int, context_tokens: int) -> Iterable[Window]:
+    if document.trained_spans is None or len(tokens.ids) <= max_length:
+        return text_windows(len(tokens.ids), max_length, context_tokens)
+    return answer_windows(tokens.counted, max_length, context_tokens or max_length // 2)
 
 
 def _sequence(index: int, document: Document, tokens: _Tokens, window: tuple[int, int, int]) -> Sequence:

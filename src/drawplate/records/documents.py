@@ -80,6 +80,7 @@ class TokenLedger:
 
     `context_tokens` are read a second time, at the start of a window, and counted there in none of these; `text_bytes`
     are of all documents. `dropped_windows` are beside `windows`, and `dropped_documents` are left without any.
+    `cut_prompts` are documents with answers that are read without all that precedes them.
     """
 
     documents: int
@@ -94,6 +95,7 @@ class TokenLedger:
     context_tokens: int = 0
     dropped_windows: int = 0
     dropped_documents: int = 0
+    cut_prompts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
