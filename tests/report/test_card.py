@@ -65,6 +65,15 @@ def test_it_says_how_to_load_the_adapter(record: RunRecord) -> None:
     assert "base_model = 'HuggingFaceTB/SmolLM2-135M'\n" in code
 
 
+def test_a_model_for_text_and_images_is_loaded_as_the_class_that_it_names(record: RunRecord) -> None:
+    named_class = "Gemma3ForConditionalGeneration"
+    model = dataclasses.replace(record.model, architecture=named_class)
+    code = model_card(dataclasses.replace(record, model=model), CONFIG).split("```python\n")[1].split("```")[0]
+    assert f"import AutoTokenizer, {named_class}\n" in code
+    assert f"base = {named_class}.from_pretrained(base_model" in code
+    assert "AutoModel" not in code
+
+
 def test_a_local_base_models_folder_is_not_published(record: RunRecord) -> None:
     card = model_card(named(record, "/home/someone/secret-project/llama"), CONFIG)
     assert "base_model" not in header(card)

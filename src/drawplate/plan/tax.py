@@ -24,8 +24,8 @@ PHASE = "unquantized baseline"
 DEPLOYED_PHASE = "unquantized with adapter"
 PLAIN_PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SAMPLE_TOKENS = {"cpu": 4096, "cuda": 65_536}
-MOST_WORK = {"cpu": 4e12, "cuda": 5e14}
-"""Tokens x parameters of one measurement: some half a minute on two cores, or through a GPU's bus."""
+MOST_WORK = {"cpu": 2e12, "cuda": 5e14}
+"""Tokens x parameters of one measurement: some 20 s on two cores with bf16 or through a GPU's bus, a minute in fp32."""
 CALIBRATION_TOKENS = {"cpu": 2048, "cuda": 16_384}
 HEAD_ROWS = 8192
 _SHARED = ("CUDA context", "process before the model", RUNTIME, "token windows")
