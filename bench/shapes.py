@@ -107,12 +107,6 @@ class RandomCheckpoint:
             return rows.repeat(-(-shape[0] // len(rows)), 1)[: shape[0]].contiguous()
         return torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(0, 0.02)
 
-    is_wrapper = False
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        """As `read` draws it."""
-        return torch.bfloat16
-
     def stored_linear(self, name: str, storage: Any) -> None:
         """Nothing is quantized beforehand."""
         return

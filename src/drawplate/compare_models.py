@@ -83,8 +83,6 @@ def compare_models(
     """
     with journal.in_phase("read"):
         contenders = _contenders(models, adapters, files, settings)
-        for note in dict.fromkeys(note for each in contenders for note in each.checkpoint.notes):
-            journal.on_warning(note)
         first = contenders[0]
         max_length = min(choose_max_length(c.recipe, max_positions(c.checkpoint)) for c in contenders)
         section = first.recipe.data

@@ -56,7 +56,7 @@ def forecast(recipe: Recipe, gpu: str | None = None) -> Plan:
     chosen = choose(replace(situation, assumptions=situation.assumptions + assumptions), corpus, max_length)
     chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy)
     chosen = with_disk(chosen, recipe, checkpoint, anatomy)
-    return replace(chosen, warnings=checkpoint.notes + warnings + chosen.warnings)
+    return replace(chosen, warnings=warnings + chosen.warnings)
 
 
 def _situation_on(gpu: str, recipe: Recipe, checkpoint: Checkpoint, anatomy: object) -> Situation:

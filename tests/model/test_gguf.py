@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import gguf as gguf_library
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from drawplate.data.tokens import load_tokenizer
-from drawplate.errors import IntegrityError, StorageError, UsageError, UserError
+from drawplate.errors import StorageError, UsageError, UserError
 from drawplate.model import gguf as gguf_module
 from drawplate.model.storage import Storage
 from drawplate.model.weights import open_checkpoint
@@ -89,49 +88,3 @@ def test_a_gguf_file_that_is_not_there_or_is_none_is_a_users_error(base: Path, t
     (tmp_path / "m.gguf").write_bytes(b"not a GGUF file at all" * 10)
     with pytest.raises(UserError, match=r"m\.gguf"):
         open_checkpoint(ModelSection(name_or_path=str(tmp_path), gguf_file="m.gguf"))
-
-
-def split_in_two(whole: Path, folder: Path) -> list[Path]:
-    """The file as llama.cpp splits one: what is said of the model, and half of the tensors, in the first part."""
-    reader = gguf_library.GGUFReader(whole)
-    parts = []
-    for number, tensors in enumerate((reader.tensors[:5], reader.tensors[5:]), 1):
-        parts.append(folder / f"m-{number:05d}-of-00002.gguf")
-        writer = gguf_library.GGUFWriter(parts[-1], "llama")
-        for name, field in reader.fields.items() if number == 1 else ():
-            if not name.startswith("GGUF.") and name != "general.architecture":
-                inner = field.types[-1] if field.types[0] == gguf_library.GGUFValueType.ARRAY else None
-                writer.add_key_value(name, field.contents(), field.types[0], inner)
-        writer.add_uint16("split.count", 2)
-        for tensor in tensors:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    return parts
-
-
-def test_parts_that_lie_side_by_side_are_read_together_and_a_lost_one_is_named(base: Path, tmp_path: Path) -> None:
-    write_gguf(base, tmp_path / "whole")
-    folder = tmp_path / "parts"
-    folder.mkdir()
-    _, second = split_in_two(tmp_path / "whole", folder)
-    checkpoint = open_checkpoint(ModelSection(name_or_path=str(folder)))
-    for name, tensor in load_file(base / TENSORS).items():
-        assert torch.equal(checkpoint.read(name), tensor.to(torch.bfloat16)), name
-    second.unlink()
-    with pytest.raises(IntegrityError, match=r"m-00002-of-00002\.gguf is not beside it"):
-        open_checkpoint(ModelSection(name_or_path=str(folder)))
-
-
-def test_a_file_that_lacks_tensors_is_refused_and_nothing_is_kept(base: Path, tmp_path: Path) -> None:
-    write_gguf(base, tmp_path / "whole")
-    folder = tmp_path / "first"
-    folder.mkdir()
-    first, _ = split_in_two(tmp_path / "whole", tmp_path)
-    first.rename(folder / "m.gguf")
-    before = set(cache_folder().rglob("*"))
-    with pytest.raises(IntegrityError, match=r"lacks \d+ tensors that the model needs"):
-        open_checkpoint(ModelSection(name_or_path=str(folder)))
-    assert {path for path in cache_folder().rglob("config.json")} <= before

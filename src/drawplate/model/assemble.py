@@ -15,7 +15,6 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from drawplate.errors import EnvironmentProblem, UsageError
-from drawplate.model.accounting import require_accounted
 from drawplate.model.adapter import Adapter, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.arena import (
@@ -82,9 +81,7 @@ def assemble(
     found = walk(anatomy)
     require_streamable(anatomy, found, tiers, placement.policies(len(anatomy.layers)))
     names = CheckpointNames(checkpoint, anatomy)
-    wanted = list(wanted_names(anatomy))
-    names.require_all(wanted)
-    require_accounted(names, anatomy, wanted)
+    names.require_all(wanted_names(anatomy))
     residency = _loaded_layers(anatomy, placement, names, progress, tell)
     adapter = Adapter(
         config,

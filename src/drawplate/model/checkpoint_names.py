@@ -25,14 +25,9 @@ def wanted_names(anatomy: Anatomy) -> Iterator[str]:
                 continue
             yield from (f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False))
             yield from (f"{prefix}.{name}" for name in kept_buffers(module))
-    inside = {id(module) for layer in anatomy.layers for module in layer.modules()}
-    for path, module in anatomy.skeleton.named_modules():
-        if id(module) in inside:
-            continue
-        own = [name for name, _ in module.named_parameters(recurse=False)] + kept_buffers(module)
-        if path == anatomy.head_path and anatomy.tied:
-            own.remove("weight")
-        yield from (f"{path}.{name}".lstrip(".") for name in own)
+    yield f"{anatomy.embedding_path}.weight"
+    if not anatomy.tied:
+        yield f"{anatomy.head_path}.weight"
 
 
 class CheckpointNames:
@@ -55,10 +50,6 @@ class CheckpointNames:
         if name == "lm_head.weight":
             candidates += ["embed_out.weight"]
         return next((candidate for candidate in candidates if candidate in self.checkpoint.files), None)
-
-    def linear_name_of(self, name: str) -> str:
-        """The checkpoint's name of a linear layer, to which `.weight`, `.SCB` and the like are added."""
-        return (self.name_of(f"{name}.weight") or f"{name}.weight").removesuffix(".weight")
 
     def require_all(self, wanted: Iterable[str]) -> None:
         """Refuse a checkpoint that lacks tensors, before anything is read.

@@ -11,7 +11,6 @@ from pathlib import Path
 from drawplate.errors import IntegrityError, NeedsNetwork, UserError
 from drawplate.recipe import ModelSection, expand
 
-WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIGURATION_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 HUB_PATTERNS = ["*.safetensors", *CONFIGURATION_PATTERNS]
@@ -79,8 +78,6 @@ def _fetch(section: ModelSection, patterns: list[str] | None = None) -> tuple[Pa
 
 def complete(folder: Path) -> bool:
     """Whether all weight files are there."""
-    if (folder / WEIGHTS_NAME).is_file():
-        return True
     if (folder / INDEX_NAME).is_file():
         return all((folder / name).is_file() for name in indexed_files(folder))
     return any(folder.glob("*.safetensors"))
@@ -92,18 +89,10 @@ def indexed_files(folder: Path) -> list[str]:
     Raises:
         IntegrityError: it is not an index.
     """
-    return sorted(set(weight_map(folder).values()))
-
-
-def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index of a sharded model says.
-
-    Raises:
-        IntegrityError: it is not an index.
-    """
     try:
-        listed = json.loads((folder / INDEX_NAME).read_text("utf-8"))["weight_map"].items()
-        return {str(tensor): str(file) for tensor, file in listed}
+        return sorted(
+            {str(name) for name in json.loads((folder / INDEX_NAME).read_text("utf-8"))["weight_map"].values()}
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise IntegrityError(
             f"{folder / INDEX_NAME} is damaged.",

@@ -1,7 +1,5 @@
 """A folder, a hub repository or a GGUF file -> tensors by name, one at a time, and nothing executed.
 
-Which file holds a tensor follows transformers: `model.safetensors` where there is one, else what the index says.
-
 Only safetensors are opened, lazily, so that the full-precision model is never in memory whole. A GGUF file is
 converted to safetensors once, by transformers, in the cache. Pickles and configurations that ask for code
 (`auto_map`) are refused by name. Checkpoints already quantized by bitsandbytes give their stored tensors as they are.
@@ -9,15 +7,12 @@ converted to safetensors once, by transformers, in the cache. Pickles and config
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
-import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,31 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from drawplate.errors import IntegrityError, UsageError, UserError
-from drawplate.model.fetch import CONFIGURATION_PATTERNS, INDEX_NAME, WEIGHTS_NAME, complete, find_folder, weight_map
+from drawplate.errors import IntegrityError, UsageError
+from drawplate.model.fetch import CONFIGURATION_PATTERNS, INDEX_NAME, complete, find_folder, indexed_files
 from drawplate.model.gguf import converted_gguf, only_gguf
 from drawplate.model.storage import BLOCK, SCALE_BLOCK, Storage
 from drawplate.recipe import ModelSection, cache_folder
 
-READ_QUANTIZATIONS = ("bitsandbytes",)
-LFS_MARK = b"version https://git-lfs"
-HEAD_ENDINGS = ("lm_head.weight", "embed_out.weight")
-EMBEDDING_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""safetensors' names of the types that a tensor may be stored as."""
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -63,7 +39,6 @@ class Checkpoint:
         revision: commit of a hub repository, if it came from one.
         config: the parsed configuration.
         files: tensor name -> safetensors file.
-        notes: what a person should know of the files, such as that some are not read.
     """
 
     folder: Path
@@ -71,28 +46,6 @@ class Checkpoint:
     revision: str | None
     config: PretrainedConfig
     files: dict[str, Path]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def is_wrapper(self) -> bool:
-        """Whether the language model is a part of it, beside what sees or hears."""
-        return self.config.get_text_config() is not self.config
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        """How a tensor's numbers are stored.
-
-        Raises:
-            IntegrityError: as a type that torch does not have.
-        """
-        path = self.files[name]
-        stored = str(_header(path, _version_of(path)).get(name, {}).get("dtype"))
-        if stored not in DTYPES:
-            raise IntegrityError(
-                f"{self.name}: {name} is stored as {stored}, which Drawplate does not read.",
-                safe="Nothing was trained or written.",
-                next_step="Use the model's unquantized weights.",
-            )
-        return DTYPES[stored]
 
     @property
     def loadable_name(self) -> str:
@@ -190,10 +143,8 @@ def open_configuration(section: ModelSection) -> Checkpoint:
     if section.gguf_file or only_gguf(folder):
         return open_checkpoint(section)
     config = read_config(folder, section.name_or_path)
-    if complete(folder):
-        return _opened(folder, section.name_or_path, revision, config)
-    refuse_other_quantizations(config, section.name_or_path)
-    return Checkpoint(folder, section.name_or_path, revision, config, {})
+    files = _tensor_files(folder, section.name_or_path) if complete(folder) else {}
+    return Checkpoint(folder, section.name_or_path, revision, config, files)
 
 
 def open_checkpoint(section: ModelSection) -> Checkpoint:
@@ -208,7 +159,8 @@ def open_checkpoint(section: ModelSection) -> Checkpoint:
     gguf_file = section.gguf_file or only_gguf(folder)
     if gguf_file:
         folder = converted_gguf(folder, gguf_file)
-    return _opened(folder, section.name_or_path, revision, read_config(folder, section.name_or_path))
+    config = read_config(folder, section.name_or_path)
+    return Checkpoint(folder, section.name_or_path, revision, config, _tensor_files(folder, section.name_or_path))
 
 
 def read_config(folder: Path, name: str) -> PretrainedConfig:
@@ -245,141 +197,38 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
         ) from None
 
 
-def _opened(folder: Path, name: str, revision: str | None, config: PretrainedConfig) -> Checkpoint:
-    """The checkpoint of a folder with weights."""
-    refuse_other_quantizations(config, name)
-    files, notes = _tensor_files(folder, name)
-    opened = Checkpoint(folder, name, revision, config, files, notes)
-    return replace(opened, notes=(*notes, *_untied(opened)))
-
-
-def refuse_other_quantizations(config: PretrainedConfig, name: str) -> None:
-    """Refuse weights whose numbers are codes that Drawplate does not read.
-
-    Raises:
-        UsageError: config.json names a quantization other than bitsandbytes'.
-    """
-    section = getattr(config, "quantization_config", None)
-    values = section if isinstance(section, dict) else getattr(section, "to_dict", dict)()
-    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method") or "")).lower()
-    if values and method not in READ_QUANTIZATIONS:
-        raise UsageError(
-            f"{name} is quantized with {method or 'a method that its config.json does not name'}, which Drawplate does "
-            "not read.",
-            safe="Nothing was loaded or written.",
-            next_step="Use the model's unquantized weights, or those quantized by bitsandbytes; Drawplate quantizes "
-            "plain weights while it loads them.",
-        )
-
-
-def _untied(checkpoint: Checkpoint) -> list[str]:
-    """A head of its own beside `tie_word_embeddings: true` is used, as transformers does; what is to be said of it."""
-    config = checkpoint.config.get_text_config()
-    if not getattr(config, "tie_word_embeddings", False):
-        return []
-    heads = [name for name in checkpoint.files if name.endswith(HEAD_ENDINGS)]
-    embeddings = [name for name in checkpoint.files if name.endswith(EMBEDDING_ENDINGS)]
-    if len(heads) != 1 or len(embeddings) != 1:
-        return []
-    head, embedding = checkpoint.read(heads[0]), checkpoint.read(embeddings[0])
-    if head.shape != embedding.shape or torch.equal(head, embedding):
-        return []
-    config.tie_word_embeddings = checkpoint.config.tie_word_embeddings = False
-    return [
-        f"{checkpoint.name} says that its output head is its embedding (tie_word_embeddings), but its files hold "
-        "another head. The head in the files is used, as transformers does."
-    ]
-
-
-def _tensor_files(folder: Path, name: str) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """Tensor name -> the file that holds it, and what is to be said of files that are not read.
-
-    Raises:
-        UsageError: the folder holds no weights.
-        IntegrityError: weights only as pickles, a damaged or missing file, or a tensor in two files of which neither is
-            named by an index.
-    """
-    there = sorted(folder.glob("*.safetensors"))
-    index: dict[str, str] | None = None
-    if (folder / WEIGHTS_NAME).is_file():
-        paths = [folder / WEIGHTS_NAME]
-    elif (folder / INDEX_NAME).is_file():
-        index = weight_map(folder)
-        paths = sorted({folder / file for file in index.values()})
+def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
+    if (folder / INDEX_NAME).is_file():
+        paths = [folder / file for file in indexed_files(folder)]
     else:
-        paths = there
+        paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise _no_weights(folder, name)
+        pickles = [path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)]
+        if pickles:
+            raise IntegrityError(
+                f"{name} has its weights only as pickles ({pickles[0]}), which can run code when opened.",
+                safe="None of them was opened.",
+                next_step="Choose a repository or revision with .safetensors files.",
+            )
+        raise UsageError(f"{folder} holds no weights (.safetensors).", next_step="Fetch the model again.")
     files: dict[str, Path] = {}
     for path in paths:
-        for tensor in _keys_of(path, folder, name):
-            if index is not None and index.get(tensor, path.name) != path.name:
-                continue
-            if tensor in files:
-                raise IntegrityError(
-                    f"{name}: {files[tensor].name} and {path.name} both hold {tensor}, and no index says which to use.",
-                    safe="Nothing was trained or written.",
-                    next_step="Remove the file that does not belong to the model.",
-                )
-            files[tensor] = path
-    left = [path.name for path in there if path not in set(files.values())]
-    said = f"{name}: {', '.join(left[:3])}{' ...' if len(left) > 3 else ''} is not read: "
-    why = f"the weights are in {WEIGHTS_NAME}." if index is None else f"{INDEX_NAME} names other files."
-    return files, (said + why,) if left else ()
-
-
-def _no_weights(folder: Path, name: str) -> UserError:
-    pickles = [path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)]
-    if pickles:
-        return IntegrityError(
-            f"{name} has its weights only as pickles ({pickles[0]}), which can run code when opened.",
-            safe="None of them was opened.",
-            next_step="Choose a repository or revision with .safetensors files.",
-        )
-    return UsageError(f"{folder} holds no weights (.safetensors).", next_step="Fetch the model again.")
-
-
-def _keys_of(path: Path, folder: Path, name: str) -> list[str]:
-    """Names of the tensors in one file.
-
-    Raises:
-        IntegrityError: it is outside of the folder, missing, damaged, or only a pointer to the file.
-    """
-    if path.parent.resolve() != folder.resolve():  # the file itself may be a link, as in the hub's cache
-        raise IntegrityError(
-            f"The index of {name} names {path.name} outside of the model's folder.",
-            safe="It was not opened.",
-            next_step="Fetch the model again.",
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        if _is_lfs_pointer(path):
+        if path.parent.resolve() != folder.resolve():  # the file itself may be a link, as in the hub's cache
             raise IntegrityError(
-                f"{path} is a Git LFS pointer: a line that names the file, not the file.",
+                f"The index of {name} names {path.name} outside of the model's folder.",
+                safe="It was not opened.",
+                next_step="Fetch the model again.",
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise IntegrityError(
+                f"{path} is missing or damaged ({error}).",
                 safe="Nothing was trained or written.",
-                next_step=f"Run `git lfs pull` in {folder}, or fetch the model with `hf download`.",
+                next_step="Fetch the model again.",
             ) from None
-        raise IntegrityError(
-            f"{path} is missing or damaged ({error}).",
-            safe="Nothing was trained or written.",
-            next_step="Fetch the model again.",
-        ) from None
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    with suppress(OSError), path.open("rb") as file:
-        return file.read(len(LFS_MARK)) == LFS_MARK
-    return False
-
-
-@functools.lru_cache(maxsize=256)
-def _header(path: Path, version: str) -> dict[str, dict[str, object]]:
-    """A safetensors file's description of its tensors (eight bytes of length, then JSON), read once a `version`."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        return dict(json.loads(file.read(size)))
+    return files
 
 
 def _version_of(path: Path) -> str:
