@@ -6,8 +6,11 @@ One finished run in 4 bits, from a GGUF file, is asked for everything: figures, 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
+import shlex
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,11 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import drawplate.phases as phases
 import drawplate.run as story
+from drawplate import cli
 from drawplate.errors import StoppedSafely
 from drawplate.guards import StopRequested
 from drawplate.model.causal_lm import CausalLM
@@ -155,6 +160,28 @@ def test_both_adapters_are_named_with_their_base_wherever_one_is(run: tuple[RunR
         )
     assert record.model.gguf_file == GGUF
     assert AutoTokenizer.from_pretrained(folder / "adapter_unquantized").vocab_size == 340
+
+
+def test_the_first_command_that_is_printed_measures_what_the_verdict_says(
+    base: Path, corpus: Path, tmp_path: Path
+) -> None:
+    write_gguf(base, tmp_path / GGUF)
+    write_gguf(base, tmp_path / "another.gguf")  # so that the folder's name is not enough
+    recipe = recipe_of(tmp_path, corpus, tmp_path / "run")
+    model = recipe.model.model_copy(update={"gguf_file": GGUF})
+    record = story.tune(recipe.model_copy(update={"model": model}))
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    for document in record.documents:
+        shutil.copy(corpus / Path(document.document).name, held_out)
+    printed_lines = printed(summary_table(record, tmp_path / "run"), width=400)
+    command = printed_lines[printed_lines.index("drawplate eval") :].partition("\n\n")[0].replace("\\\n", " ")
+    words = [str(held_out) if word == "YOUR_DOCUMENTS" else word for word in shlex.split(command)]
+    done = CliRunner().invoke(cli.app, [*words[1:], "--json"])
+    assert done.exit_code == 0, done.output
+    results = json.loads(done.stdout)
+    want = record.evaluation.unquantized_final.perplexity
+    assert results["with adapter"]["perplexity"] == pytest.approx(want, rel=1e-3)
 
 
 def test_it_is_measured_last_with_the_model_of_the_run_released(run: tuple[RunRecord, Path, Path]) -> None:

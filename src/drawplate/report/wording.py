@@ -318,9 +318,15 @@ def next_commands(record: RunRecord, folder: str) -> list[NextCommand]:
 
 
 def eval_command(record: RunRecord, folder: str, adapter: AdapterFacts) -> list[str]:
-    """To measure an adapter on documents of one's own; one of two fixes the precision of the base model it is for."""
+    """To measure an adapter on documents of one's own, on its base as the recipe names it.
+
+    Of two adapters each fixes the precision that it is for.
+    """
     model, path = shlex.quote(record.model.name), shlex.quote(f"{folder.rstrip('/')}/{adapter.folder}")
     parts = ["drawplate eval", f"--model {model}", f"--adapter {path}"]
-    if len(adapters(record)) > 1 and adapter.base_precision:
-        parts.append(f"--set quantization.precision={adapter.base_precision}")
+    named = record.recipe.get("model", {})
+    settings = [(f"model.{key}", named.get(key)) for key in ("gguf_file", "revision")]
+    if len(adapters(record)) > 1:
+        settings.append(("quantization.precision", adapter.base_precision))
+    parts += [f"--set {shlex.quote(f'{key}={value}')}" for key, value in settings if value]
     return [*parts, "--data YOUR_DOCUMENTS"]
