@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from drawplate import cli
-from drawplate.errors import UsageError
+from drawplate.data.tokens import load_tokenizer
+from drawplate.errors import DataError, UsageError
 from drawplate.forecast import forecast
 from drawplate.prepare import model_shape, prepare
 from drawplate.recipe import USUAL_RANK, Recipe, load_recipe
@@ -30,7 +33,7 @@ def bare(base: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def recipe_for(model: Path, files: Path, **sections: dict[str, Any]) -> Recipe:
+def recipe_for(model: Path, files: Path | str, **sections: dict[str, Any]) -> Recipe:
     return load_recipe(
         {"model": {"name_or_path": str(model)}, "data": {"files": [str(files)], "heldout_fraction": 0.3}, **sections}
     )
@@ -60,16 +63,32 @@ def test_the_plan_counts_the_adapter_that_the_run_trains(base: Path, corpus: Pat
     assert adapter == 4 * filled.trained_parameters
 
 
-def test_configuration_alone_is_enough_and_lengths_are_said_to_be_assumed(bare: Path, tmp_path: Path) -> None:
-    plan = forecast(recipe_for(bare, tmp_path / "not there"))
-    assert "1,000 training windows of 128 tokens are assumed" in plan.assumptions[0]
-    assert plan.times is not None
-    assert plan.times.training_seconds > 0
+@pytest.mark.parametrize("name", ["not there", "https://example.org/documents.jsonl"])
+def test_documents_that_are_not_there_are_an_error_and_no_invented_windows(bare: Path, name: str) -> None:
+    with pytest.raises(DataError, match=re.escape(name)):
+        forecast(recipe_for(bare, name))
 
 
 def test_without_a_tokenizer_lengths_come_from_characters(bare: Path, corpus: Path) -> None:
     plan = forecast(recipe_for(bare, corpus))
+    assert "holds no tokenizer" in plan.assumptions[0]
     assert "A token is assumed to be 4 characters" in plan.assumptions[0]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
+def test_a_tokenizer_without_a_vocabulary_is_none(architecture: str, tmp_path: Path) -> None:
+    """transformers builds one of control tokens alone, in which every text is empty."""
+    AutoConfig.for_model(architecture).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="holds no tokenizer's vocabulary"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_conversation_without_a_tokenizer_cannot_be_planned(bare: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day to you"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": turns, "n": n}) + "\n" for n in range(20)))
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        forecast(recipe_for(bare, rows))
 
 
 def test_a_card_that_is_not_there_is_planned_for_with_its_source(bare: Path, corpus: Path) -> None:
@@ -78,7 +97,10 @@ def test_a_card_that_is_not_there_is_planned_for_with_its_source(bare: Path, cor
     assert plan.compute_dtype == "bfloat16"
     assert "Ada GPU Architecture whitepaper" in plan.assumptions[0]
     assert 0 < plan.predicted_bytes("device") < 24 * GIB
-    assert forecast(recipe_for(bare, corpus), gpu="T4").compute_dtype == "float16", "it has no bf16"
+    assert "`--ram SIZE` plans for another" in plan.assumptions[1]
+    elsewhere = forecast(recipe_for(bare, corpus, memory={"ram": "2TiB"}), gpu="T4")
+    assert elsewhere.compute_dtype == "float16", "it has no bf16"
+    assert "The host is assumed to have 2048.00 GiB of memory." in elsewhere.assumptions[1]
     with pytest.raises(UsageError, match="no figures are known"):
         forecast(recipe_for(bare, corpus), gpu="Voodoo 2")
 
@@ -86,7 +108,7 @@ def test_a_card_that_is_not_there_is_planned_for_with_its_source(bare: Path, cor
 def test_the_command_reads_as_text_and_as_json(base: Path, corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(recipe_values(base, corpus, tmp_path / "run", data={"heldout_fraction": 0.3})))
-    options = ["plan", str(path), "--gpu", "RTX 3060", "--vram", "2GiB"]
+    options = ["plan", str(path), "--gpu", "RTX 3060", "--vram", "2GiB", "--ram", "64GiB"]
     done = CliRunner().invoke(cli.app, options)
     assert done.exit_code == 0, done.stderr
     for words in ("tokens/s", "Memory on the device", "Time of an optimizer step", "Decisions and reasons", "Assumed:"):

@@ -127,11 +127,13 @@ def plan(
     set_: Overrides = [],  # noqa: B006 - typer copies the default
     gpu: Annotated[str | None, typer.Option(help="Plan for a card that is not here, like 'RTX 4090'.")] = None,
     vram: Annotated[str | None, typer.Option(help="Device memory at most, like 6GiB: the same as memory.vram.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Host memory at most, like 32GiB: the same as memory.ram.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what `tune` would do, need and take, and why; needs no weights and no GPU."""
     with ending():
-        loaded = _load(recipe, [*set_, *([f"memory.vram={vram}"] if vram else [])])
+        sizes = {"memory.vram": vram, "memory.ram": ram}
+        loaded = _load(recipe, [*set_, *(f"{key}={size}" for key, size in sizes.items() if size is not None)])
         import drawplate
         from drawplate.report.plan_view import plan_table
 

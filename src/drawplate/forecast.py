@@ -1,8 +1,8 @@
 """`drawplate plan`: what a run would do, need and take, from the least that must be known.
 
-The model's config.json is needed; weights and a GPU are not. Documents and tokenizer are read where they are there, as
-a run would read them. Where they are not, lengths are assumed, and the plan says so. `gpu` plans for a card that is not
-there, from published figures (plan/gpus.py), with this machine's memory as the host's.
+The model's config.json and the documents are needed; weights and a GPU are not. Where the model's folder has no
+tokenizer, lengths are estimated from characters, and the plan says so. `gpu` plans for a card that is not there, from
+published figures (plan/gpus.py), in a host with as much memory as memory.ram says, or as this machine has.
 
 Left out: what only a run can find, such as memory that other programs hold on the device.
 """
@@ -14,7 +14,7 @@ from dataclasses import replace
 from drawplate.data.cautions import cautions
 from drawplate.data.tokens import load_tokenizer, tokenize
 from drawplate.device import machine, pick_device
-from drawplate.errors import DataError, NeedsNetwork
+from drawplate.errors import DataError
 from drawplate.memory import memory_sample
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.weights import Checkpoint, open_configuration
@@ -33,10 +33,10 @@ from drawplate.prepare import (
     with_disk,
     with_quantization_tax,
 )
-from drawplate.recipe import Recipe, expand
+from drawplate.recipe import Recipe
 from drawplate.records import Plan
+from drawplate.units import format_bytes
 
-ASSUMED_WINDOWS, ASSUMED_HELDOUT_WINDOWS, ASSUMED_TOKENS = 1000, 100, 512
 CHARACTERS_OF_A_TOKEN = 4
 
 
@@ -45,7 +45,8 @@ def forecast(recipe: Recipe, gpu: str | None = None) -> Plan:
 
     Raises:
         UsageError: the recipe cannot be meant, the model has no configuration, or no figures are known for `gpu`.
-        NeedsNetwork: the configuration is not on this machine and cannot be fetched.
+        DataError: there are no documents, or none that can be used.
+        NeedsNetwork: the configuration or the documents are not on this machine and cannot be fetched.
         DoesNotFit: nothing fits.
     """
     checkpoint = open_configuration(recipe.model)
@@ -54,7 +55,8 @@ def forecast(recipe: Recipe, gpu: str | None = None) -> Plan:
     anatomy = build_anatomy(checkpoint.config)
     situation = _situation_on(gpu, recipe, checkpoint, anatomy) if gpu else situation_of(recipe, checkpoint, anatomy)
     chosen = choose(replace(situation, assumptions=situation.assumptions + assumptions), corpus, max_length)
-    chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy)
+    host_bytes = recipe.memory.ram if gpu else None
+    chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy, host_bytes=host_bytes)
     chosen = with_disk(chosen, recipe, checkpoint, anatomy)
     return replace(chosen, warnings=warnings + chosen.warnings)
 
@@ -62,9 +64,18 @@ def forecast(recipe: Recipe, gpu: str | None = None) -> Plan:
 def _situation_on(gpu: str, recipe: Recipe, checkpoint: Checkpoint, anatomy: object) -> Situation:
     """As `situation_of`, on a card of the table."""
     card, here = gpu_named(gpu), machine(pick_device("cpu"))
+    ram = recipe.memory.ram or here.ram_bytes
     there = replace(
-        here, device="cuda", device_name=card.name, device_bytes=card.bytes, driver="", bf16_native=card.bf16 > 0
+        here,
+        device="cuda",
+        device_name=card.name,
+        device_bytes=card.bytes,
+        driver="",
+        bf16_native=card.bf16 > 0,
+        ram_bytes=ram,
     )
+    host = f"The host is assumed to have {format_bytes(ram)} of memory"
+    host += "." if recipe.memory.ram else ", as this machine has; `--ram SIZE` plans for another."
     speed = card.speed(choose_compute_dtype(recipe, there)[0])
     return Situation(
         recipe=recipe,
@@ -74,7 +85,7 @@ def _situation_on(gpu: str, recipe: Recipe, checkpoint: Checkpoint, anatomy: obj
         stored_precision=checkpoint.quantized_precision,
         stored_double_quant=checkpoint.quantized_doubly,
         speed=speed,
-        assumptions=(f"{card.name} is not measured but planned for with {speed.source}.",),
+        assumptions=(f"{card.name} is not measured but planned for with {speed.source}.", host),
         frontier=True,
         obstacles=obstacles_of(anatomy),  # type: ignore[arg-type]
     )
@@ -88,44 +99,25 @@ def _corpus_shape(
         tokenizer = load_tokenizer(checkpoint.folder)
     except DataError as error:
         return *_without_tokenizer(recipe, max_length, error), ()
-    try:
-        read, sides = read_sides(recipe, renderer_of(tokenizer, recipe.data.template_date))
-        training = tokenize(sides.train, tokenizer, max_length, append_eos=True)
-        context = choose_context_tokens(recipe, max_length)
-        heldout = tokenize(sides.heldout, tokenizer, max_length, context_tokens=context)
-        require_predictable(training, "training")
-        require_predictable(heldout, "held-out")
-        said = (*read.left_out, *sides.warnings, *cautions(sides.train, training, tokenizer, max_length))
-    except (DataError, NeedsNetwork) as error:
-        if not _absent(recipe, error):
-            raise
-        return *_assumed(max_length, error), ()
+    read, sides = read_sides(recipe, renderer_of(tokenizer, recipe.data.template_date))
+    training = tokenize(sides.train, tokenizer, max_length, append_eos=True)
+    context = choose_context_tokens(recipe, max_length)
+    heldout = tokenize(sides.heldout, tokenizer, max_length, context_tokens=context)
+    require_predictable(training, "training")
+    require_predictable(heldout, "held-out")
+    said = (*read.left_out, *sides.warnings, *cautions(sides.train, training, tokenizer, max_length))
     return CorpusShape(lengths=lengths_of(training), heldout_lengths=lengths_of(heldout)), (), said
-
-
-def _absent(recipe: Recipe, error: DataError | NeedsNetwork) -> bool:
-    """Whether the documents are simply not here; documents that are here and of no use are an error in a plan too."""
-    named = (*recipe.data.files, *recipe.data.heldout_files)
-    return isinstance(error, NeedsNetwork) or any(not expand(name).exists() for name in named)
-
-
-def _assumed(max_length: int, error: DataError | NeedsNetwork) -> tuple[CorpusShape, tuple[str, ...]]:
-    tokens = min(ASSUMED_TOKENS, max_length)
-    said = f"{error.what} {ASSUMED_WINDOWS:,} training windows of {tokens:,} tokens are assumed."
-    corpus = CorpusShape(lengths=(tokens,) * ASSUMED_WINDOWS, heldout_lengths=(tokens,) * ASSUMED_HELDOUT_WINDOWS)
-    return corpus, (said,)
 
 
 def _without_tokenizer(recipe: Recipe, max_length: int, error: DataError) -> tuple[CorpusShape, tuple[str, ...]]:
     """Lengths from characters."""
 
     def no_template(*_: object) -> None:
-        raise DataError("A conversation needs the tokenizer's template.", next_step="Fetch the model's tokenizer.")
+        raise DataError(
+            f"{error.what} A conversation needs its template.", safe="Nothing was written.", next_step=error.next_step
+        )
 
-    try:
-        _, sides = read_sides(recipe, no_template)  # type: ignore[arg-type]
-    except (DataError, NeedsNetwork) as second:
-        return _assumed(max_length, second)
+    _, sides = read_sides(recipe, no_template)  # type: ignore[arg-type]
     train, held = (
         tuple(n for document in side for n in _windows(len(document.text) // CHARACTERS_OF_A_TOKEN + 1, max_length))
         for side in (sides.train, sides.heldout)

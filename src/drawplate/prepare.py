@@ -132,9 +132,14 @@ def _general_windows(
     return sample(tokens.sequences, documents, GENERAL_TOKENS[device.type])
 
 
-def with_quantization_tax(chosen: Plan, recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy) -> Plan:
-    """The plan with the decision on measuring the unquantized base model, within what the host can still give."""
-    available = available_ram_bytes()
+def with_quantization_tax(
+    chosen: Plan, recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy, *, host_bytes: int | None = None
+) -> Plan:
+    """The plan with the decision on measuring the unquantized base model, within what the host can still give.
+
+    `host_bytes` are those of a host that is not this one.
+    """
+    available = host_bytes or available_ram_bytes()
     if recipe.memory.ram is not None:
         available = min(available, recipe.memory.ram - memory_sample().process_bytes)
     return plan_quantization_tax(

@@ -45,6 +45,7 @@ FAULTS: dict[int, str] = {
     91: "an exception that is not ours, of Python, torch, its compiler or safetensors",
     92: "standard error closed; a compiler's cache that cannot be made",
     93: "one of several processes under torchrun, accelerate or MPI",
+    94: "a hub that answers 429 or 500, forbids, or is the login page of a network",
     90: "a recipe that cannot be meant: a key twice, an empty path, a pattern that is none, another library's keys",
 }
 
@@ -149,6 +150,12 @@ SEES: dict[int, tuple[str, ...]] = {
         "Set TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR to folders that you may write to",
     ),
     93: ("Drawplate runs as one process on one GPU, and this is one of <n> processes (WORLD_SIZE=<n>).",),
+    94: (
+        "a/<name> is not on this machine and could not be fetched: the hub answered 429 (Too Many Requests).",
+        "the hub answered 500 (Internal Server Error). <safe> Try again in some minutes",
+        "what answered is not the hub, but a page of somebody else's. <safe> Log in to this network with a browser",
+        "the hub answered 403 (Forbidden). <safe> Ask its owner for access or run `hf auth login`",
+    ),
     90: (
         "train is given twice, in lines <a> and <b>.",
         "is empty",

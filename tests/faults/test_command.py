@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,7 +16,8 @@ from typer.testing import CliRunner
 import drawplate
 import drawplate.run as story
 from drawplate import cli
-from drawplate.errors import UsageError
+from drawplate.errors import NeedsNetwork, UsageError
+from drawplate.hub_answers import unanswered
 from drawplate.recipe import load_recipe
 from tests.faults.conftest import Server, values_of, write_recipe
 from tests.faults.rows import shows
@@ -141,3 +146,69 @@ def test_row_93_one_of_several_processes_touches_nothing(
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(pytest.fail.Exception):
         story.tune(recipe)  # the control: alone under a launcher it begins
+
+
+class Answering(BaseHTTPRequestHandler):
+    """A hub that gives everybody the same answer."""
+
+    def do_GET(self) -> None:
+        status, headers = self.server.answer  # type: ignore[attr-defined]
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": "7"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(b"<html/>")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """It answers with its `answer`: status and headers."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url, constants = f"http://127.0.0.1:{server.server_port}", "huggingface_hub.constants"
+    monkeypatch.setattr(f"{constants}.ENDPOINT", url)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path))
+    for module in (constants, "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "which"),
+    [(429, {"Retry-After": "120"}, 0), (500, {}, 1), (200, {}, 2), (403, {}, 3)],
+    ids=["too many", "its own fault", "a login page", "forbidden"],
+)
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_row_94_a_hub_that_answers_badly_is_quoted_with_when_to_try_again(
+    kind: str, status: int, headers: dict[str, str], which: int, hub: ThreadingHTTPServer, small: Path
+) -> None:
+    hub.answer = (status, headers)  # type: ignore[attr-defined]
+    values = values_of(small, Path("unused"))
+    if kind == "model":
+        values["model"]["name_or_path"] = "a/model"
+    else:
+        values["data"] = {"dataset": "a/set"}
+    with pytest.raises(NeedsNetwork) as error:
+        story.plan(load_recipe(values))
+    assert error.value.exit_code == 9
+    shows(94, str(error.value), which=which)
+    assert "a/" in error.value.next_step, "the command that fetches it"
+
+
+def test_row_94_control_without_any_answer_nothing_is_quoted() -> None:
+    assert unanswered("a/model", OSError("no route to host"), "fetch") is None

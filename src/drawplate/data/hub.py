@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from drawplate.data.table import RowOrProblem
 from drawplate.errors import DataError, NeedsNetwork, reason_of
+from drawplate.hub_answers import unanswered
 from drawplate.recipe import DataSection
 
 PROBE_SECONDS = 3.0
@@ -31,23 +32,50 @@ def dataset_rows(section: DataSection) -> Iterator[RowOrProblem]:
     """
     name, split, configuration = str(section.dataset), section.dataset_split, section.dataset_config
     import datasets  # here, because importing it takes a second
-    from datasets.exceptions import DatasetNotFoundError
 
     try:
         with _offline_if_unreachable():
             rows = datasets.load_dataset(name, *filter(None, [configuration]), split=split)
-    except (ConnectionError, DatasetNotFoundError) as error:
-        raise NeedsNetwork(
-            f"The dataset {name} is not on this machine and could not be fetched: {reason_of(error)}.",
-            safe="Nothing was loaded or written.",
-            next_step=f"With network: python -c \"import datasets; datasets.load_dataset('{name}', split='{split}')\"",
-        ) from None
     except Exception as error:  # a builder may raise anything for files it cannot read
-        raise _unreadable(name, error) from None
+        raise _refusal(name, split, error) from None
     try:
         yield from enumerate(rows, start=1)
     except (ValueError, OSError) as error:  # bytes that are no UTF-8, files that are gone
         raise _unreadable(name, error) from None
+
+
+def _refusal(name: str, split: str, error: Exception) -> DataError | NeedsNetwork:
+    """No network, a hub that does not answer as it should, no such dataset, or files that cannot be read."""
+    fetch = f"python -c \"import datasets; datasets.load_dataset('{name}', split='{split}')\""
+    if CHOICES.search(str(error)):
+        return _unreadable(name, error)
+    if answered := unanswered(f"The dataset {name} is not on this machine and", error, fetch):
+        return answered
+    if _is_not_found(error) and _hub_answers():
+        return DataError(
+            f"There is no public dataset {name} on the hub.",
+            safe="Nothing was loaded or written.",
+            next_step="Check the spelling of data.dataset, or run `hf auth login` if it is private.",
+        )
+    if isinstance(error, ConnectionError) or _is_not_found(error):
+        return NeedsNetwork(
+            f"The dataset {name} is not on this machine and could not be fetched: {reason_of(error)}.",
+            safe="Nothing was loaded or written.",
+            next_step=f"With network: {fetch}",
+        )
+    return _unreadable(name, error)
+
+
+def _is_not_found(error: Exception) -> bool:
+    from datasets.exceptions import DatasetNotFoundError
+
+    return isinstance(error, DatasetNotFoundError)
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_OFFLINE and _reachable(constants.ENDPOINT)
 
 
 def _unreadable(name: str, error: Exception) -> DataError:

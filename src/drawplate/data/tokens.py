@@ -74,12 +74,25 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             safe="Nothing was changed.",
             next_step="The folder needs tokenizer.json and tokenizer_config.json; copy them from the base model.",
         ) from None
+    if _is_empty(tokenizer):
+        raise DataError(
+            f"{folder} holds no tokenizer's vocabulary (no tokenizer.json).",
+            safe="Nothing was changed.",
+            next_step="The folder needs tokenizer.json and tokenizer_config.json; copy them from the base model.",
+        )
     if not tokenizer.is_fast:
         raise DataError(
             f"The tokenizer in {folder} gives no character offsets, so what the loss counts cannot be placed.",
             next_step="Use a model whose folder holds a tokenizer.json.",
         )
     return tokenizer
+
+
+def _is_empty(tokenizer: Tokenizer) -> bool:
+    """Whether it has control tokens alone: transformers builds such a one where a folder of Qwen's or Gemma's kind
+    has no tokenizer files."""
+    words = tokenizer.get_vocab()
+    return len(words) <= len(tokenizer.all_special_tokens) and set(words) <= set(tokenizer.all_special_tokens)
 
 
 def _refuse_code(folder: Path) -> None:

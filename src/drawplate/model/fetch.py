@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from drawplate.errors import IntegrityError, NeedsNetwork, UserError
+from drawplate.hub_answers import said_by, unanswered
 from drawplate.recipe import ModelSection, expand
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -68,8 +69,8 @@ def _fetch(section: ModelSection, patterns: list[str] | None = None) -> tuple[Pa
     except UserError:
         raise
     except Exception as error:  # the HTTP library's own, which another version of the client takes from another package
-        raise NeedsNetwork(
-            f"{name} is not on this machine and could not be fetched ({type(error).__name__}).",
+        raise unanswered(f"{name} is not on this machine and", error, f"`{command}`") or NeedsNetwork(
+            f"{name} is not on this machine and could not be fetched ({said_by(error)}).",
             safe="Nothing was trained or written; what was fetched so far is kept for the next attempt.",
             next_step=f"With a network run `{command}`, then start again.",
         ) from None
