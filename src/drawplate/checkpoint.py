@@ -34,6 +34,7 @@ from torch import Tensor
 
 from drawplate.durable import flush_to_disk
 from drawplate.errors import IntegrityError, StorageError, disk_refusal
+from drawplate.records import json_text
 from drawplate.units import MIB
 
 SCHEMA = 1
@@ -230,7 +231,7 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
 
 def json_pieces(values: Any) -> Iterator[bytes]:
     """A JSON file."""
-    yield json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n"
+    yield json_text(values, indent=1).encode() + b"\n"
 
 
 def _write_file(path: Path, pieces: Pieces) -> dict[str, Any]:

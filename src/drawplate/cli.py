@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -257,9 +258,9 @@ def _print_table(table: Any) -> None:
 
 
 def _print_json(result: Any) -> None:
-    from drawplate.records import to_json
+    from drawplate.records import json_text, to_json
 
-    print(json.dumps(to_json(result), indent=2, ensure_ascii=False))
+    print(json_text(to_json(result), indent=2, encoding=sys.stdout.encoding or "ascii"))
 
 
 def _print_checks(checks: list[Check]) -> None:

@@ -142,7 +142,7 @@ def _write_traceback(error: BaseException, run: Run, output: LibraryOutput) -> s
     """Into the run's log where it has begun, else into a temporary file; a sentence that names it, or says why not."""
     text = f"drawplate {__version__}: {' '.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"
     if run.folder is not None and run.wrote("recipe.yaml"):
-        with suppress(OSError), (run.folder / LOG_NAME).open("a", encoding="utf-8") as file:
+        with suppress(OSError), (run.folder / LOG_NAME).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             return f"The log is {file.name}."
     with (

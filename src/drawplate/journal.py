@@ -6,7 +6,6 @@ on takes every second one, so a run of any length keeps an even picture of itsel
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,16 @@ from typing import Any, Generic, TypeVar
 from drawplate.data.batches import Batch
 from drawplate.errors import FULL
 from drawplate.memory import memory_sample
-from drawplate.records import Evaluation, EvaluationPoint, MemoryPoint, Progress, StepRecord, from_json, to_json
+from drawplate.records import (
+    Evaluation,
+    EvaluationPoint,
+    MemoryPoint,
+    Progress,
+    StepRecord,
+    from_json,
+    json_text,
+    to_json,
+)
 from drawplate.units import format_bytes
 
 CURVE_POINTS = 2000
@@ -151,7 +159,7 @@ class Journal:
         """One line of metrics.jsonl."""
         if self._file is not None:
             line = {"event": event, "time": round(self.seconds, 3), **to_json(record)}
-            self._write_line(json.dumps(line, ensure_ascii=False))
+            self._write_line(json_text(line))
 
     def _write_line(self, line: str) -> None:
         """Training matters more than its log: a line that the disk refuses is lost, and the first is said."""

@@ -24,7 +24,7 @@ from drawplate.caches import release
 from drawplate.checkpoint import finished, good, keep_only, write_folder
 from drawplate.errors import DiskFull, StoppedSafely, StorageError, UsageError, disk_refusal
 from drawplate.plan.disk import RESERVE_BYTES
-from drawplate.records import to_json
+from drawplate.records import json_text, to_json
 from drawplate.units import format_bytes
 
 LOCK_NAME = "run.lock"
@@ -61,6 +61,7 @@ class RunFolder:
         Raises:
             StorageError: it does; nothing was touched.
         """
+        self._refuse_if_unnameable()
         if self.path.exists() and not self.path.is_dir():
             raise self._refusal("is not a folder")
         if self.path.is_dir():
@@ -68,6 +69,16 @@ class RunFolder:
             if any(not _is_nothing(child.name) for child in self.path.iterdir()):
                 raise self._refusal("is not empty")
         self._refuse_if_read_only()
+
+    def _refuse_if_unnameable(self) -> None:
+        try:
+            os.fsencode(self.path)
+        except UnicodeEncodeError:
+            raise StorageError(
+                f"The output folder {str(self.path)!a} has a name that this system's locale cannot write.",
+                safe="Nothing was loaded or written.",
+                next_step="Set LC_ALL=C.UTF-8, or choose a name in ASCII with --set output_dir=FOLDER.",
+            ) from None
 
     def _refuse_if_owned(self) -> None:
         owner = self._living_owner()
@@ -225,7 +236,7 @@ class RunFolder:
         target = self.path / name
         temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
         try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -273,11 +284,11 @@ class RunFolder:
 
     def write_json(self, name: str, record: Any) -> Path:
         """Write a record as indented JSON."""
-        return self.write_text(name, json.dumps(to_json(record), indent=2, ensure_ascii=False) + "\n")
+        return self.write_text(name, json_text(to_json(record), indent=2) + "\n")
 
     def write_lines(self, name: str, records: Iterable[Any]) -> Path:
         """Write records as one JSON line each."""
-        return self.write_text(name, "".join(json.dumps(to_json(r), ensure_ascii=False) + "\n" for r in records))
+        return self.write_text(name, "".join(json_text(to_json(r)) + "\n" for r in records))
 
     def _living_owner(self) -> str | None:
         try:

@@ -42,6 +42,9 @@ FAULTS: dict[int, str] = {
     100: "after training, the base model as released cannot be measured with the adapter",
     110: "a cache below something that is no folder",
     48: "libraries that warn, log, or write to standard error from C",
+    80: "rows, files and keys that cannot be read whole or learnt as they are meant",
+    81: "a chat template that closes no answer, a tokenizer without an end",
+    82: "a prompt longer than a window",
     91: "an exception that is not ours, of Python, torch, its compiler or safetensors",
     92: "standard error closed; a compiler's cache that cannot be made",
     93: "one of several processes under torchrun, accelerate or MPI",
@@ -139,6 +142,21 @@ SEES: dict[int, tuple[str, ...]] = {
     ),
     110: ("<folder> cannot be made: <file> is no folder",),
     48: (),
+    80: (
+        "<n> of <m> rows of <file> is left out, the first is row <k>: a message holds function_call",
+        "<file> is left out: line <n>, column <m>: a quote closes its cell and the cell goes on",
+        "<file>: not UTF-8, read as cp1252 (a guess: Western European",
+        "<file> is left out: only <endings> are read.",
+    ),
+    81: (
+        "The chat template closes the last answer of <n> of <m> conversations with no control token: the model will "
+        "not learn to stop.",
+        "The tokenizer has no end-of-sequence token, so nothing ends <n> of <m> training documents",
+    ),
+    82: (
+        "<n> of <m> training documents are longer than data.max_length (<n> tokens) and have answers that keep only "
+        "the end of what precedes them; <n> tokens of prompts are read nowhere.",
+    ),
     91: (
         "Memory ran out where the plan did not expect it (MemoryError: planted).",
         "Drawplate failed unexpectedly (KeyError: <error>).",

@@ -28,6 +28,7 @@ from drawplate.records.plan import (
 )
 from drawplate.records.round_trip import (
     from_json,
+    json_text,
     to_json,
 )
 from drawplate.records.run import (
@@ -88,5 +89,6 @@ __all__ = [
     "TokenLedger",
     "TrainingFacts",
     "from_json",
+    "json_text",
     "to_json",
 ]

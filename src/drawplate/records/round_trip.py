@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -31,6 +32,16 @@ def to_json(record: Any) -> Any:
     if isinstance(record, float) and not math.isfinite(record):
         return str(record)
     return record
+
+
+def json_text(values: Any, *, indent: int | None = None, encoding: str = "utf-8") -> str:
+    """Plain JSON values as text that the encoding can hold: readable, or escaped where a path has other bytes."""
+    text = json.dumps(values, indent=indent, ensure_ascii=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(values, indent=indent)
+    return text
 
 
 Record = TypeVar("Record")
