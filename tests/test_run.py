@@ -158,6 +158,8 @@ def test_the_numbers_of_the_record_agree_with_each_other(finished: tuple[RunReco
     assert record.memory.host_peak_bytes >= max(point.sample.process_bytes for point in record.memory_curve)
     assert set(record.phase_seconds) == {"read", "load", "rehearse", "baseline", "train", "final", "save"}
     assert record.model.self_check_difference < 1e-5
+    assert record.model.self_check.gradient_difference < 1e-4
+    assert record.model.self_check.packed == record.plan.packing
     intake = read_lines(folder / "intake.jsonl")
     assert sum(line["documents"] for line in intake) == data.documents
 
@@ -278,7 +280,7 @@ def test_a_model_that_is_not_carried_out_right_is_not_trained(
     with pytest.raises(NumericError, match=r"Self-check: .* would be trained wrongly"):
         story.tune(recipe)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(phases, "warning_of", lambda model, difference: "")  # without the guard it is trained
+    monkeypatch.setattr(phases, "warnings_of", lambda model, found: [])  # without the guard it is trained
     assert story.tune(recipe).training.optimizer_steps == 1
 
 

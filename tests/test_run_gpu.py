@@ -59,6 +59,7 @@ def a_whole_run(base: Path, corpus: Path, folder: Path, quantization=None, **sec
     assert 0 < record.memory.device_peak_bytes < 2**31
     assert record.model.self_check_difference is not None
     assert record.model.self_check_difference < 2e-2
+    assert record.model.self_check.gradient_difference < 0.15
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter")
     assert sum(float(p.abs().sum()) for n, p in tuned.named_parameters() if "lora_B" in n) > 0
     return record

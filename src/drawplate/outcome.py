@@ -40,6 +40,7 @@ from drawplate.records import (
     ModelFacts,
     RehearsedPhase,
     RunRecord,
+    SelfCheck,
     TimeFacts,
     TrainingFacts,
     from_json,
@@ -72,7 +73,7 @@ class Outcome:
     started: str
     model: CausalLM | None = None
     state: TrainState = field(default_factory=TrainState)
-    self_check_difference: float | None = None
+    self_check: SelfCheck | None = None
     scores: Measured = field(default_factory=dict)
     stop: StopSignals = field(default_factory=StopSignals)
     clock: Clock = field(default_factory=Clock)
@@ -125,7 +126,7 @@ class Outcome:
             "machine": to_json(self.machine),
             "versions": versions(),
             "started": self.started,
-            "self_check_difference": self.self_check_difference,
+            "self_check": to_json(self.self_check) if self.self_check else None,
             "scores": to_json(self.scores),
             "rehearsal": to_json(self.rehearsal),
             "peaks": self.peaks,
@@ -140,7 +141,7 @@ class Outcome:
         self.earlier_peaks = (device_bytes, host_bytes, resident[0] if resident else host_bytes)
         self.journal.take_up(kept["journal"])
         if measured:
-            self.self_check_difference = kept["self_check_difference"]
+            self.self_check = from_json(SelfCheck, kept["self_check"]) if kept.get("self_check") else None
             self.rehearsal = tuple(from_json(RehearsedPhase, phase) for phase in kept["rehearsal"])
             self.scores = {
                 name: tuple(from_json(DocumentScore, score) for score in scores)
@@ -213,7 +214,8 @@ class Outcome:
             layers=len(self.prepared.anatomy.layers),
             trainable_parameters=adapter.parameter_count if adapter else 0,
             frozen_bytes=(self.model.residency.device_bytes + self.model.residency.host_bytes) if self.model else 0,
-            self_check_difference=self.self_check_difference,
+            self_check_difference=self.self_check.loss_difference if self.self_check else None,
+            self_check=self.self_check,
             licence=licence_of(checkpoint.folder),
             stored_precision=checkpoint.quantized_precision or "",
             gguf_file=gguf_file_of(self.prepared.recipe.model),

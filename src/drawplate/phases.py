@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 
 from drawplate.checkpoint import good
-from drawplate.data.batches import cut_padded
 from drawplate.errors import StoppedSafely
 from drawplate.evaluate import total
 from drawplate.guards import StopRequested, Watchdog, leave_at_once, write_stacks
@@ -22,12 +21,12 @@ from drawplate.memory import memory_sample
 from drawplate.model.adapter import lora_config, read_adapter, save_adapter
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.self_check import self_check, warning_of
+from drawplate.model.self_check import in_words, self_check, warnings_of
 from drawplate.outcome import Outcome
 from drawplate.prepare import Prepared, evaluation_cutting, placement_of, train_cutting
 from drawplate.recipe import expand
-from drawplate.records import Evaluation
-from drawplate.rehearse import learn_overheads, rehearsed
+from drawplate.records import Evaluation, Sequence
+from drawplate.rehearse import learn_overheads, rehearsed, within_plan
 from drawplate.reopen import Reopened
 from drawplate.run_folder import CHECKPOINTS_NAME, START_NAME, RunFolder
 from drawplate.saving import Saving, where
@@ -35,7 +34,8 @@ from drawplate.screen import screen
 from drawplate.speed import forget_if_disturbed
 from drawplate.train import INITIAL_LOSS_SCALE, TrainTask, make_optimizer, rate_groups, schedule_of, train
 
-SELF_CHECK_TOKENS = 64
+SELF_CHECK_TOKENS = 48, 16
+"""Of the longest held-out window, and of the longest that is trained on."""
 
 
 def assembled(prepared: Prepared, journal: Journal) -> CausalLM:
@@ -52,18 +52,37 @@ def assembled(prepared: Prepared, journal: Journal) -> CausalLM:
 
 
 def load_model(outcome: Outcome) -> CausalLM:
-    """The model, checked against transformers' own loss on a short text where that was not done before."""
-    prepared, journal = outcome.prepared, outcome.journal
-    model = assembled(prepared, journal)
-    if outcome.self_check_difference is not None:
-        return model
-    sample = max(prepared.heldout.sequences, key=len)
-    start = slice(0, SELF_CHECK_TOKENS)
-    short = replace(sample, input_ids=sample.input_ids[start], counted=sample.counted[start])
-    outcome.self_check_difference = self_check(model, cut_padded([short], 1, 1, 0)[0])
-    if warning := warning_of(model, outcome.self_check_difference):
-        journal.on_warning(warning)
+    """The model, checked against transformers' own loss and gradient where that was not done before."""
+    model = assembled(outcome.prepared, outcome.journal)
+    if outcome.self_check is None:
+        check_model(outcome, outcome.prepared, model)
     return model
+
+
+def check_model(outcome: Outcome, prepared: Prepared, model: CausalLM) -> None:
+    """Compare its loss and gradient on two short texts, within what the plan has of the device; say what is wrong.
+
+    Raises:
+        NumericError: another model would be trained.
+    """
+    texts = [
+        _short(max(tokens.sequences, key=len), length)
+        for tokens, length in zip((prepared.heldout, prepared.train), SELF_CHECK_TOKENS, strict=True)
+    ]
+    with within_plan(prepared) as room_bytes:
+        outcome.self_check = self_check(model, texts, packed=prepared.plan.packing, room_bytes=room_bytes)
+    for warning in warnings_of(model, outcome.self_check):
+        outcome.journal.on_warning(warning)
+    if said := in_words(outcome.self_check):
+        outcome.journal.message(said)
+
+
+def _short(text: Sequence, length: int) -> Sequence:
+    """A part of it in which the loss counts tokens, if there is one."""
+    counted = text.counted.nonzero()[0]
+    start = max(0, min(int(counted[0]) - 1 if len(counted) else 0, len(text) - length))
+    part = slice(start, start + length)
+    return replace(text, input_ids=text.input_ids[part], counted=text.counted[part])
 
 
 def rehearse_worst(outcome: Outcome, folder: RunFolder) -> None:
@@ -71,10 +90,17 @@ def rehearse_worst(outcome: Outcome, folder: RunFolder) -> None:
     assert outcome.model is not None
     models, outcome.model, journal = [outcome.model], None, outcome.journal
     outcome.prepared, outcome.rehearsal = rehearsed(
-        outcome.prepared, models, folder.path, journal, lambda smaller: assembled(smaller, journal)
+        outcome.prepared, models, folder.path, journal, lambda smaller: _checked(outcome, smaller)
     )
     outcome.model = models[0]
     folder.write_json("plan.json", outcome.prepared.plan)
+
+
+def _checked(outcome: Outcome, prepared: Prepared) -> CausalLM:
+    """A model for another plan, which may compute its gradient in another way."""
+    model = assembled(prepared, outcome.journal)
+    check_model(outcome, prepared, model)
+    return model
 
 
 def measure_heldout(outcome: Outcome, model: CausalLM, name: str, step: int) -> Evaluation:

@@ -15,6 +15,7 @@ large card rehearses a small one. Left out: memory that other programs take late
 from __future__ import annotations
 
 import gc
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,12 +46,33 @@ MOST_ATTEMPTS = 3
 
 def enforce_cap(prepared: Prepared) -> None:
     """Let torch's allocator hold no more than memory.vram less the CUDA context; without a cap, all of the device."""
+    if prepared.device.type == "cuda":
+        _let_hold(prepared, prepared.recipe.memory.vram)
+
+
+@contextmanager
+def within_plan(prepared: Prepared) -> Iterator[int | None]:
+    """For a check that must not take more of the device than the plan says; yields how many bytes it may take, None on
+    a CPU."""
     if prepared.device.type != "cuda":
+        yield None
         return
-    total = torch.cuda.get_device_properties(prepared.device).total_memory
+    _let_go(prepared.device)
     asked = prepared.recipe.memory.vram
-    share = min(1.0, max(0, asked - measure_context(prepared.device).bytes) / total) if asked else 1.0
-    torch.cuda.set_per_process_memory_fraction(share, prepared.device)
+    most = _let_hold(prepared, min(asked or sys.maxsize, prepared.plan.predicted_bytes("device")))
+    free = torch.cuda.mem_get_info(prepared.device)[0]
+    try:
+        yield max(0, min(free, most - torch.cuda.memory_reserved(prepared.device)))
+    finally:
+        enforce_cap(prepared)
+
+
+def _let_hold(prepared: Prepared, device_bytes: int | None) -> int:
+    """Bytes that torch's allocator may hold, of so many on the device; None for all of it."""
+    total = torch.cuda.get_device_properties(prepared.device).total_memory
+    bound = total if not device_bytes else max(0, device_bytes - measure_context(prepared.device).bytes)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, bound / total), prepared.device)
+    return min(bound, total)
 
 
 def rehearsed(

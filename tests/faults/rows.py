@@ -40,6 +40,8 @@ FAULTS: dict[int, str] = {
     36: "empty folder, all duplicates, one document, near-duplicates",
     46: "Drawplate's own caches fill the disk; no room for the adapter",
     100: "after training, the base model as released cannot be measured with the adapter",
+    47: "memory too small for the self-check",
+    49: "a loss that is right with a gradient that is wrong",
     110: "a cache below something that is no folder",
     48: "libraries that warn, log, or write to standard error from C",
     80: "rows, files and keys that cannot be read whole or learnt as they are meant",
@@ -139,6 +141,12 @@ SEES: dict[int, tuple[str, ...]] = {
         "The unquantized base model was not measured with <adapter>: <reason>",
         "The base model as released was not measured with an adapter.",
         "on the 4-bit base model (nf4)",
+    ),
+    47: ("The self-check of loss and gradient was left out in part or whole: the device",),
+    49: (
+        "Self-check: <what is wrong>: <architecture> (model type <type>) is not carried out as it should be, and would "
+        "be trained wrongly.",
+        "Nothing was trained.",
     ),
     110: ("<folder> cannot be made: <file> is no folder",),
     48: (),

@@ -17,7 +17,8 @@ evaluation mode.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,18 @@ class LayerRunner:
         self._functions, self._eager = made(self.templates), functions(self.templates)
         less = [without_unused(template) for template in self.templates]
         self._again = self._functions if less == self.templates else made(less)
+
+    @contextmanager
+    def uncompiled(self, policy: str = "") -> Iterator[None]:
+        """Within, layers run as transformers wrote them; with `policy` that becomes of every layer's activations."""
+        kept, policies = (self._functions, self._again), list(self.policies)
+        again = functions([without_unused(template) for template in self.templates])
+        self._functions, self._again = self._eager, again
+        self.policies[:] = [policy or one for one in policies]
+        try:
+            yield
+        finally:
+            (self._functions, self._again), self.policies[:] = kept, policies
 
     def begin(self, token_keys_BT: Tensor | None) -> None:
         """A new micro-batch; keys switch dropout on for it."""

@@ -34,6 +34,32 @@ class StepRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelfCheck:
+    """Loss and gradient of short texts before training, against a reference (model/self_check.py).
+
+    Attributes:
+        loss_difference: relative, from transformers' own loss; None where that was not compared.
+        gradient_difference: norm of the difference from transformers' own gradient over that gradient's norm.
+        kept_difference: the same from the gradient of the same layers with their activations kept.
+        tensor, tensor_difference: the trained tensor that is furthest off, in its own measure.
+        missing: trained tensors that get no gradient where the reference has one.
+        tokens: of the texts.
+        packed: whether they shared a row.
+        left_out: why something was not compared; empty where all was.
+    """
+
+    loss_difference: float | None = None
+    gradient_difference: float | None = None
+    kept_difference: float | None = None
+    tensor: str = ""
+    tensor_difference: float = 0.0
+    missing: tuple[str, ...] = ()
+    tokens: int = 0
+    packed: bool = False
+    left_out: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """Which base model it was.
 
@@ -53,6 +79,7 @@ class ModelFacts:
     trainable_parameters: int = 0
     frozen_bytes: int = 0
     self_check_difference: float | None = None
+    self_check: SelfCheck | None = None
     licence: str = ""
     stored_precision: str = ""
     gguf_file: str = ""
