@@ -24,12 +24,13 @@ from drawplate.data.tokens import Tokenized, Tokenizer, load_tokenizer, tokenize
 from drawplate.device import machine, pick_device
 from drawplate.errors import DataError, UsageError
 from drawplate.memory import memory_sample
-from drawplate.model.adapter import lora_config, target_names
+from drawplate.model.adapter import left_out, lora_config, target_names
 from drawplate.model.anatomy import Anatomy, build_anatomy
 from drawplate.model.causal_lm import Placement
 from drawplate.model.footprint import layer_shapes, outer_footprints
+from drawplate.model.foreign import refusing
 from drawplate.model.storage import Storage
-from drawplate.model.support import walk
+from drawplate.model.support import require_practical, walk
 from drawplate.model.weights import Checkpoint, open_checkpoint
 from drawplate.plan.advise import Learner, advise, advised_adapter
 from drawplate.plan.choose import CorpusShape, Obstacles, Situation, choose, choose_compute_dtype, choose_max_length
@@ -90,6 +91,7 @@ def prepare(recipe: Recipe) -> Prepared:
     said = (*(f"{line} {ALL_OF_THEM}" for line in corpus.left_out), *sides.warnings)
     said += cautions(sides.train, training, tokenizer, max_length)
     said += not_read(heldout.ledger, "held-out", max_length)
+    said += left_out_of(advised, anatomy)
     chosen = replace(chosen, warnings=said + chosen.warnings)
     return Prepared(
         recipe=advised,
@@ -104,6 +106,17 @@ def prepare(recipe: Recipe) -> Prepared:
         device=device,
         general=general,
     )
+
+
+def left_out_of(recipe: Recipe, anatomy: Anatomy) -> tuple[str, ...]:
+    """A warning where all-linear does not mean every linear layer of this architecture."""
+    if recipe.lora.filled().target_modules != "all-linear":
+        return ()
+    names = left_out(lora_config(recipe.lora, anatomy, recipe.model.name_or_path, None), anatomy)
+    if not names:
+        return ()
+    why = "the model never calls them as layers, or PEFT takes no adapter for them"
+    return (f"lora.target_modules: all-linear leaves out {', '.join(names)} of {anatomy.architecture}: {why}.",)
 
 
 def read_sides(recipe: Recipe, render: ChatRenderer) -> tuple[Corpus, Split]:
@@ -285,6 +298,7 @@ def max_positions(checkpoint: Checkpoint) -> int:
 
 def model_shape(anatomy: Anatomy, recipe: Recipe) -> ModelShape:
     """The numbers that memory and time depend on, read off the meta-device module, with the adapter that is advised."""
+    require_practical(anatomy)
     section, _ = advised_adapter(recipe.lora, anatomy.config.hidden_size)
     config = lora_config(section, anatomy, recipe.model.name_or_path, None)
     targets = target_names(config, anatomy)
@@ -350,7 +364,8 @@ def plan_for_lengths(
     launched: bool = False,
 ) -> Plan:
     """The plan for windows of these lengths in tokens, on this machine; `launched` for somebody else's loop."""
-    return choose(replace(situation_of(recipe, checkpoint, anatomy), launched=launched), corpus, max_length)
+    with refusing(anatomy.architecture):
+        return choose(replace(situation_of(recipe, checkpoint, anatomy), launched=launched), corpus, max_length)
 
 
 def obstacles_of(anatomy: Anatomy) -> Obstacles:

@@ -57,6 +57,11 @@ class Batch:
     counted_tokens: int
     documents: tuple[str, ...]
 
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest sequence; padding, which is numbered like one, counts only where it is longer."""
+        return int(self.position_ids_BT.max()) + 1
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device; to CUDA from pinned memory, without waiting for the copy."""
         device = torch.device(device)

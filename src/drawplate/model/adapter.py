@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from drawplate.errors import IntegrityError, UsageError
 from drawplate.model.adapter_home import pattern_for, require_loadable
 from drawplate.model.anatomy import Anatomy
+from drawplate.model.body_footprint import walked
 from drawplate.model.host_adapter import HostAdapter
 from drawplate.recipe import LoraSection
 
@@ -33,6 +34,8 @@ PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 BASE_NAME = "base_precision.json"
+ALWAYS_CALLED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+"""Linear layers that every family calls as modules, so that nothing need be walked to know it."""
 PEFT_REFUSES = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), frozenset({"out_proj"}))
 """Linear layers that PEFT (0.19 to 0.21) takes no adapter for, by model type: they are left out of all-linear."""
 
@@ -58,7 +61,7 @@ def lora_config(section: LoraSection, anatomy: Anatomy, base_model: str, revisio
         inference_mode=True,
     )
     if targets == "all-linear":
-        config.target_modules = sorted({name.rpartition(".")[2] for name in _all_linear(anatomy)})
+        config.target_modules = _all_linear(anatomy)
     found = {name.rpartition(".")[2] for name in target_names(config, anatomy)}
     wanted = set() if isinstance(targets, str) else {t.rpartition(".")[2] for t in targets}
     if not linear_names(anatomy):
@@ -79,10 +82,28 @@ def lora_config(section: LoraSection, anatomy: Anatomy, base_model: str, revisio
 
 
 def _all_linear(anatomy: Anatomy) -> list[str]:
-    """The linear layers that all-linear means: those that PEFT takes. It refuses some of Mamba's by their names."""
+    """What all-linear means, as `target_modules`: the layers that are called as modules and that PEFT takes."""
+    names = linear_names(anatomy)
     kind = getattr(anatomy.home.config, "model_type", None)
     refused = PEFT_REFUSES.get(str(kind), frozenset())
-    return [name for name in linear_names(anatomy) if name.rpartition(".")[2] not in refused]
+    idle = set[str]()
+    shared = getattr(anatomy.config, "num_kv_shared_layers", None)  # Gemma 3n and 4: some keys are another layer's
+    if shared or not {leaf_of(name) for name in names} <= ALWAYS_CALLED:
+        idle = {f"{anatomy.layers_path}.{path}" for path in walked(anatomy).idle}
+    partly = {leaf_of(name) for name in idle}
+    left = [name for name in names if name not in idle and leaf_of(name) not in refused]
+    return sorted({saved_name(name, anatomy) if leaf_of(name) in partly else leaf_of(name) for name in left})
+
+
+def left_out(config: LoraConfig, anatomy: Anatomy) -> list[str]:
+    """Last names of the linear layers that have no adapter, though all of them were asked for."""
+    taken = target_names(config, anatomy)
+    return sorted({leaf_of(name) for name in linear_names(anatomy) if name not in taken})
+
+
+def leaf_of(name: str) -> str:
+    """The last part of a module's name."""
+    return name.rpartition(".")[2]
 
 
 def _name_no_others(config: LoraConfig, anatomy: Anatomy) -> None:

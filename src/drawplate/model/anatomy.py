@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from drawplate.errors import UsageError
+from drawplate.errors import UsageError, reason_of
 from drawplate.model import causal_attention
 from drawplate.model.adapter_home import Home, home_of
 from drawplate.model.attention import NAME, register
+from drawplate.model.foreign import refusing
+from drawplate.model.rotary import by_document
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,19 @@ class Anatomy:
         """Whether a GPU attends to packed documents one by one: torch's kernel for all of them takes no soft cap of the
         scores (Gemma 2), heads of at most 256 features, a multiple of 8, and no GPU before Ampere (model/attention.py).
         """
-        heads = getattr(self.config, "num_attention_heads", None) or 1
-        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         capped = bool(getattr(self.config, "attn_logit_softcapping", None))
-        return capped or size > 256 or size % 8 > 0 or not causal_attention.flash_runs
+        unfit = any(size > 256 or size % 8 > 0 for size in self.head_sizes)
+        return capped or unfit or not causal_attention.flash_runs
+
+    @property
+    def head_sizes(self) -> set[int]:
+        """Features of an attention head, by the layers' modules (Gemma 4's differ), else by the configuration."""
+        found = {getattr(module, "head_dim", None) for layer in self.layers for module in layer.modules()}
+        sizes = {size for size in found if isinstance(size, int) and size > 0}
+        if sizes:
+            return sizes
+        heads = getattr(self.config, "num_attention_heads", None) or 1
+        return {getattr(self.config, "head_dim", None) or self.config.hidden_size // heads}
 
     @property
     def softcap(self) -> float | None:
@@ -67,9 +78,12 @@ class Anatomy:
 
     @property
     def logit_scale(self) -> float:
-        """Factor on the logits: Cohere multiplies by logit_scale, Granite divides by logits_scaling."""
+        """Factor on the logits: Cohere multiplies by logit_scale, HyperCLOVA X by logits_scaling, Falcon-H1 by
+        lm_head_multiplier; Granite divides by logits_scaling."""
+        if (factor := getattr(self.config, "lm_head_multiplier", None)) is not None:
+            return float(factor)
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:
-            return 1.0 / divisor
+            return float(divisor) if self.config.model_type == "hyperclovax" else 1.0 / divisor
         return float(getattr(self.config, "logit_scale", None) or 1.0)
 
     @property
@@ -93,6 +107,13 @@ def build_anatomy(config: PretrainedConfig, *, attention: str = NAME) -> Anatomy
     if type(config) is not type(whole):  # the class around a text model decides what is tied in it
         config.tie_word_embeddings = bool(getattr(whole, "tie_word_embeddings", False))
     name = (config.architectures or [config.model_type])[0]
+    with refusing(name):
+        skeleton = _skeleton(config, attention, name)
+        return _anatomy(whole, config, skeleton, name)
+
+
+def _skeleton(config: PretrainedConfig, attention: str, name: str) -> nn.Module:
+    """transformers' module without data, as a reference just as transformers wrote it."""
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
@@ -103,11 +124,20 @@ def build_anatomy(config: PretrainedConfig, *, attention: str = NAME) -> Anatomy
             next_step="Choose a model such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",
         ) from None
     except ValueError as error:
+        unknown = str(error).startswith("Unrecognized configuration class")
+        why = "it has no text-only class" if unknown else reason_of(error)
         raise UsageError(
-            f"{name} is not a causal language model that transformers can build: {error}",
+            f"{name} is not a causal language model that transformers can build: {why}.",
+            safe="Nothing was loaded or written.",
             next_step="Choose a decoder-only model such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",
         ) from None
     skeleton.requires_grad_(False)
+    if attention == NAME:
+        by_document(skeleton)
+    return skeleton
+
+
+def _anatomy(whole: PretrainedConfig, config: PretrainedConfig, skeleton: Any, name: str) -> Anatomy:
     layers_path, layers = _decoder_layers(skeleton, config, name)
     embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     if embedding is None or not isinstance(head, nn.Linear):
@@ -131,6 +161,12 @@ def _decoder_layers(skeleton: nn.Module, config: Any, name: str) -> tuple[str, n
         for path, module in skeleton.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
     ]
+    if len(lists) != 1 and hasattr(config, "decoder_layers"):
+        raise UsageError(
+            f"{name} is the decoder of an encoder-decoder model, which Drawplate does not train.",
+            safe="Nothing was loaded or written.",
+            next_step="Choose a decoder-only model such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",
+        )
     if len(lists) != 1:
         raise UsageError(
             f"{name} has {len(lists)} lists of {config.num_hidden_layers} layers where one was expected.",

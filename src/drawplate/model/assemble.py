@@ -39,7 +39,7 @@ from drawplate.model.layers import ExecutedLayer
 from drawplate.model.outside import fill_outside
 from drawplate.model.residency import LayerLayout, Residency
 from drawplate.model.storage import FP8_CAPABILITY, FP8_MULTIPLE, PLAIN_DTYPES, Storage
-from drawplate.model.support import require_streamable, walk
+from drawplate.model.support import require_practical, require_streamable, walk
 from drawplate.model.weights import Checkpoint
 
 
@@ -70,6 +70,7 @@ def assemble(
     """
     anatomy = build_anatomy(checkpoint.config)
     anatomy.skeleton.eval()
+    require_practical(anatomy)
     config = lora(anatomy) if callable(lora) else lora
     tiers = placement.tiers(len(anatomy.layers))
     targets = target_names(config, anatomy)

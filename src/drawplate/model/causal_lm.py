@@ -30,6 +30,7 @@ from drawplate.model.head import Head
 from drawplate.model.layers import LayerRunner
 from drawplate.model.loss import head_cross_entropy
 from drawplate.model.residency import Residency
+from drawplate.model.rotary import longest_text
 from drawplate.model.storage import Storage
 
 
@@ -175,6 +176,14 @@ class CausalLM:
                 f"The tokenizer gives the token {largest}, and the model's embedding has {rows} rows.",
                 safe="What was saved before stays.",
                 next_step="Use the tokenizer that belongs to the base model, or a model with a larger embedding.",
+            )
+        longest = longest_text(self.anatomy.config)
+        if longest is not None and batch.longest_document > longest:
+            raise UsageError(
+                f"{self.anatomy.architecture} has rotary tables that grow with a text of more than {longest} tokens "
+                "(rope_type: dynamic), which Drawplate does not follow.",
+                safe="What was saved before stays.",
+                next_step=f"Set data.max_length: {longest}, or less.",
             )
         if self.unpackable and batch.cu_seqlens is not None and len(batch.documents) > 1:
             raise UsageError(

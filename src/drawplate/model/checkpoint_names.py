@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from drawplate.errors import IntegrityError
 from drawplate.model.anatomy import Anatomy
@@ -39,17 +42,28 @@ class CheckpointNames:
 
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy) -> None:
         self.checkpoint = checkpoint
-        self.skeleton = anatomy.skeleton
+        self.skeleton: Any = anatomy.skeleton
         self.prefix = f"{anatomy.skeleton.base_model_prefix}."
         self.architecture = anatomy.architecture
+        self._renamed: dict[str, str] | None = None
 
     def name_of(self, name: str) -> str | None:
         """The checkpoint's name of a tensor, None where it has none."""
         bare = name.removeprefix(self.prefix)
-        candidates = [name, bare, self.prefix + name, f"language_model.{name}", f"model.language_model.{bare}"]
+        candidates = [name, bare, self.prefix + name]
+        candidates += [f"language_model.{name}", f"model.language_model.{bare}", f"model.text_model.{bare}"]
         if name == "lm_head.weight":
             candidates += ["embed_out.weight"]
-        return next((candidate for candidate in candidates if candidate in self.checkpoint.files), None)
+        found = next((candidate for candidate in candidates if candidate in self.checkpoint.files), None)
+        return found or next((self._by_rule[c] for c in candidates if c in self._by_rule), None)
+
+    @property
+    def _by_rule(self) -> dict[str, str]:
+        """transformers' own rules for names that changed (get_model_conversion_mapping): new name -> name on disk."""
+        if self._renamed is None:
+            rules = [rule for rule in get_model_conversion_mapping(self.skeleton) if type(rule) is WeightRenaming]
+            self._renamed = {_renamed(name, rules): name for name in self.checkpoint.files}
+        return self._renamed
 
     def require_all(self, wanted: Iterable[str]) -> None:
         """Refuse a checkpoint that lacks tensors, before anything is read.
@@ -97,3 +111,9 @@ class CheckpointNames:
                 safe="Nothing was trained or written.",
                 next_step="Fetch the model again; its files do not belong together.",
             )
+
+
+def _renamed(name: str, rules: Sequence[WeightRenaming]) -> str:
+    for rule in rules:
+        name = rule.rename_source_key(name)[0]
+    return name

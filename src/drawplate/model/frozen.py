@@ -160,6 +160,7 @@ class FrozenLinear(nn.Module):
         dropout: share of the adapter's input dropped where a `dropout_key` is given.
 
     Attributes:
+        changed_in_place: its caller changes what it is given (OLMo clips), and is given a copy.
         computed_again: False where a layer's backward does not need this output (model/unused_products.py).
         output_used: False in a copy that is run for its backward alone: the output is zeros then, no product is made.
     """
@@ -173,6 +174,7 @@ class FrozenLinear(nn.Module):
         self.group: Group | None = None
         self.place_in_group = 0
         self.computed_again = self.output_used = True
+        self.changed_in_place = False
         self.stored_names = tuple(storage.specs(self.out_features, self.in_features))
         for name, (shape, dtype) in storage.specs(self.out_features, self.in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -197,7 +199,9 @@ class FrozenLinear(nn.Module):
             storage, stored = self._given()
             facts = (self.output_used, self.out_features, self.in_features, storage.precision, storage.double_quant)
             y = _FrozenLinear.apply(x, *facts, *stored)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.bias is not None:
+            return y + self.bias.to(y.dtype)
+        return y.clone() if self.changed_in_place else y
 
     def _given(self) -> tuple[Storage, list[Tensor]]:
         """The weight as it was handed over: as stored, or dequantized."""

@@ -35,6 +35,7 @@ def freeze_linears(layer: nn.Module, path: str, storage: Storage, config: LoraCo
             frozen = FrozenLinear(
                 child, storage, rank=rank, scaling=scaling_of(config), dropout=config.lora_dropout if rank else 0.0
             )
+            frozen.changed_in_place = getattr(getattr(parent, "config", None), "clip_qkv", None) is not None
             setattr(parent, name, frozen)
         for names in SAME_INPUT:
             found = [getattr(parent, name, None) for name in names]

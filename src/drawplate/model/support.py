@@ -50,12 +50,14 @@ class Walk:
         obstacle: why layers cannot be streamed or recomputed on their own; empty where they can.
         unpackable: why several documents cannot share a row; empty where they can.
         unused: for each layer, the linear layers that need not be computed again for its backward.
+        idle: paths, below the list of layers, of the linear layers that are never called as modules.
     """
 
     extras: tuple[int | None, ...]
     obstacle: str = ""
     unpackable: str = ""
     unused: tuple[tuple[str, ...], ...] = ()
+    idle: tuple[str, ...] = ()
 
 
 class _Recorder(nn.Module):
@@ -79,6 +81,13 @@ class _Recorder(nn.Module):
         self.calls += 1
         self.called_with = (hidden_states, args, kwargs)
         given = {"its hidden states": hidden_states, **{f"argument {i + 1}": a for i, a in enumerate(args)}, **kwargs}
+        if hidden_states.dim() != len(PROBE_SHAPE) + 1:
+            raise UsageError(
+                f"{type(self._template).__name__} takes hidden states of {hidden_states.dim()} dimensions instead of "
+                f"{len(PROBE_SHAPE) + 1}, and Drawplate cannot run such layers one at a time.",
+                safe="Nothing was loaded or written.",
+                next_step="Choose a model such as Llama, Mistral, Qwen, Gemma, Phi, SmolLM or OLMo.",
+            )
         before = Watched(given | self._shared)
         self._look_at(before, hidden_states)
         with attention.watched() as calls, torch.enable_grad():
@@ -132,10 +141,11 @@ def walk(anatomy: Anatomy) -> Walk:
     if needs:
         raise _refused(name, f"{needs}, which an earlier layer returns beside its hidden states")
     _dissolve_groups(templates, called)
-    idle = sorted({path.rpartition(".")[2] for path, module in _adapted(templates) if path not in called})
-    if idle:
+    idle = tuple(path for path, _ in _linears(templates) if path not in called)
+    if without := sorted({path.rpartition(".")[2] for path, _ in _adapted(templates) if path in idle}):
         raise UsageError(
-            f"lora.target_modules: {name} never calls {', '.join(idle)} as a layer, so an adapter there has no effect.",
+            f"lora.target_modules: {name} never calls {', '.join(without)} as a layer, so an adapter there has no "
+            "effect.",
             safe="Nothing was loaded or written.",
             next_step="Name other layers in lora.target_modules.",
         )
@@ -143,7 +153,7 @@ def walk(anatomy: Anatomy) -> Walk:
     side_door = next((f"layer {i} {r.side_door}" for i, r in enumerate(recorders) if r.side_door), "")
     extras = tuple(recorder.extras for recorder in recorders)
     obstacle = side_door or _shared_tensors(templates)
-    return Walk(extras, obstacle, unpackable, () if obstacle else _unused(templates, recorders))
+    return Walk(extras, obstacle, unpackable, () if obstacle else _unused(templates, recorders), idle)
 
 
 def _watched_walk(anatomy: Anatomy, templates: Sequence[nn.Module]) -> tuple[list[_Recorder], dict[str, Tensor], str]:
@@ -227,6 +237,21 @@ def _unpackable(name: str, templates: Sequence[nn.Module], recorders: Sequence[_
     return "" if untold is None else f"layer {untold} does not tell its attention where documents begin"
 
 
+def require_practical(anatomy: Anatomy) -> None:
+    """Refuse what would be right, but takes minutes to plan or a thousand times the memory.
+
+    Raises:
+        UsageError: the architecture is named, with the reason.
+    """
+    config, why = anatomy.config, ""
+    if config.model_type in ("mamba", "falcon_mamba"):
+        why = "transformers computes its state one token at a time, which takes minutes where others take seconds"
+    if getattr(config, "hidden_size_per_layer_input", None):
+        why = "its layers look embeddings of their own up by token, which Drawplate does not hand to them yet"
+    if why:
+        raise _refused(anatomy.architecture, why)
+
+
 def require_streamable(anatomy: Anatomy, found: Walk, tiers: Sequence[str], policies: Sequence[str]) -> None:
     """Refuse to stream or recompute layers that are not on their own.
 
@@ -271,6 +296,14 @@ def _shared_tensors(templates: Sequence[nn.Module]) -> str:
     return ""
 
 
+def _linears(templates: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Frozen or not, with their paths below the list of layers."""
+    for i, template in enumerate(templates):
+        for path, module in template.named_modules():
+            if isinstance(module, (nn.Linear, FrozenLinear)):
+                yield f"{i}.{path}", module
+
+
 def _adapted(templates: Sequence[nn.Module]) -> Iterator[tuple[str, FrozenLinear]]:
     for i, template in enumerate(templates):
         for path, module in template.named_modules():
@@ -292,26 +325,27 @@ def _in_place_of(layers: nn.ModuleList, recorders: Sequence[nn.Module]) -> Itera
 
 @contextmanager
 def _counting_calls(templates: Sequence[nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """The frozen linear layers that are called, each with its last input; they give tensors of the right shape."""
+    """The linear layers that are called, each with its last input; they give tensors of the right shape."""
     called: dict[str, Tensor] = {}
-    linears = [
-        (f"{i}.{path}", module)
-        for i, template in enumerate(templates)
-        for path, module in template.named_modules()
-        if isinstance(module, FrozenLinear)
-    ]
-    for name, module in linears:
-        object.__setattr__(module, "forward", _shape_of_output(name, module, called))
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in _linears(templates):
+        names.setdefault(module, []).append(name)
+    before = [(module, vars(module).get("forward")) for module in names]
+    for module, own_names in names.items():
+        object.__setattr__(module, "forward", _shape_of_output(own_names, module, called))
     try:
         yield called
     finally:
-        for _, module in linears:
-            object.__delattr__(module, "forward")
+        for module, own in before:
+            if own is None:
+                object.__delattr__(module, "forward")
+            else:
+                object.__setattr__(module, "forward", own)
 
 
-def _shape_of_output(name: str, module: FrozenLinear, called: dict[str, Tensor]) -> Any:
+def _shape_of_output(names: Sequence[str], module: Any, called: dict[str, Tensor]) -> Any:
     def forward(x: Tensor) -> Tensor:
-        called[name] = x
+        called.update(dict.fromkeys(names, x))
         return x.new_zeros((*x.shape[:-1], module.out_features))
 
     return forward

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from drawplate.errors import UsageError
+from drawplate.model.foreign import refusing
+from drawplate.model.rotary import LONG, long_table
 
 UNWRITTEN = -77
 """What a table holds before it is computed; no table holds it everywhere."""
@@ -32,7 +34,10 @@ def computed_tables(skeleton: nn.Module, module: nn.Module, device: torch.device
         return {}
     module._buffers.update(tables)
     try:
-        skeleton._init_weights(module)  # type: ignore[operator]
+        if LONG in tables:
+            tables[LONG].copy_(long_table(module))
+        with refusing(type(skeleton).__name__):
+            skeleton._init_weights(module)  # type: ignore[operator]
         made = {name: module.get_buffer(name) for name in tables}
     finally:
         module._buffers.update(own)
