@@ -19,12 +19,12 @@ from drawplate.report import sections
 from drawplate.report.chart import render_svg, swatch
 from drawplate.report.evaluation_view import change_rows, intervals_svg, leak_sentences, token_rows
 from drawplate.report.figures import Figure, loss_figure, memory_figure
+from drawplate.report.next_command import next_commands
 from drawplate.report.plan_view import plan_section
 from drawplate.report.visible import visible
 from drawplate.report.wording import (
     adapter_facts,
     folder_name,
-    next_commands,
     run_facts,
     verdict,
 )

@@ -16,16 +16,15 @@ from rich.text import Text
 from drawplate.compare import Change
 from drawplate.records import ModelScore, RunRecord
 from drawplate.report.comparisons import measured
+from drawplate.report.next_command import NextCommand, next_commands
 from drawplate.report.sections import all_warnings
 from drawplate.report.visible import visible
 from drawplate.report.wording import (
     Fact,
-    NextCommand,
     Verdict,
     data_facts,
     format_figure,
     memory_facts,
-    next_commands,
     places,
     plural,
     score_facts,
