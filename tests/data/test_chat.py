@@ -4,10 +4,13 @@ import copy
 import datetime
 
 import pytest
+import yaml
 
 from drawplate.data.chat import chat_renderer, writes_a_date
 from drawplate.data.tokens import tokenize
 from drawplate.errors import DataError
+from drawplate.prepare import renderer_of, with_template_date
+from drawplate.recipe import load_recipe
 from drawplate.records import Document
 
 TALK = [
@@ -240,3 +243,16 @@ def test_a_date_in_a_template_is_the_one_that_is_given(tokenizer):
     assert writes_a_date(dated)
     assert not writes_a_date(tokenizer)
     assert chat_renderer(dated, then)([ASKED, ANSWER]).text.startswith("26 Jul 2024<|im_start|>user")
+
+
+def test_a_run_keeps_the_date_of_its_first_day_in_its_recipe(tokenizer):
+    values = {"model": {"name_or_path": "m"}, "data": {"files": ["a.txt"]}}
+    dated = with_template(tokenizer, "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template)
+    assert with_template_date(load_recipe(values), tokenizer).data.template_date is None, "there is no date in it"
+    first_day = with_template_date(load_recipe(values), dated)
+    then = first_day.data.template_date
+    assert then is not None
+    again = load_recipe(yaml.safe_load(first_day.to_yaml()))
+    assert with_template_date(again, dated) == first_day, "a later day takes the first day's"
+    rendered = renderer_of(dated, again.data.template_date)([ASKED, ANSWER]).text
+    assert rendered.startswith(then.strftime("%d %b %Y") + "<|im_start|>")

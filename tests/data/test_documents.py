@@ -430,3 +430,25 @@ def test_documents_are_grouped_by_folder_or_file(tmp_path):
         f"{tmp_path.name}/{n}" for n in ("a/one.txt", "a/two.txt", "b/three.txt")
     }
     assert {document.group for document in read(tmp_path).documents} == {""}
+
+
+@pytest.mark.parametrize(("asked", "found"), [("brief", ["short"]), (None, None), ("third", None)])
+def test_a_configuration_of_a_dataset_is_named_or_the_list_is_given(tmp_path, monkeypatch, asked, found):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(hub, "_reachable", lambda endpoint: True)
+    two = tmp_path / "two"
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("long", "brief")]
+    for name, text in (("long", "a long text"), ("brief", "short")):
+        write_rows(two.parent / f"{name}.jsonl", [{"text": text}])
+    two.mkdir()
+    for name in ("long", "brief"):
+        (two.parent / f"{name}.jsonl").rename(two / f"{name}.jsonl")
+    (two / "README.md").write_text("---\nconfigs: " + json.dumps(configs) + "\n---\n")
+    section = DataSection(dataset=str(two), dataset_config=asked)
+    if found:
+        assert texts(read_documents(section, [])) == found
+        return
+    with pytest.raises(DataError, match="'long', 'brief'") as caught:
+        read_documents(section, [])
+    assert "data.dataset_config" in caught.value.next_step

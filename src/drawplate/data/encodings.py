@@ -4,7 +4,8 @@ UTF-8; UTF-16 and UTF-32 with their mark; UTF-16 without one where every other b
 recipe (`data.encoding`) or the page itself names; then Windows-1252, if the text looks Western. Anything else is
 refused rather than guessed at. A guess is a remark, which the intake and the screen show; and where a few bytes of a
 UTF-8 file are broken, the remark says how many became U+FFFD. (charset-normalizer guesses more, and on short texts it
-guesses wrong: three lines of French in Windows-1252 come out as cp1250 or mac_latin.)
+guesses wrong: of five samples of French, Spanish and German in Windows-1252 it took all five for cp1250 and got the
+words of one.)
 
 A file is read through once for the answer, in chunks, so that a table need not fit in memory.
 """
