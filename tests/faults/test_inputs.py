@@ -126,8 +126,11 @@ def test_row_27_a_configuration_that_asks_for_code_is_refused_and_not_imported(
     canary = tmp_path / "canary"
     (base / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w')\n")
     config = json.loads((base / "config.json").read_text())
-    asked = {"auto_map": {"AutoConfig": "modeling_evil.Evil"}, "_attn_implementation": "nobody/kernel"}
-    (base / "config.json").write_text(json.dumps({**config, key: asked[key]}))
+    asked = {
+        "auto_map": {"auto_map": {"AutoConfig": "modeling_evil.Evil"}, "model_type": "evil"},
+        "_attn_implementation": {"_attn_implementation": "nobody/kernel"},
+    }
+    (base / "config.json").write_text(json.dumps({**config, **asked[key]}))
     with pytest.raises(IntegrityError) as error:
         plan(small, model={"name_or_path": str(base)})
     shows(27, str(error.value))

@@ -132,7 +132,10 @@ def test_a_pickle_is_never_opened(copy: Path, tmp_path: Path, name: str) -> None
 def test_code_that_comes_with_a_model_is_never_imported(copy: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     (copy / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})\nclass Evil: pass\n")
+    before = nats_of(copy, Storage("fp32"))
     edit_config(copy, auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+    assert nats_of(copy, Storage("fp32")) == before, "an architecture that transformers has is read as it has it"
+    edit_config(copy, model_type="evil")
     assert refused(copy, IntegrityError, "asks to run code").exit_code == 8
     assert not canary.exists()
 

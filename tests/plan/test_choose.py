@@ -259,6 +259,10 @@ def test_patience_without_evaluations_is_said_to_do_nothing() -> None:
         ({"fp16": True}, {}, machine_of(), "float16"),
         ({"bf16": True}, {}, machine_of("cpu", bf16=False), "bfloat16"),
         ({}, {"bnb_4bit_compute_dtype": "float32"}, machine_of(), "float32"),
+        ({}, {"precision": "fp32"}, machine_of(), "float32"),
+        ({}, {"precision": "fp32", "bnb_4bit_compute_dtype": "bfloat16"}, machine_of(), "bfloat16"),
+        ({"bf16": True}, {"precision": "fp32"}, machine_of(), "bfloat16"),
+        ({}, {"precision": "bf16"}, machine_of(), "bfloat16"),
     ],
 )
 def test_arithmetic_is_what_the_machine_is_good_at(

@@ -20,10 +20,12 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from drawplate.errors import IntegrityError, UsageError
+from drawplate.errors import IntegrityError, UsageError, reason_of
+from drawplate.model.adapter_config import CONFIG_NAME, WEIGHTS_NAME, ranks_of, read_adapter_config
 from drawplate.model.adapter_home import pattern_for, require_loadable
 from drawplate.model.anatomy import Anatomy
 from drawplate.model.body_footprint import walked
@@ -31,8 +33,6 @@ from drawplate.model.host_adapter import HostAdapter
 from drawplate.recipe import LoraSection
 
 PREFIX = "base_model.model."
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
 BASE_NAME = "base_precision.json"
 ALWAYS_CALLED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 """Linear layers that every family calls as modules, so that nothing need be walked to know it."""
@@ -143,11 +143,6 @@ def saved_name(name: str, anatomy: Anatomy) -> str:
     return anatomy.home.layers_path + name.removeprefix(anatomy.layers_path)
 
 
-def scaling_of(config: LoraConfig) -> float:
-    """alpha / r, or alpha / sqrt(r) with rank stabilisation (Kalajdzievski 2023)."""
-    return float(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
-
-
 class Adapter:
     """The trained tensors of all layers.
 
@@ -248,15 +243,7 @@ class Adapter:
             IntegrityError: a tensor is missing, left over, or of another shape.
         """
         own = self.named_tensors()
-        wrong = sorted(own.keys() ^ state.keys()) + sorted(
-            name for name in own.keys() & state.keys() if own[name].shape != state[name].shape
-        )
-        if wrong:
-            raise IntegrityError(
-                f"{origin} does not fit this model: {len(wrong)} tensors are missing, left over or of another shape,"
-                f" the first {wrong[0]}.",
-                next_step="Use the adapter with the base model named in its adapter_config.json.",
-            )
+        _require_same(state, {name: tuple(tensor.shape) for name, tensor in own.items()}, origin)
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
@@ -304,23 +291,46 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter's configuration and tensors, from PEFT's files; nothing in them is executed.
 
     Raises:
-        UsageError: the folder holds no adapter.
-        IntegrityError: it holds one only as a pickle, or of a kind that is not plain LoRA.
+        UsageError: the folder holds no adapter, or one that computes more than Drawplate does.
+        IntegrityError: it is damaged, only a pickle, or of a kind that is not LoRA.
     """
-    if not (folder / CONFIG_NAME).is_file():
-        raise UsageError(f"{folder} holds no adapter.", next_step=f"Name a folder with {CONFIG_NAME} in it.")
-    if not (folder / WEIGHTS_NAME).is_file():
+    config = read_adapter_config(folder)
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
         raise IntegrityError(
             f"{folder} has no {WEIGHTS_NAME}; other formats can run code when read and are not opened.",
             next_step="Save the adapter again as safetensors.",
         )
-    values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    if values.get("peft_type") != "LORA":
+    try:
+        return config, load_file(path)
+    except (SafetensorError, OSError) as error:
         raise IntegrityError(
-            f"{folder} holds a {values.get('peft_type')} adapter, not LoRA.", next_step="Use a LoRA adapter."
-        )
-    known = {key: value for key, value in values.items() if key in LoraConfig.__dataclass_fields__}
-    return LoraConfig(**known), load_file(folder / WEIGHTS_NAME)
+            f"{path} is damaged ({reason_of(error)}).",
+            safe="Nothing was loaded or written.",
+            next_step="Save or fetch the adapter again.",
+        ) from None
+
+
+def require_fit(config: LoraConfig, state: Mapping[str, Tensor], anatomy: Anatomy, origin: str) -> None:
+    """Refuse an adapter whose tensors are not those of a model, before its weights are read.
+
+    Raises:
+        IntegrityError: tensors are missing, left over, or of another shape; their counts are named.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    targets = target_names(config, anatomy)
+    for i, layer in enumerate(anatomy.layers):
+        for path, module in layer.named_modules():
+            name = f"{anatomy.layers_path}.{i}.{path}"
+            if not isinstance(module, nn.Linear):
+                continue
+            if name in targets:
+                rank, _ = ranks_of(config, name)
+                saved = saved_name(name, anatomy)
+                wanted[_peft_name(f"{saved}.lora_A")] = (rank, module.in_features)
+                wanted[_peft_name(f"{saved}.lora_B")] = (module.out_features, rank)
+    biases = {name for name in state if name.endswith(".bias")} if config.bias != "none" else set()
+    _require_same({name: tensor for name, tensor in state.items() if name not in biases}, wanted, origin)
 
 
 def write_base_precision(folder: Path, precision: str) -> None:
@@ -334,6 +344,20 @@ def base_precision_of(folder: Path) -> str | None:
         return str(json.loads((folder / BASE_NAME).read_text(encoding="utf-8"))["base_precision"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _require_same(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], origin: str) -> None:
+    missing, surplus = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    reshaped = sorted(name for name in wanted.keys() & state.keys() if tuple(state[name].shape) != wanted[name])
+    if not missing and not surplus and not reshaped:
+        return
+    counts = [(missing, "it lacks"), (surplus, "the model has no place for"), (reshaped, "have another shape:")]
+    said = "; ".join(f"{words} {len(names)} (the first {names[0]})" for names, words in counts if names)
+    raise IntegrityError(
+        f"{origin} does not fit this model: of {len(wanted)} tensors that the model's adapter has, {said}.",
+        safe="Nothing was measured or written.",
+        next_step="Use the adapter with the base model that its adapter_config.json names.",
+    )
 
 
 def _peft_name(name: str) -> str:

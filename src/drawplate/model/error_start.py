@@ -23,7 +23,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from drawplate.data.batches import Batch
-from drawplate.model.adapter import scaling_of
+from drawplate.model.adapter_config import scaling_of
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.frozen import FrozenLinear
 from drawplate.model.storage import Storage

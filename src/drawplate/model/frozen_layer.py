@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from drawplate.model.adapter import scaling_of
+from drawplate.model.adapter_config import ranks_of, scaling_of
 from drawplate.model.causal_lm import Placement
 from drawplate.model.checkpoint_names import CheckpointNames
 from drawplate.model.frozen import WHOLE, FrozenLinear, Group
@@ -31,16 +31,15 @@ def freeze_linears(layer: nn.Module, path: str, storage: Storage, config: LoraCo
             if not isinstance(child, nn.Linear):
                 continue
             full = ".".join(part for part in (path, parent_path, name) if part)
-            rank = config.r if full in targets else 0
-            frozen = FrozenLinear(
-                child, storage, rank=rank, scaling=scaling_of(config), dropout=config.lora_dropout if rank else 0.0
-            )
+            rank = ranks_of(config, full)[0] if full in targets else 0
+            scaling, dropout = scaling_of(config, full), config.lora_dropout if rank else 0.0
+            frozen = FrozenLinear(child, storage, rank=rank, scaling=scaling, dropout=dropout)
             frozen.changed_in_place = getattr(getattr(parent, "config", None), "clip_qkv", None) is not None
             setattr(parent, name, frozen)
         for names in SAME_INPUT:
             found = [getattr(parent, name, None) for name in names]
             group = [m for m in found if isinstance(m, FrozenLinear) and m.rank]
-            if len(group) > 1 and len({m.in_features for m in group}) == 1:
+            if len(group) > 1 and len({(m.in_features, m.rank, m.scaling) for m in group}) == 1:
                 Group(group)
 
 

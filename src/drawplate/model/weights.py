@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drawplate.errors import IntegrityError, UsageError
 from drawplate.model.fetch import CONFIGURATION_PATTERNS, INDEX_NAME, complete, find_folder, indexed_files
@@ -26,6 +27,7 @@ from drawplate.model.gguf import converted_gguf, only_gguf
 from drawplate.model.storage import BLOCK, SCALE_BLOCK, Storage
 from drawplate.recipe import ModelSection, cache_folder
 
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -164,13 +166,22 @@ def open_checkpoint(section: ModelSection) -> Checkpoint:
 
 
 def read_config(folder: Path, name: str) -> PretrainedConfig:
-    """config.json of a model folder, refused where it asks for code.
+    """config.json of a model folder, refused where only code that comes with it could run it.
+
+    An architecture that transformers has is read as transformers has it, whatever code lies beside it (Phi-3's folders
+    name some for versions of transformers from before it had the architecture).
 
     Raises:
         UsageError: there is none, or transformers does not know its architecture.
-        IntegrityError: it names code to execute (`auto_map`).
+        IntegrityError: it needs code that comes with the model (`auto_map`).
     """
     path = folder / "config.json"
+    if not path.is_file() and (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise UsageError(
+            f"{folder} holds an adapter, not a model.",
+            safe="Nothing was loaded or written.",
+            next_step="Name its base model as the model, and this folder with --adapter.",
+        )
     if not path.is_file():
         raise UsageError(
             f"{folder} holds no config.json, so it is not a model.",
@@ -182,14 +193,17 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
         raise IntegrityError(f"{path} cannot be read: {error}", next_step="Fetch the model again.") from None
     if not isinstance(values, dict):
         raise IntegrityError(f"{path} is no model configuration.", next_step="Fetch the model again.")
-    if "auto_map" in values or "/" in str(values.get("_attn_implementation", "")):
+    names_code = "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING
+    if names_code or "/" in str(values.get("_attn_implementation", "")):
         raise IntegrityError(
             f"The configuration of {name} asks to run code that comes with the model; Drawplate never does.",
             safe="Nothing of it was executed.",
             next_step="Choose a model whose architecture is part of transformers.",
         )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        vars(config).pop("auto_map", None)  # of an architecture that transformers has: nothing may ask for it later
+        return config
     except (ValueError, KeyError, OSError) as error:
         raise UsageError(
             f"transformers cannot read the configuration of {name}: {error}",

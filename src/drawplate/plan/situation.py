@@ -101,6 +101,8 @@ def choose_compute_dtype(recipe: Recipe, machine: Machine) -> tuple[str, str]:
         return "bfloat16", "train.bf16"
     if asked != "auto":
         return asked, "quantization.bnb_4bit_compute_dtype"
+    if recipe.quantization.chosen == "fp32":
+        return "float32", "quantization.precision: fp32"
     if machine.bf16_native:
         return "bfloat16", "this device multiplies bf16 natively"
     if machine.device == "cuda":
