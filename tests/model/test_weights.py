@@ -82,6 +82,7 @@ def test_a_sharded_model_opens(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_damaged_index_is_refused(copy: Path, text: str) -> None:
+    (copy / TENSORS).rename(copy / "model-00001-of-00001.safetensors")
     (copy / INDEX_NAME).write_text(text)
     refused(copy, IntegrityError, INDEX_NAME)
 

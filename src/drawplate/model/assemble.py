@@ -82,7 +82,9 @@ def assemble(
     found = walk(anatomy)
     require_streamable(anatomy, found, tiers, placement.policies(len(anatomy.layers)))
     names = CheckpointNames(checkpoint, anatomy)
-    names.require_all(wanted_names(anatomy))
+    wanted = tuple(wanted_names(anatomy))
+    names.require_all(wanted)
+    names.require_accounted(wanted)
     residency = _loaded_layers(anatomy, placement, names, progress, tell)
     adapter = Adapter(
         config,

@@ -1,10 +1,15 @@
-"""The tensors that a model is made of, and how a checkpoint calls them; what is missing is refused before reading."""
+"""The tensors that a model is made of, and how a checkpoint calls them.
+
+What is missing, and what is left over, is refused by name before anything is read.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -14,6 +19,17 @@ from drawplate.model.anatomy import Anatomy
 from drawplate.model.frozen import FrozenLinear
 from drawplate.model.tables import kept_buffers
 from drawplate.model.weights import Checkpoint
+
+COMPUTED = (
+    r"rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$",
+    r"(^|\.)position_ids$",
+    r"\.masked_bias$",
+    r"(^|\.)mtp(\.|_|$)",
+)
+"""Names of tensors that code computes, or that only predicting several tokens at once needs."""
+MASK, MASK_DIMENSIONS = re.compile(r"\.(attn|attention)\.bias$"), 4
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+PREDICTS_MORE = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
 def wanted_names(anatomy: Anatomy) -> Iterator[str]:
@@ -28,9 +44,13 @@ def wanted_names(anatomy: Anatomy) -> Iterator[str]:
                 continue
             yield from (f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False))
             yield from (f"{prefix}.{name}" for name in kept_buffers(module))
-    yield f"{anatomy.embedding_path}.weight"
-    if not anatomy.tied:
-        yield f"{anatomy.head_path}.weight"
+    inside = {id(module) for layer in anatomy.layers for module in layer.modules()}
+    head = anatomy.skeleton.get_submodule(anatomy.head_path)
+    for path, module in anatomy.skeleton.named_modules():
+        if id(module) not in inside:
+            own = [*(name for name, _ in module.named_parameters(recurse=False)), *kept_buffers(module)]
+            named = (name for name in own if not (anatomy.tied and module is head and name == "weight"))
+            yield from (f"{path}.{name}".lstrip(".") for name in named)
 
 
 class CheckpointNames:
@@ -41,7 +61,7 @@ class CheckpointNames:
     """
 
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint, self.anatomy = checkpoint, anatomy
         self.skeleton: Any = anatomy.skeleton
         self.prefix = f"{anatomy.skeleton.base_model_prefix}."
         self.architecture = anatomy.architecture
@@ -84,6 +104,53 @@ class CheckpointNames:
             else "Fetch the model again, or choose one in transformers' own format.",
         )
 
+    def require_accounted(self, wanted: Iterable[str]) -> None:
+        """Refuse a checkpoint with tensors that the model does not read and that are not known to change nothing.
+
+        Raises:
+            IntegrityError: it does; they are counted and the first is named.
+        """
+        tied = [f"{self.anatomy.head_path}.weight"] if self.anatomy.tied else []
+        found = {name: key for name in (*wanted, *tied) if (key := self.name_of(name)) is not None}
+        read = set(found.values())
+        surplus = sorted(key for key in self.checkpoint.files if key not in read and not self._is_inert(key, read))
+        surplus = [key for key in surplus if not self._is_beside_the_text(key, found)]
+        if not surplus:
+            return
+        raise IntegrityError(
+            f"{self.checkpoint.name} holds {len(surplus)} tensors that {self.architecture} with this config.json does"
+            f" not read, the first {surplus[0]}: it is another model than its configuration says.",
+            safe="Nothing was loaded or written.",
+            next_step="Correct config.json (layers, biases, head). If the model is meant without these tensors, load"
+            " and save it once with transformers' from_pretrained and save_pretrained.",
+        )
+
+    def _is_inert(self, key: str, read: set[str]) -> bool:
+        """Whether a tensor is known to change nothing: tables and masks that are computed, what transformers itself
+        leaves out, layers for predicting several tokens, what bitsandbytes keeps beside a weight."""
+        theirs = getattr(self.skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
+        if any(re.search(pattern, key) for pattern in (*COMPUTED, *theirs)):
+            return True
+        weight = key.partition(".weight.")[0] + ".weight"
+        beside = key.removesuffix("SCB").removesuffix("weight_format") + "weight"
+        if weight in read or (key.endswith(("SCB", "weight_format")) and beside in read):
+            return True
+        config, layer = self.anatomy.config, LAYER.search(key)
+        more = max((getattr(config, name, None) or 0) for name in PREDICTS_MORE)
+        if layer and 0 <= int(layer[1]) - config.num_hidden_layers < more:
+            return True
+        return bool(MASK.search(key)) and self.checkpoint.dimensions(key) == MASK_DIMENSIONS
+
+    def _is_beside_the_text(self, key: str, found: dict[str, str]) -> bool:
+        """Whether a tensor of a model for text and images, or sound, is of a part that is not its text model."""
+        if self.checkpoint.config.get_text_config() is self.checkpoint.config:
+            return False
+        bare = {name.removeprefix(self.prefix): where for name, where in found.items()}
+        parts = {name.partition(".")[0] for name in bare}
+        roots = {where.removesuffix(name) for name, where in bare.items() if where.endswith(name)}
+        rest = (key.removeprefix(root) for root in roots if key.startswith(root))
+        return not any(name.partition(".")[0] in parts for name in rest)
+
     def read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
         """One tensor.
 
@@ -98,6 +165,12 @@ class CheckpointNames:
                 next_step="Fetch the model again, or choose one in transformers' own format.",
             )
         tensor = self.checkpoint.read(found)
+        if tensor.element_size() == 1 and tensor.dtype != torch.bool:
+            raise IntegrityError(
+                f"{self.checkpoint.name}: {name} is stored as {tensor.dtype}: a code, and no weight.",
+                safe="Nothing was trained or written.",
+                next_step="Set quantization.precision: auto, or start from the unquantized model.",
+            )
         if shape is not None:
             self.require_shape(name, tensor, shape)
         return tensor

@@ -6,15 +6,24 @@ What is on this machine is used without asking the network. A download that is c
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
-from drawplate.errors import IntegrityError, NeedsNetwork, UserError
+from drawplate.errors import IntegrityError, NeedsNetwork, UsageError, UserError
 from drawplate.hub_answers import said_by, unanswered
 from drawplate.recipe import ModelSection, expand
 
+DEMO = "SmolLM2-135M"
+TENSORS_NAME = "model.safetensors"
+PART = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 INDEX_NAME = "model.safetensors.index.json"
 CONFIGURATION_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 HUB_PATTERNS = ["*.safetensors", *CONFIGURATION_PATTERNS]
+
+
+def parts_pattern(gguf_file: str) -> str:
+    """A pattern for a GGUF file and all its parts: `name-00001-of-00002.gguf` is one of two."""
+    return PART.sub(r"\g<1>-*-of-\g<3>.gguf", gguf_file)
 
 
 def find_folder(section: ModelSection, patterns: list[str] | None = None) -> tuple[Path, str | None]:
@@ -31,7 +40,9 @@ def find_folder(section: ModelSection, patterns: list[str] | None = None) -> tup
         raise NeedsNetwork(
             f"There is no model folder {local}.",
             safe="Nothing was loaded or written.",
-            next_step="For the demo's model run `python examples/fetch_demo.py`; else mend model.name_or_path.",
+            next_step="For the demo's model run `python examples/fetch_demo.py`."
+            if DEMO in section.name_or_path
+            else "Name a folder that exists, or a repository on the hub as owner/name.",
         )
     return _fetch(section, patterns)
 
@@ -42,7 +53,7 @@ def _fetch(section: ModelSection, patterns: list[str] | None = None) -> tuple[Pa
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     name, only_some = section.name_or_path, patterns is not None or section.gguf_file is not None
-    patterns = [section.gguf_file] if section.gguf_file else patterns or HUB_PATTERNS
+    patterns = [parts_pattern(section.gguf_file)] if section.gguf_file else patterns or HUB_PATTERNS
     command = f"hf download {name}" + (f" --revision {section.revision}" if section.revision else "")
     try:
         for offline in (True, False):
@@ -79,24 +90,46 @@ def _fetch(section: ModelSection, patterns: list[str] | None = None) -> tuple[Pa
 
 def complete(folder: Path) -> bool:
     """Whether all weight files are there."""
+    if (folder / TENSORS_NAME).is_file():
+        return True
     if (folder / INDEX_NAME).is_file():
-        return all((folder / name).is_file() for name in indexed_files(folder))
+        return all((folder / name).is_file() for name in index_of(folder).values())
     return any(folder.glob("*.safetensors"))
 
 
-def indexed_files(folder: Path) -> list[str]:
-    """Names of the files that the index of a sharded model lists.
+def index_of(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index of a sharded model says; empty where there is no index.
 
     Raises:
         IntegrityError: it is not an index.
     """
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        return {}
     try:
-        return sorted(
-            {str(name) for name in json.loads((folder / INDEX_NAME).read_text("utf-8"))["weight_map"].values()}
-        )
+        files = {str(key): str(name) for key, name in json.loads(path.read_text("utf-8"))["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = {}
+    if not files:
         raise IntegrityError(
-            f"{folder / INDEX_NAME} is damaged.",
-            safe="Nothing was trained or written.",
-            next_step="Fetch the model again.",
-        ) from None
+            f"{path} is damaged.", safe="Nothing was trained or written.", next_step="Fetch the model again."
+        )
+    return files
+
+
+def as_folder(section: ModelSection) -> ModelSection:
+    """A GGUF file that is named itself, as its folder and its name there.
+
+    Raises:
+        UsageError: another file is named where a model's folder is meant.
+    """
+    path = expand(section.name_or_path)
+    if not section.name_or_path or not path.is_file():
+        return section
+    if path.suffix == ".gguf" and not section.gguf_file:
+        return section.model_copy(update={"name_or_path": str(path.parent), "gguf_file": path.name})
+    raise UsageError(
+        f"{path} is a file, and a model is a folder or a GGUF file.",
+        safe="Nothing was loaded or written.",
+        next_step=f"Name its folder: {path.parent}.",
+    )

@@ -128,7 +128,8 @@ def copy_layer(layer: nn.Module, stored: dict[str, Tensor], kept: dict[str, Tens
 def _encoded_linear(name: str, module: FrozenLinear, names: CheckpointNames, placement: Placement) -> dict[str, Tensor]:
     """The stored tensors of one linear layer in the placement's precision."""
     wanted, shape = placement.storage, (module.out_features, module.in_features)
-    encoded = names.checkpoint.stored_linear(name, wanted) if wanted.quantized else None
+    found = (names.name_of(f"{name}.weight") or f"{name}.weight").removesuffix(".weight")
+    encoded = names.checkpoint.stored_linear(found, wanted) if wanted.quantized else None
     if encoded is None:
         weight = names.read(f"{name}.weight", shape).to(placement.device).to(placement.compute_dtype)
         return wanted.encode(weight)

@@ -44,9 +44,9 @@ def fill_outside(model: CausalLM, names: CheckpointNames) -> None:
     if anatomy.tied:
         weight = embedding.weight.detach()
     elif streamed:
-        weight = on_host(names.read(f"{anatomy.head_path}.weight"))
+        weight = on_host(names.read(f"{anatomy.head_path}.weight", head.weight.shape))
     else:
-        weight = on_device(names.read(f"{anatomy.head_path}.weight"))
+        weight = on_device(names.read(f"{anatomy.head_path}.weight", head.weight.shape))
     bias = names.read(f"{anatomy.head_path}.bias").to(placement.device, dtype) if head.bias is not None else None
     rows = (
         StreamedRows(weight, placement.device, slot_rows=placement.head_rows, poison=placement.poison)

@@ -11,9 +11,12 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,13 +25,16 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drawplate.errors import IntegrityError, UsageError
-from drawplate.model.fetch import CONFIGURATION_PATTERNS, INDEX_NAME, complete, find_folder, indexed_files
+from drawplate.model.fetch import CONFIGURATION_PATTERNS, as_folder, complete, find_folder
 from drawplate.model.gguf import converted_gguf, only_gguf
 from drawplate.model.storage import BLOCK, SCALE_BLOCK, Storage
+from drawplate.model.weight_files import refuse_other_quantizations, tensor_files
 from drawplate.recipe import ModelSection, cache_folder
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
-PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+HEADS = ("lm_head.weight", "embed_out.weight")
+TABLES = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
+COMPARED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Checkpoint:
         revision: commit of a hub repository, if it came from one.
         config: the parsed configuration.
         files: tensor name -> safetensors file.
+        remarks: what a person should be told about how it was opened.
     """
 
     folder: Path
@@ -48,6 +55,7 @@ class Checkpoint:
     revision: str | None
     config: PretrainedConfig
     files: dict[str, Path]
+    remarks: tuple[str, ...] = ()
 
     @property
     def loadable_name(self) -> str:
@@ -69,6 +77,11 @@ class Checkpoint:
                 safe="Nothing was trained or written.",
                 next_step="Fetch the model again; one of its files is damaged or missing.",
             ) from None
+
+    def dimensions(self, name: str) -> int:
+        """How many a tensor has, by its file's header."""
+        with _opened_slices(self, name) as tensor:
+            return len(tensor.get_shape())
 
     def stored_linear(self, name: str, storage: Storage) -> dict[str, Tensor] | None:
         """The stored tensors of a linear weight that bitsandbytes quantized before, in `storage`'s names.
@@ -141,12 +154,11 @@ def open_configuration(section: ModelSection) -> Checkpoint:
 
     A GGUF file is opened as `open_checkpoint` does, because its configuration lies in it. Raises as that does.
     """
-    folder, revision = find_folder(section, CONFIGURATION_PATTERNS)
-    if section.gguf_file or only_gguf(folder):
+    there = as_folder(section)
+    folder, revision = find_folder(there, CONFIGURATION_PATTERNS)
+    if there.gguf_file or only_gguf(folder):
         return open_checkpoint(section)
-    config = read_config(folder, section.name_or_path)
-    files = _tensor_files(folder, section.name_or_path) if complete(folder) else {}
-    return Checkpoint(folder, section.name_or_path, revision, config, files)
+    return _opened(folder, section.name_or_path, revision, config_only=not complete(folder))
 
 
 def open_checkpoint(section: ModelSection) -> Checkpoint:
@@ -157,12 +169,12 @@ def open_checkpoint(section: ModelSection) -> Checkpoint:
         UsageError: no such folder, or a folder without a model.
         IntegrityError: weights only as pickles, or a configuration that asks for code.
     """
-    folder, revision = find_folder(section)
-    gguf_file = section.gguf_file or only_gguf(folder)
+    there = as_folder(section)
+    folder, revision = find_folder(there)
+    gguf_file = there.gguf_file or only_gguf(folder)
     if gguf_file:
         folder = converted_gguf(folder, gguf_file)
-    config = read_config(folder, section.name_or_path)
-    return Checkpoint(folder, section.name_or_path, revision, config, _tensor_files(folder, section.name_or_path))
+    return _opened(folder, section.name_or_path, revision)
 
 
 def read_config(folder: Path, name: str) -> PretrainedConfig:
@@ -193,6 +205,7 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
         raise IntegrityError(f"{path} cannot be read: {error}", next_step="Fetch the model again.") from None
     if not isinstance(values, dict):
         raise IntegrityError(f"{path} is no model configuration.", next_step="Fetch the model again.")
+    refuse_other_quantizations(name, values)
     names_code = "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING
     if names_code or "/" in str(values.get("_attn_implementation", "")):
         raise IntegrityError(
@@ -211,38 +224,40 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
         ) from None
 
 
-def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
-    if (folder / INDEX_NAME).is_file():
-        paths = [folder / file for file in indexed_files(folder)]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        pickles = [path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)]
-        if pickles:
-            raise IntegrityError(
-                f"{name} has its weights only as pickles ({pickles[0]}), which can run code when opened.",
-                safe="None of them was opened.",
-                next_step="Choose a repository or revision with .safetensors files.",
-            )
-        raise UsageError(f"{folder} holds no weights (.safetensors).", next_step="Fetch the model again.")
-    files: dict[str, Path] = {}
-    for path in paths:
-        if path.parent.resolve() != folder.resolve():  # the file itself may be a link, as in the hub's cache
-            raise IntegrityError(
-                f"The index of {name} names {path.name} outside of the model's folder.",
-                safe="It was not opened.",
-                next_step="Fetch the model again.",
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
-        except (SafetensorError, OSError) as error:
-            raise IntegrityError(
-                f"{path} is missing or damaged ({error}).",
-                safe="Nothing was trained or written.",
-                next_step="Fetch the model again.",
-            ) from None
-    return files
+def _opened(folder: Path, name: str, revision: str | None, *, config_only: bool = False) -> Checkpoint:
+    config = read_config(folder, name)
+    if config_only:
+        return Checkpoint(folder, name, revision, config, {})
+    files, remarks = tensor_files(folder, name)
+    checkpoint = Checkpoint(folder, name, revision, config, files, remarks)
+    if _has_own_head(checkpoint):
+        for each in (config, config.get_text_config()):
+            each.tie_word_embeddings = False
+        said = f"The configuration of {name} ties the head to the embedding, and its files hold another head, which is"
+        return replace(checkpoint, remarks=(*remarks, f"{said} used, as transformers does."))
+    return checkpoint
+
+
+def _has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether a head that the configuration ties is in the files and not equal to the embedding."""
+    if not getattr(checkpoint.config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    heads = [name for name in checkpoint.files if name.endswith(HEADS)]
+    tables = [name for name in checkpoint.files if name.endswith(TABLES)]
+    if len(heads) != 1 or len(tables) != 1:
+        return False
+    with _opened_slices(checkpoint, heads[0]) as head, _opened_slices(checkpoint, tables[0]) as table:
+        if head.get_shape() != table.get_shape():
+            return True
+        rows = head.get_shape()[0]
+        parts = [(i, min(i + COMPARED_ROWS, rows)) for i in range(0, rows, COMPARED_ROWS)]
+        return any(not torch.equal(head[first:end], table[first:end]) for first, end in parts)
+
+
+@contextmanager
+def _opened_slices(checkpoint: Checkpoint, name: str) -> Iterator[Any]:
+    with safe_open(checkpoint.files[name], framework="pt") as file:
+        yield file.get_slice(name)
 
 
 def _version_of(path: Path) -> str:
