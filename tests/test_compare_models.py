@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import drawplate
 import drawplate.compare_models as compare_models
-from drawplate.errors import UsageError
+from drawplate.errors import IntegrityError, NumericError, UsageError
+from drawplate.journal import Journal
 from drawplate.records import ModelScore
-from tests.tiny import tiny_recipe, write_base, write_texts
+from tests.tiny import open_base, tiny_recipe, write_base, write_texts
 
 FP32 = ["quantization.precision=fp32", "quantization.bnb_4bit_compute_dtype=float32"]
 
@@ -117,3 +119,70 @@ def test_an_adapter_whose_base_is_not_given_is_refused(
         measured([other, cuts_finer], [adapter], documents)
     with pytest.raises(UsageError, match="given twice"):
         measured([base, base], [], documents)
+
+
+def warned(models: list[Path], adapters: list[str], documents: str, *settings: str) -> tuple[str, ...]:
+    journal = Journal()
+    compare_models.compare_models([str(m) for m in models], adapters, [documents], journal, [*FP32, *settings])
+    return tuple(journal.warnings)
+
+
+def test_other_weights_of_the_same_shape_are_said_with_both_names_and_hashes(
+    base: Path, adapter: str, documents: str, tmp_path: Path
+) -> None:
+    assert warned([base], [adapter], documents) == ()
+    stranger = write_base(tmp_path / "stranger")
+    tensors = load_file(stranger / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, stranger / "model.safetensors", {"format": "pt"})
+    (said,) = warned([stranger], [adapter], documents)
+    for checkpoint in (open_base(base), open_base(stranger)):
+        assert f"{checkpoint.name} (sha256 {checkpoint.sha256()[:12]})" in said
+    foreign = tmp_path / "foreign"
+    shutil.copytree(adapter, foreign)
+    (foreign / "base.json").unlink()
+    (said,) = warned([stranger], [str(foreign)], documents)
+    assert f"was trained on {base} and is used on {stranger}" in said
+
+
+def test_a_base_of_another_shape_is_refused_before_anything_is_measured(
+    other: Path, adapter: str, documents: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_models, "assemble", lambda *a, **k: pytest.fail("something was loaded"))
+    with pytest.raises(IntegrityError, match=r"does not fit this model: of 28 tensors .* have another shape: 22"):
+        measured([other], [adapter], documents)
+
+
+def test_an_adapter_of_weights_in_four_bits_is_said_to_be_on_others(
+    base: Path, adapter: str, documents: str, tmp_path: Path
+) -> None:
+    shutil.copytree(adapter, tmp_path / "four")
+    facts = json.loads((tmp_path / "four" / "base.json").read_text())
+    assert (facts["precision"], facts["bound"]) == ("fp32", False)
+    (tmp_path / "four" / "base.json").write_text(json.dumps({**facts, "precision": "nf4"}))
+    (said,) = warned([base], [str(tmp_path / "four")], documents)
+    assert "trained on weights in nf4 and is measured on weights in fp32" in said
+    (tmp_path / "four" / "base.json").write_text(json.dumps({**facts, "precision": "nf4", "bound": True}))
+    with pytest.raises(UsageError, match="belongs to weights in nf4"):
+        measured([base], [str(tmp_path / "four")], documents)
+    (tmp_path / "four" / "base.json").unlink()
+    (tmp_path / "four" / "base_precision.json").write_text('{"base_precision": "nf4"}')
+    with pytest.raises(UsageError, match="belongs to weights in nf4"):
+        measured([base], [str(tmp_path / "four")], documents)
+
+
+def test_files_that_are_left_out_are_said_once(base: Path, adapter: str, documents: str, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "two")
+    shutil.copy(base / "model.safetensors", tmp_path / "two" / "backup.safetensors")
+    said = warned([tmp_path / "two"], [adapter], documents)
+    assert [line for line in said if "left out: backup.safetensors" in line] == list(said)
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_weight_that_is_no_number_is_named(base: Path, documents: str, tmp_path: Path, where: str) -> None:
+    shutil.copytree(base, tmp_path / "nan")
+    tensors = load_file(base / "model.safetensors")
+    tensors[where][0] = float("nan")
+    save_file(tensors, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NumericError, match=where) as error:
+        measured([tmp_path / "nan"], [], documents)
+    assert "Fetch" in error.value.next_step

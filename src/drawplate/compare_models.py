@@ -26,7 +26,8 @@ from drawplate.errors import UsageError
 from drawplate.evaluate import total
 from drawplate.journal import Journal
 from drawplate.measure import Scores, give_back_memory, paired, score
-from drawplate.model.adapter import base_precision_of, lora_config, read_adapter
+from drawplate.model.adapter import lora_config, read_adapter, require_fit
+from drawplate.model.adapter_base import base_of, other_base, other_precision
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.assemble import assemble
 from drawplate.model.weights import Checkpoint, open_checkpoint
@@ -83,6 +84,8 @@ def compare_models(
     """
     with journal.in_phase("read"):
         contenders = _contenders(models, adapters, files, settings)
+        for line in _remarks(contenders):
+            journal.on_warning(line)
         first = contenders[0]
         max_length = min(choose_max_length(c.recipe, max_positions(c.checkpoint)) for c in contenders)
         section = first.recipe.data
@@ -108,6 +111,8 @@ def _contenders(models: Seq[str], adapters: Seq[str], files: Seq[str], settings:
         name = "base model" if alone else model
         bases.append(_Contender(name=name, recipe=recipe, checkpoint=open_checkpoint(recipe.model)))
     owners = {adapter: _base_of(adapter, bases) for adapter in adapters}
+    for adapter, owner in owners.items():
+        require_fit(*read_adapter(expand(adapter)), build_anatomy(owner.checkpoint.config), adapter)
     contenders = []
     for plain in bases:
         own = [adapter for adapter in adapters if owners[adapter] is plain]
@@ -119,13 +124,25 @@ def _contenders(models: Seq[str], adapters: Seq[str], files: Seq[str], settings:
     return contenders
 
 
+def _remarks(contenders: Seq[_Contender]) -> list[str]:
+    """What to tell of how the models were opened, and of adapters on other weights than they were trained on."""
+    said = [line for contender in contenders if not contender.adapter for line in contender.checkpoint.remarks]
+    for contender in contenders:
+        if contender.adapter:
+            folder, checkpoint = expand(contender.adapter), contender.checkpoint
+            named = read_adapter(folder)[0].base_model_name_or_path
+            also = [contender.recipe.model.name_or_path]
+            said.append(other_base(contender.adapter, base_of(folder), named, checkpoint, also))
+    return [line for line in said if line]
+
+
 def _in_their_precision(recipe: Recipe, adapters: Seq[str]) -> Recipe:
     """The recipe with the precision that its adapters belong to, where they belong to one and none was asked for.
 
     Raises:
         UsageError: an adapter belongs to another one than what was asked for, or than another adapter.
     """
-    wanted = {adapter: precision for adapter in adapters if (precision := base_precision_of(expand(adapter)))}
+    wanted = {adapter: precision for adapter in adapters if (precision := base_of(expand(adapter)).needed_precision)}
     asked = recipe.quantization.chosen
     for adapter, precision in wanted.items():
         if precision != (next(iter(wanted.values())) if asked == "auto" else asked):
@@ -184,6 +201,8 @@ def _measure(contender: _Contender, corpus: Corpus, max_length: int, journal: Jo
         )
         if contender.adapter:
             model.adapter.load_state(state, contender.adapter)
+            if remark := other_precision(contender.adapter, base_of(expand(contender.adapter)), chosen.precision):
+                journal.on_warning(remark)
     cutting = Cutting(
         packing=chosen.packing,
         tokens=chosen.micro_batch_tokens,

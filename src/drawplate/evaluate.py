@@ -53,14 +53,37 @@ def score_documents(
             np.add.at(counted, rows[real], (batch.targets_BT.reshape(-1).numpy() >= 0)[real])
             if on_batch:
                 on_batch(batch)
-    return _by_document(sequences, nats, counted)
+    scores = _by_document(sequences, nats, counted)
+    broken = [score.document for score in scores if not math.isfinite(score.nats)]
+    if broken:
+        raise _not_a_number(model, broken)
+    return scores
+
+
+def _not_a_number(model: CausalLM, broken: Seq[str]) -> NumericError:
+    """The error of documents whose loss is not a number, with the tensor that is at fault if there is one."""
+    told = f"The loss on {len(broken)} held-out documents is not a number, the first {broken[0]}"
+    tensor = model.not_finite()
+    if tensor:
+        return NumericError(
+            f"{told}: {tensor} holds values that are not numbers.",
+            safe="No adapter was changed by measuring.",
+            next_step="Fetch or save that file again, or use another; no arithmetic mends such a value.",
+        )
+    return NumericError(
+        f"{told}.",
+        safe="No adapter was changed by measuring.",
+        next_step="Try quantization.bnb_4bit_compute_dtype: bfloat16 or float32; float16 may overflow here."
+        if model.placement.compute_dtype == torch.float16
+        else "All weights are numbers, so the model itself overflows here: use another base model or adapter.",
+    )
 
 
 def _by_document(sequences: Seq[Sequence], nats: np.ndarray, counted: np.ndarray) -> tuple[DocumentScore, ...]:
     order: dict[str, list[int]] = {}
     for i, sequence in enumerate(sequences):
         order.setdefault(sequence.document, []).append(i)
-    scores = tuple(
+    return tuple(
         DocumentScore(
             document=name,
             nats=float(nats[rows].sum()),
@@ -69,14 +92,6 @@ def _by_document(sequences: Seq[Sequence], nats: np.ndarray, counted: np.ndarray
         )
         for name, rows in order.items()
     )
-    broken = [score.document for score in scores if not math.isfinite(score.nats)]
-    if broken:
-        raise NumericError(
-            f"The loss on {len(broken)} held-out documents is not a number, the first {broken[0]}.",
-            safe="No adapter was changed by measuring.",
-            next_step="Try quantization.bnb_4bit_compute_dtype: bfloat16 or float32; float16 may overflow here.",
-        )
-    return scores
 
 
 def total(scores: Iterable[DocumentScore]) -> Evaluation:

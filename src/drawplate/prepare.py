@@ -88,7 +88,7 @@ def prepare(recipe: Recipe) -> Prepared:
     chosen = choose_plan(recipe, checkpoint, anatomy, training, heldout, max_length)
     chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy)
     chosen = with_disk(chosen, recipe, checkpoint, anatomy)
-    said = (*(f"{line} {ALL_OF_THEM}" for line in corpus.left_out), *sides.warnings)
+    said = (*checkpoint.remarks, *(f"{line} {ALL_OF_THEM}" for line in corpus.left_out), *sides.warnings)
     said += cautions(sides.train, training, tokenizer, max_length)
     said += not_read(heldout.ledger, "held-out", max_length)
     said += left_out_of(advised, anatomy)

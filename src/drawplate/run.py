@@ -28,7 +28,8 @@ from drawplate.journal import Journal, Observer
 from drawplate.launch import require_one_process
 from drawplate.measure import score_unquantized
 from drawplate.memory import PeakMeter
-from drawplate.model.adapter import CONFIG_NAME, require_adapter_loads, save_adapter, write_base_precision
+from drawplate.model.adapter import CONFIG_NAME, require_adapter_loads, save_adapter
+from drawplate.model.adapter_base import AdapterBase, write_base
 from drawplate.model.error_start import without_start
 from drawplate.outcome import Outcome
 from drawplate.phases import (
@@ -250,11 +251,12 @@ def _save_adapter(outcome: Outcome, folder: RunFolder, state: dict[str, torch.Te
     """The adapter, as it is or as `state` has it, with the tokenizer beside it."""
     model = outcome.model
     assert model is not None
+    name, sha256 = outcome.prepared.checkpoint.name, outcome.fingerprints["model"]
+    base = AdapterBase(name=name, sha256=sha256, precision=outcome.prepared.plan.precision, bound=bool(outcome.start))
 
     def fill(partial: Path) -> None:
         model.adapter.save(partial, state)
-        if outcome.start:
-            write_base_precision(partial, outcome.prepared.plan.precision)
+        write_base(partial, base)
         outcome.prepared.tokenizer.save_pretrained(partial)
 
     folder.write_folder(ADAPTER_NAME, fill)
@@ -264,6 +266,7 @@ def _save_adapter(outcome: Outcome, folder: RunFolder, state: dict[str, torch.Te
 
         def fill_unquantized(partial: Path) -> None:
             save_adapter(partial, config, difference, trained)
+            write_base(partial, AdapterBase(name=name, sha256=sha256))
             outcome.prepared.tokenizer.save_pretrained(partial)
 
         folder.write_folder(UNQUANTIZED_NAME, fill_unquantized)

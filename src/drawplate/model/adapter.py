@@ -33,7 +33,6 @@ from drawplate.model.host_adapter import HostAdapter
 from drawplate.recipe import LoraSection
 
 PREFIX = "base_model.model."
-BASE_NAME = "base_precision.json"
 ALWAYS_CALLED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 """Linear layers that every family calls as modules, so that nothing need be walked to know it."""
 PEFT_REFUSES = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), frozenset({"out_proj"}))
@@ -331,19 +330,6 @@ def require_fit(config: LoraConfig, state: Mapping[str, Tensor], anatomy: Anatom
                 wanted[_peft_name(f"{saved}.lora_B")] = (module.out_features, rank)
     biases = {name for name in state if name.endswith(".bias")} if config.bias != "none" else set()
     _require_same({name: tensor for name, tensor in state.items() if name not in biases}, wanted, origin)
-
-
-def write_base_precision(folder: Path, precision: str) -> None:
-    """Say beside an adapter that it belongs to weights of this precision alone; PEFT's files have no place for it."""
-    (folder / BASE_NAME).write_text(json.dumps({"base_precision": precision}) + "\n", encoding="utf-8")
-
-
-def base_precision_of(folder: Path) -> str | None:
-    """The precision that an adapter's base must have; None where any will do."""
-    try:
-        return str(json.loads((folder / BASE_NAME).read_text(encoding="utf-8"))["base_precision"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _require_same(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], origin: str) -> None:

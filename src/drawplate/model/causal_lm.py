@@ -215,6 +215,18 @@ class CausalLM:
         hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])
         return head_cross_entropy(hidden_NH, self.head, batch.targets_N, scale=scale, counted=batch.counted)
 
+    def not_finite(self) -> str:
+        """The name of a stored tensor that holds values which are not numbers; empty where none does."""
+        path, layers = self.anatomy.layers_path, len(self.anatomy.layers)
+        named: list[tuple[str, Tensor]]
+        named = [(f"the adapter's {name}", tensor) for name, tensor in self.adapter.named_tensors().items()]
+        named += [(name, tensor) for name, tensor in self.anatomy.skeleton.named_parameters() if not tensor.is_meta]
+        named += [
+            (f"{path}.{i}.{name}", tensor) for i in range(layers) for name, tensor in self.residency.stored(i).items()
+        ]
+        floats = ((name, t) for name, t in named if t.is_floating_point() and t.element_size() > 1)
+        return next((name for name, tensor in floats if not bool(torch.isfinite(tensor.detach()).all())), "")
+
     def hidden_states(self, batch: Batch, *, dropout_seed: tuple[int, int] | None = None) -> Tensor:
         """The body's output, shape (B, T, H), before the head.
 

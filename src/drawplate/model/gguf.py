@@ -130,7 +130,7 @@ def _read_model(path: Path) -> Any:
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "dtype": torch.bfloat16}
     if hasattr(transformers, "GgufConfig"):  # from 5.20 on, GGUF blocks stay packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    load = transformers.AutoModelForCausalLM.from_pretrained
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
     model, found = load(path.parent, output_loading_info=True, **options)
     wrong = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
     if wrong:
