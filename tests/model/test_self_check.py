@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from drawplate.errors import NumericError
+from drawplate.errors import NumericError, UsageError
+from drawplate.model import assemble as assembling
 from drawplate.model import self_check as module
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.self_check import in_words, self_check, warnings_of
 from drawplate.model.storage import Storage
 from drawplate.model.twin import Twin
 from drawplate.records import SelfCheck
-from tests.model.conftest import random_sequences, write_model
+from tests.model.conftest import ARCHITECTURES, random_sequences, write_model
+from tests.model.test_support import GEMMA_4
 from tests.tiny import tiny_model
 
 TEXTS = random_sequences([25, 11])
@@ -75,6 +77,19 @@ def test_other_architectures_agree_too(name: str, tmp_path: Path) -> None:
     found = check(tiny_model(tmp_path / name, storage=Storage("nf4"), activations="recompute"))
     assert found.loss_difference < 1e-5
     assert found.gradient_difference < 1e-4
+
+
+def test_layers_that_share_keys_agree_where_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4 E2B in small: heads of two sizes, shared keys and values, an embedding for each layer. In full size it is
+    refused, because its body would look for each embedding in the whole table."""
+    monkeypatch.setattr(assembling, "require_practical", lambda anatomy: None)
+    monkeypatch.setitem(ARCHITECTURES, "gemma4_text", {**GEMMA_4, "global_head_dim": 16})
+    write_model(tmp_path / "e2b", "gemma4_text")
+    found = check(tiny_model(tmp_path / "e2b"))
+    assert found.loss_difference < 1e-5
+    assert found.gradient_difference < 1e-4
+    with pytest.raises(UsageError, match="layer 0 changes shared_kv_states"):
+        tiny_model(tmp_path / "e2b", activations="recompute")
 
 
 def test_the_adapter_and_the_generators_are_as_before(base: Path) -> None:
