@@ -95,6 +95,7 @@ class RandomCheckpoint:
     revision: str | None = None
     files: Any = field(default_factory=_AnyName)
     quantized_precision: str | None = None
+    remarks: tuple[str, ...] = ()
     fingerprint: str = ""
 
     def read(self, name: str) -> Tensor:

@@ -36,6 +36,9 @@ FAULTS: dict[int, str] = {
     26: "no GPU, an old driver",
     27: "a model configuration that asks for code",
     35: "secrets in documents and environment",
+    70: "an adapter that computes more than plain LoRA, or belongs to a changed base",
+    71: "a model whose files hold what its configuration does not read: surplus tensors, another program's codes",
+    72: "an adapter on another base model than it was trained on",
     65: "an adapter whose tensors PEFT would not load",
     36: "empty folder, all duplicates, one document, near-duplicates",
     46: "Drawplate's own caches fill the disk; no room for the adapter",
@@ -129,6 +132,15 @@ SEES: dict[int, tuple[str, ...]] = {
     26: ("model.device_map asks for cuda, but <cause>.", "<cure>; or set model.device_map to cpu."),
     27: ("asks to run code that comes with the model; Drawplate never does.",),
     35: (),
+    70: (
+        "asks for use_dora: true, <meaning>; Drawplate does not compute that",
+        "started from init_lora_weights: pissa, which changes the base model's own weights",
+    ),
+    71: (
+        "<model> holds <n> tensors that <class> with this config.json does not read, the first <name>",
+        "<model> is quantized in a format that Drawplate does not read (<format>).",
+    ),
+    72: ("The adapter <adapter> was trained on <model> (sha256 <hash>) and is used on <other> (sha256 <hash>)",),
     65: ("PEFT does not load the adapter of this run on <class>: <reason>.",),
     36: (),
     46: (
