@@ -101,10 +101,12 @@ def reopen(folder: RunFolder, recipe: Recipe, accept: Collection[str]) -> Reopen
         return None
     notes += [f"A checkpoint is damaged: {problem} The one before it is used." for problem in damaged]
     about = read_about(found[0])
-    _refuse(folder, recipe_changes(about["recipe"], recipe), accept, UsageError)
+    changed_keys = recipe_changes(about["recipe"], recipe)
+    _refuse(folder, changed_keys, accept, UsageError)
     prepared = prepare(recipe)
     changed = _changed_inputs(about["fingerprints"], fingerprints(prepared))
     _refuse(folder, changed, accept, IntegrityError)
+    notes += [f"A change was accepted when the run was resumed: {said}." for said in (changed_keys | changed).values()]
     plan, plan_notes = _plan(about, prepared)
     notes += plan_notes
     return Reopened(

@@ -70,7 +70,7 @@ def tune(recipe: Recipe, observer: Observer | None = None) -> RunRecord:
     require_one_process()
     folder = RunFolder(expand(recipe.output_dir))
     folder.check_free()
-    return _run(recipe, folder, observer)
+    return _run(recipe.located(), folder, observer)
 
 
 def resume(path: str | Path, observer: Observer | None = None, *, accept: Collection[str] = ()) -> RunRecord:

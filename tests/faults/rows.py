@@ -54,6 +54,7 @@ FAULTS: dict[int, str] = {
     92: "standard error closed; a compiler's cache that cannot be made",
     93: "one of several processes under torchrun, accelerate or MPI",
     94: "a hub that answers 429 or 500, forbids, or is the login page of a network",
+    95: "resume from another folder; a change of the recipe that is accepted",
     90: "a recipe that cannot be meant: a key twice, an empty path, a pattern that is none, another library's keys",
 }
 
@@ -194,6 +195,7 @@ SEES: dict[int, tuple[str, ...]] = {
         "what answered is not the hub, but a page of somebody else's. <safe> Log in to this network with a browser",
         "the hub answered 403 (Forbidden). <safe> Ask its owner for access or run `hf auth login`",
     ),
+    95: ("A change was accepted when the run was resumed: train.save_steps is 2 and was 1.",),
     90: (
         "train is given twice, in lines <a> and <b>.",
         "is empty",

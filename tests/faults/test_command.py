@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +22,8 @@ from drawplate import cli
 from drawplate.errors import NeedsNetwork, UsageError
 from drawplate.hub_answers import unanswered
 from drawplate.recipe import load_recipe
+from drawplate.records import RunRecord, from_json
+from drawplate.report.next_command import next_commands
 from tests.faults.conftest import Server, values_of, write_recipe
 from tests.faults.rows import shows
 
@@ -212,3 +217,54 @@ def test_row_94_a_hub_that_answers_badly_is_quoted_with_when_to_try_again(
 
 def test_row_94_control_without_any_answer_nothing_is_quoted() -> None:
     assert unanswered("a/model", OSError("no route to host"), "fetch") is None
+
+
+def test_row_95_a_run_with_relative_paths_goes_on_from_anywhere(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(small, tmp_path / "here")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    values = values_of(Path(), Path("run"), train={"max_steps": 2, "save_steps": 1}, evaluation={"forgetting": False})
+    on_step = story.Journal.on_step
+
+    def stop(self: Any, record: Any, progress: float) -> None:
+        on_step(self, record, progress)
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(story.Journal, "on_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            story.tune(load_recipe(values))
+    kept = load_recipe(Path("run/recipe.yaml"))
+    assert kept.model.name_or_path == str(tmp_path / "here" / "base")
+    assert kept.data.files == [str(tmp_path / "here" / "texts")]
+    monkeypatch.chdir(tmp_path / "there")
+    text = (tmp_path / "here" / "run" / "recipe.yaml").read_text()
+    (tmp_path / "here" / "run" / "recipe.yaml").write_text(text.replace("save_steps: 1", "save_steps: 2"))
+    record = story.resume(tmp_path / "here" / "run", accept=["train.save_steps"])
+    assert record.status == "finished"
+    said = " ".join(record.warnings)
+    shows(95, said, 0)
+
+
+def test_row_95_control_what_is_no_path_here_stays_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe({"model": {"name_or_path": "owner/model"}, "data": {"files": ["~/a", "${DRAWPLATE_CACHE}/b"]}})
+    assert recipe.located() == recipe
+
+
+def test_the_printed_command_is_taken_as_printed(clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = from_json(RunRecord, json.loads((clean / "record.json").read_text()))
+    (command, *_) = next_commands(record, str(clean))
+    asked: list[Any] = []
+    monkeypatch.setattr(drawplate, "evaluate", lambda *given, **more: asked.append((given, more)) or {}, raising=False)
+    words = shlex.split(" ".join(command.parts).replace("YOUR_DOCUMENTS", str(clean)))
+    done = CliRunner().invoke(cli.app, [*words[1:], "--json"])
+    assert done.exit_code == 0, done.stderr
+    ((models, adapters, files), more) = asked[0]
+    recipe = load_recipe({"model": {"name_or_path": models[0]}, "data": {"files": files}}, more["settings"])
+    assert recipe.quantization == load_recipe(clean / "recipe.yaml").quantization
+    assert recipe.model == load_recipe(clean / "recipe.yaml").model
+    assert (Path(adapters[0]) / "adapter_config.json").is_file()

@@ -24,7 +24,8 @@ from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import Placement
 from drawplate.model.storage import Storage
 from drawplate.model.weights import Checkpoint
-from drawplate.recipe import LoraSection, MemorySection
+from drawplate.plan.advise import advised_adapter
+from drawplate.recipe import USUAL_RANK, LoraSection, MemorySection
 from tests.model.conftest import VOCAB, random_sequences, write_model
 from tests.tiny import open_base, texts, write_base
 
@@ -310,6 +311,13 @@ def test_prepare_model_takes_the_parts_of_a_recipe(base: Checkpoint) -> None:
     again = drawplate.prepare_model(str(base.folder), lora={"r": 2, "target_modules": ["q_proj"]}, train={"seed": 3})
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert model(**padded_inputs()).loss.isfinite()
+
+
+def test_prepare_model_takes_the_rank_that_a_run_would(base: Checkpoint) -> None:
+    model = drawplate.prepare_model(str(base.folder), model={"device_map": "cpu"}, lora={"target_modules": ["q_proj"]})
+    advised, _ = advised_adapter(LoraSection(), hidden=64)
+    assert (model.peft_config["default"].r, model.peft_config["default"].lora_alpha) == (advised.r, advised.lora_alpha)
+    assert advised.r != USUAL_RANK, "a small model takes another"
 
 
 @pytest.mark.parametrize(

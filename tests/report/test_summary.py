@@ -42,7 +42,9 @@ def test_the_end_of_a_run_says_all_a_person_asks_for(record: RunRecord, terminal
 
 def test_the_next_command_is_one_that_a_shell_takes(record: RunRecord) -> None:
     model = dataclasses.replace(record.model, name="my model; rm -rf ~")
-    text = printed(summary_table(dataclasses.replace(record, model=model), "runs/it's"), terminal=True, width=60)
+    text = printed(
+        summary_table(dataclasses.replace(record, model=model, recipe={}), "runs/it's"), terminal=True, width=60
+    )
     command = text[text.index("drawplate eval") :].replace("\\\n", " ")
     options = {"--model": "my model; rm -rf ~", "--adapter": "runs/it's/adapter", "--data": "YOUR_DOCUMENTS"}
     assert shlex.split(command) == ["drawplate", "eval", *(word for pair in options.items() for word in pair)]

@@ -11,6 +11,7 @@ from drawplate.model.adapter import lora_config
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.assemble import assemble
 from drawplate.model.weights import open_checkpoint
+from drawplate.plan.advise import advised_adapter
 from drawplate.plan.choose import CorpusShape, choose_max_length
 from drawplate.prepare import max_positions, placement_of, plan_for_lengths
 from drawplate.recipe import Recipe, Section, load_recipe
@@ -58,7 +59,12 @@ def prepare_model(  # noqa: PLR0913 - one keyword a section of the recipe
     assembled = assemble(
         checkpoint,
         placement_of(chosen, pick_device(recipe.model.device_map)),
-        lambda anatomy: lora_config(recipe.lora, anatomy, checkpoint.loadable_name, checkpoint.revision),
+        lambda anatomy: lora_config(
+            advised_adapter(recipe.lora, anatomy.config.hidden_size)[0],
+            anatomy,
+            checkpoint.loadable_name,
+            checkpoint.revision,
+        ),
         seed=seed,
     )
     return DrawplateForCausalLM(assembled, checkpoint, seed=seed)

@@ -29,3 +29,8 @@ def expand(path: str) -> Path:
             next_step="Name a file or folder; `.` is the current folder. Is a variable of the shell not set?",
         )
     return Path(path.replace("${DRAWPLATE_CACHE}", str(cache_folder()))).expanduser()
+
+
+def located(path: str) -> str:
+    """A path as it is read from any folder: one that begins in the current folder is written whole."""
+    return path if path.startswith(("/", "~", "$")) else str(expand(path).absolute())

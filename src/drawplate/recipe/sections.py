@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from drawplate.recipe.places import expand, located
 from drawplate.recipe.values import as_meant, layer_names, memory_size
 
 Auto = Literal["auto"]
@@ -334,6 +335,24 @@ class Recipe(Section):
         if self.train.gradient_checkpointing is True and self.memory.activations == "keep":
             raise ValueError("train.gradient_checkpointing is on but memory.activations is keep")
         return self
+
+    def located(self) -> Recipe:
+        """This recipe with what lies in the current folder named by its whole path, so that it means the same anywhere.
+
+        A path with `~` or `${DRAWPLATE_CACHE}` stays as it is, and so does a model's name that is no folder here.
+        """
+        data, evaluation = self.data, self.evaluation
+        general = {"general_files": [located(path) for path in evaluation.general_files]}
+        files = {name: [located(path) for path in getattr(data, name)] for name in ("files", "heldout_files")}
+        name = self.model.name_or_path
+        named = {"name_or_path": located(name) if expand(name).is_dir() else name}
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update=named),
+                "data": data.model_copy(update=files),
+                "evaluation": evaluation.model_copy(update=general),
+            }
+        )
 
     def to_yaml(self) -> str:
         """This recipe as YAML that `load_recipe` reads back to an equal one."""

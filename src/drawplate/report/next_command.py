@@ -25,16 +25,23 @@ def next_commands(record: RunRecord, folder: str) -> list[NextCommand]:
     ]
 
 
+BASE_KEYS = ("gguf_file", "revision", "device_map")
+
+
 def eval_command(record: RunRecord, folder: str, adapter: AdapterFacts) -> list[str]:
-    """To measure an adapter on documents of one's own, on its base as the recipe names it.
+    """To measure an adapter on documents of one's own, on its base as the recipe names and keeps it.
 
     Of two adapters each fixes the precision that it is for.
     """
     model, path = shlex.quote(record.model.name), shlex.quote(f"{folder.rstrip('/')}/{adapter.folder}")
     parts = ["drawplate eval", f"--model {model}", f"--adapter {path}"]
-    named = record.recipe.get("model", {})
-    settings = [(f"model.{key}", named.get(key)) for key in ("gguf_file", "revision")]
-    if len(adapters(record)) > 1:
-        settings.append(("quantization.precision", adapter.base_precision))
-    parts += [f"--set {shlex.quote(f'{key}={value}')}" for key, value in settings if value]
+    own = {"precision": adapter.base_precision}
+    kept = own if len(adapters(record)) > 1 else record.recipe.get("quantization", {})
+    settings = {f"model.{key}": record.recipe.get("model", {}).get(key) for key in BASE_KEYS}
+    settings |= {f"quantization.{key}": value for key, value in kept.items()}
+    parts += [
+        f"--set {shlex.quote(f'{key}={str(value).lower() if isinstance(value, bool) else value}')}"
+        for key, value in settings.items()
+        if value not in ("auto", "", None) and (key, value) != ("quantization.bnb_4bit_quant_type", "nf4")
+    ]
     return [*parts, "--data YOUR_DOCUMENTS"]
