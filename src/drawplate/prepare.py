@@ -18,7 +18,7 @@ from drawplate.cgroups import available_ram_bytes
 from drawplate.data.cautions import cautions, not_read
 from drawplate.data.chat import ChatRenderer, chat_renderer, writes_a_date
 from drawplate.data.documents import Corpus, read_documents
-from drawplate.data.general import general_documents, sample
+from drawplate.data.general import general_corpus, sample
 from drawplate.data.split import Split, hold_out_given, split
 from drawplate.data.tokens import Tokenized, Tokenizer, load_tokenizer, tokenize
 from drawplate.device import machine, pick_device
@@ -81,7 +81,7 @@ def prepare(recipe: Recipe) -> Prepared:
     heldout = tokenize(sides.heldout, tokenizer, max_length, context_tokens=choose_context_tokens(recipe, max_length))
     require_predictable(training, "training")
     require_predictable(heldout, "held-out")
-    general = _general_windows(recipe, tokenizer, max_length, device)
+    general, general_said = _general_windows(recipe, tokenizer, max_length, device)
     anatomy = build_anatomy(checkpoint.config)
     lengths = tuple(len(sequence) for sequence in training.sequences)
     advised = advise(recipe, Learner(lengths=lengths, hidden=anatomy.config.hidden_size)).recipe
@@ -90,7 +90,7 @@ def prepare(recipe: Recipe) -> Prepared:
     chosen = with_disk(chosen, recipe, checkpoint, anatomy)
     said = (*checkpoint.remarks, *(f"{line} {ALL_OF_THEM}" for line in corpus.left_out), *sides.warnings)
     said += cautions(sides.train, training, tokenizer, max_length)
-    said += not_read(heldout.ledger, "held-out", max_length)
+    said += (*not_read(heldout.ledger, "held-out", max_length), *general_said)
     said += left_out_of(advised, anatomy)
     chosen = replace(chosen, warnings=said + chosen.warnings)
     return Prepared(
@@ -132,17 +132,19 @@ def read_sides(recipe: Recipe, render: ChatRenderer) -> tuple[Corpus, Split]:
 
 def _general_windows(
     recipe: Recipe, tokenizer: Tokenizer, max_length: int, device: torch.device
-) -> tuple[Sequence, ...]:
+) -> tuple[tuple[Sequence, ...], tuple[str, ...]]:
+    """The windows of text that is not of the domain, and what was left out of evaluation.general_files."""
     if not recipe.evaluation.forgetting:
-        return ()
+        return (), ()
     section = recipe.evaluation
-    documents = general_documents(
+    corpus = general_corpus(
         section.general_files, recipe.data.text_field, renderer_of(tokenizer, recipe.data.template_date)
     )
     context = choose_context_tokens(recipe, max_length)
-    tokens = tokenize(documents, tokenizer, max_length, context_tokens=context)
+    tokens = tokenize(corpus.documents, tokenizer, max_length, context_tokens=context)
     require_predictable(tokens, "general")
-    return sample(tokens.sequences, documents, GENERAL_TOKENS[device.type])
+    left_out = tuple(f"evaluation.general_files: {line}" for line in corpus.left_out)
+    return sample(tokens.sequences, corpus.documents, GENERAL_TOKENS[device.type]), left_out
 
 
 def with_quantization_tax(

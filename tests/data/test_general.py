@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from drawplate.data.documents import read_documents
-from drawplate.data.general import general_documents, sample
+from drawplate.data.general import general_corpus, general_documents, sample
 from drawplate.data.tokens import tokenize
 from drawplate.errors import DataError
 from drawplate.recipe import DataSection
@@ -40,3 +40,12 @@ def test_a_sample_is_of_whole_documents_and_depends_on_their_content_alone(token
     assert names <= {s.document for s in sample(left, fewer, 1500)}, "what else there is only makes room"
     assert {s.document for s in sample(sequences, documents, 1)} < names, "at least one document"
     assert sample(sequences, documents, 10**9) == sequences
+
+
+def test_what_is_left_out_of_general_files_is_kept_to_be_said(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat")
+    (tmp_path / "b.docx").write_bytes(b"PK")
+    corpus = general_corpus([str(tmp_path)], "text", None)
+    assert [document.text for document in corpus.documents] == ["the cat"]
+    assert corpus.left_out[0].startswith(f"{tmp_path.name}/b.docx is left out: only .txt")
+    assert general_corpus([], "text", None).left_out == ()

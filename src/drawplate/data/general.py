@@ -15,7 +15,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 
 from drawplate.data.chat import ChatRenderer
-from drawplate.data.documents import read_documents
+from drawplate.data.documents import Corpus, read_documents
 from drawplate.recipe import DataSection
 from drawplate.records import Document, Sequence
 
@@ -23,15 +23,20 @@ SHIPPED = Path(__file__).with_name("general_english.jsonl")
 SHIPPED_NAME = "general English prose"
 
 
-def general_documents(files: Seq[str], text_field: str, render: ChatRenderer) -> tuple[Document, ...]:
-    """The documents of `files`, or the shipped ones where there are none.
+def general_corpus(files: Seq[str], text_field: str, render: ChatRenderer) -> Corpus:
+    """The documents of `files`, or the shipped ones where there are none, and what was left out of them.
 
     Raises:
         DataError: a file does not exist, or there is no document in all of them.
     """
     if files:
-        return read_documents(DataSection(files=list(files), text_field=text_field), files, render).documents
-    return read_documents(DataSection(files=[str(SHIPPED)]), [str(SHIPPED)]).documents
+        return read_documents(DataSection(files=list(files), text_field=text_field), files, render)
+    return read_documents(DataSection(files=[str(SHIPPED)]), [str(SHIPPED)])
+
+
+def general_documents(files: Seq[str], text_field: str, render: ChatRenderer) -> tuple[Document, ...]:
+    """The documents of `general_corpus` alone."""
+    return general_corpus(files, text_field, render).documents
 
 
 def sample(sequences: Seq[Sequence], documents: Seq[Document], most_tokens: int) -> tuple[Sequence, ...]:
