@@ -254,7 +254,9 @@ class EvaluationSection(Section):
         description="Tokens that each window of a long document reads again, uncounted; auto: half a window, 0: none.",
     )
     quantization_tax: Literal["auto", True, False] = Field(
-        "auto", description="Measure the base model unquantized too; auto: where its layers can be streamed or fit."
+        "auto",
+        description="Measure the base model unquantized too, before training and after it with the adapter; auto: "
+        "where its layers can be streamed or fit.",
     )
     forgetting: bool = Field(True, description="Measure general text that is not of the domain, before and after.")
     general_files: list[str] = Field(default=[], description="That text; none: English prose that Drawplate ships.")
