@@ -11,11 +11,12 @@ with plain transformers and PEFT, which loads the adapter that was saved here:
     unbuilt   transformers itself does not build, save or run the tiny configuration
 
     python bench/families.py bench/results/families-cpu.json [family ...]
+
+PLAN=0 in the environment leaves the plan out, which takes most of the time.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import multiprocessing
 import os
@@ -376,15 +377,19 @@ def main() -> None:
         child.join()
         shown = found[name]
         print(f"{name:24} {shown['outcome']:8} {shown.get('worst', '')} {shown.get('why', '')}", flush=True)
-    counts = {
-        kind: sum(f["outcome"] == kind for f in found.values())
-        for kind in ("right", "refused", "wrong", "crash", "unbuilt")
-    }
-    print(counts)
-    out.write_text(
-        json.dumps({**about(), "tolerance": TOLERANCE, "counts": counts, "families": copy.deepcopy(found)}, indent=1)
-        + "\n"
-    )
+        _write(out, found)
+    print(counts_of(found))
+
+
+def counts_of(found: dict[str, Any]) -> dict[str, int]:
+    """How many families have each outcome."""
+    kinds = ("right", "refused", "wrong", "crash", "unbuilt")
+    return {kind: sum(f["outcome"] == kind for f in found.values()) for kind in kinds}
+
+
+def _write(out: Path, found: dict[str, Any]) -> None:
+    made = {**about(), "tolerance": TOLERANCE, "planned": WITH_PLAN, "counts": counts_of(found), "families": found}
+    out.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":
