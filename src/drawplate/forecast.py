@@ -58,7 +58,7 @@ def forecast(recipe: Recipe, gpu: str | None = None) -> Plan:
     host_bytes = recipe.memory.ram if gpu else None
     chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy, host_bytes=host_bytes)
     chosen = with_disk(chosen, recipe, checkpoint, anatomy)
-    return replace(chosen, warnings=warnings + chosen.warnings)
+    return replace(chosen, warnings=(*checkpoint.remarks, *warnings, *chosen.warnings))
 
 
 def _situation_on(gpu: str, recipe: Recipe, checkpoint: Checkpoint, anatomy: object) -> Situation:
