@@ -248,6 +248,8 @@ def require_practical(anatomy: Anatomy) -> None:
         why = "transformers computes its state one token at a time, which takes minutes where others take seconds"
     if getattr(config, "hidden_size_per_layer_input", None):
         why = "its layers look embeddings of their own up by token, which Drawplate does not hand to them yet"
+    if anatomy.home.kind is not type(anatomy.skeleton) and anatomy.logit_scale != 1:
+        why = f"{anatomy.home.kind.__name__}, which the checkpoint names, does not scale logits as its text model does"
     if why:
         raise _refused(anatomy.architecture, why)
 
