@@ -37,7 +37,7 @@ def test_losses_and_gradients_are_those_of_transformers_and_peft(
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_carried_out_is_refused_by_name(name: str) -> None:
     with pytest.raises(UsageError, match=REFUSED[name]):
-        require_practical(build_anatomy(families.tiny_config(name)))
+        require_practical(build_anatomy(families.tiny_config(name, vocab_size=2**16)))
 
 
 def test_a_table_is_chosen_by_the_length_of_each_document() -> None:

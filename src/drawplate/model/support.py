@@ -37,6 +37,8 @@ from drawplate.model.walk_values import with_values
 
 MARK = "drawplate_walk"
 """An argument that only shows whether what the body is given reaches attention."""
+LARGEST_SEARCH = 2**20
+"""Numbers of an embedding's table that transformers' body may compare with each position where it is given no ids."""
 PROBE_SHAPE = (2, 8)
 """Rows and positions of the walk: more than one row, so that a lost dimension shows."""
 
@@ -246,7 +248,7 @@ def require_practical(anatomy: Anatomy) -> None:
     config, why = anatomy.config, ""
     if config.model_type in ("mamba", "falcon_mamba"):
         why = "transformers computes its state one token at a time, which takes minutes where others take seconds"
-    if getattr(config, "hidden_size_per_layer_input", None):
+    if getattr(config, "hidden_size_per_layer_input", None) and config.vocab_size * config.hidden_size > LARGEST_SEARCH:
         why = "its layers look embeddings of their own up by token, which Drawplate does not hand to them yet"
     if anatomy.home.kind is not type(anatomy.skeleton) and anatomy.logit_scale != 1:
         why = f"{anatomy.home.kind.__name__}, which the checkpoint names, does not scale logits as its text model does"
