@@ -252,6 +252,8 @@ def require_practical(anatomy: Anatomy) -> None:
         why = "its layers look embeddings of their own up by token, which Drawplate does not hand to them yet"
     if anatomy.home.kind is not type(anatomy.skeleton) and anatomy.logit_scale != 1:
         why = f"{anatomy.home.kind.__name__}, which the checkpoint names, does not scale logits as its text model does"
+    if config.model_type == "youtu":
+        why = "its numbers here are not those of transformers yet (bench/families.py)"
     if why:
         raise _refused(anatomy.architecture, why)
 
