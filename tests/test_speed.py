@@ -117,3 +117,6 @@ def test_what_a_run_has_shown_of_the_machine_counts_for_every_arithmetic(monkeyp
     speed.keep_overheads(cpu, context=0, runtime_host=123_456_789)
     assert speed.measured_speed(cpu, torch.bfloat16).runtime_host_bytes == 123_456_789
     assert speed.measured_speed(cpu, torch.float32).context_bytes == typical_speed("cpu").context_bytes
+    speed.keep_overheads(cpu, context=7, runtime_host=23_456_789)
+    assert speed.measured_speed(cpu, torch.float32).runtime_host_bytes == 73_456_789  # half way: runs differ
+    assert speed.measured_speed(cpu, torch.float32).context_bytes == 7

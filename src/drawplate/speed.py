@@ -148,8 +148,16 @@ def keep_overheads(device: torch.device, *, context: int, runtime_host: int) -> 
         context: bytes of the device outside torch's allocator.
         runtime_host: bytes of the host that libraries hold, the compiler not counted.
     """
+    path, known = _kept_path(machine(device), "overheads"), dict[str, Any]()
+    with suppress(OSError, ValueError):
+        known = _read(path)
     found = {"context_bytes": context, "runtime_host_bytes": max(0, runtime_host)}
-    _keep(_kept_path(machine(device), "overheads"), {name: count for name, count in found.items() if count})
+    _keep(path, known | {name: _between(known.get(name), count) for name, count in found.items() if count})
+
+
+def _between(known: object, found: int) -> int:
+    """Half way from what was known to what was found: runs differ by what they compile, and the last is no better."""
+    return (known + found) // 2 if isinstance(known, int) and known > 0 else found
 
 
 def _with_overheads(speed: DeviceSpeed, here: Machine) -> DeviceSpeed:

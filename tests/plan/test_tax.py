@@ -51,6 +51,12 @@ def plan_of(device: str = "cuda", *, precision: str = "nf4", weights: str = "hos
     )
 
 
+def test_an_unquantized_model_in_another_dtype_than_it_is_stored_in_needs_its_table_twice() -> None:
+    plans = {dtype: replace(plan_of(), compute_dtype=dtype) for dtype in ("bfloat16", "float16")}
+    made = {dtype: phase_of(decided(plan), DEPLOYED_PHASE).bytes("host") for dtype, plan in plans.items()}
+    assert made["float16"] - made["bfloat16"] == 128_256 * 4096 * 2
+
+
 def small(plan: Plan) -> Plan:
     """A run that takes 1 GiB of the device."""
     lines = (LedgerLine(name="all", where="device", bytes=GIB, formula=""),)

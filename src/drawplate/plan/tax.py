@@ -28,6 +28,8 @@ MOST_WORK = {"cpu": 2e12, "cuda": 5e14}
 """Tokens x parameters of one measurement: some 20 s on two cores with bf16 or through a GPU's bus, a minute in fp32."""
 CALIBRATION_TOKENS = {"cpu": 2048, "cuda": 16_384}
 HEAD_ROWS = 8192
+USUALLY_STORED = "bfloat16"
+"""The type in which most base models are stored; into another one a tensor is turned while it is read."""
 _SHARED = ("CUDA context", "process before the model", RUNTIME, "token windows")
 _KEY, _START_KEY, _DEPLOYED_KEY = "quantization_tax", "starts_from_error", "measures_deployed"
 
@@ -146,6 +148,8 @@ def _model_bytes(plan: Plan, model: ModelShape) -> list[Bytes]:
         ("unquantized layers", "host", layers, f"parameters x {size} bytes"),
         ("embedding, head and norms", "host", model.outside_parameters * size, f"parameters x {size} bytes"),
     ]
+    if not on_cpu and plan.compute_dtype != USUALLY_STORED:  # else it is copied out of the file as it is
+        rows.append(("a tensor on its way", "host", model.vocab * model.hidden * size, "vocabulary x hidden x bytes"))
     if not on_cpu:
         head = 2 * min(HEAD_ROWS, model.vocab) * model.hidden * size
         rows.append(("ring slots", "device", 2 * layer, "2 x largest layer"))
