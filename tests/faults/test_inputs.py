@@ -146,7 +146,7 @@ def test_row_35_no_file_of_a_run_holds_a_secret(small: Path, tmp_path: Path, mon
     texts = write_texts(tmp_path / "texts", 12)
     for path in texts.iterdir():
         path.write_text(path.read_text() + f" password {canary}")
-    train = {"effective_batch_size": 2, "max_steps": 4, "save_steps": 1}
+    train = {"effective_batch_size": 2, "max_steps": 4, "save_steps": 1, "keep_checkpoints": True}
     recipe = load_recipe(recipe_values(small / "base", texts, tmp_path / "run", train=train))
     on_step = story.Journal.on_step
 
