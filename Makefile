@@ -1,5 +1,6 @@
 # make demo   the main job, end to end, on real weights and text
 # make test   all tests
+# make test-newest   those that touch other libraries, with the newest that pyproject.toml allows
 # make check  format, lint, types, import floors
 # Each makes .venv when it is missing and installs exact versions; the second time it starts at once.
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check setup clean
+.PHONY: demo test test-newest anew check setup clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -17,6 +18,24 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+# The libraries whose newest versions are tried, and made anew after a day. They lie over .venv, so that nothing else is
+# fetched again; torch is left out, because each of its versions is gigabytes.
+NEWEST := transformers peft trl datasets
+MODEL_TESTS := adapter attention causal_lm error_start fetch gguf head logits_path self_check support weights
+CORE_TESTS := $(MODEL_TESTS:%=tests/model/test_%.py) tests/integrations tests/data/test_chat.py \
+  tests/data/test_tokens.py tests/test_run.py tests/test_evaluate.py tests/faults/test_families.py
+
+test-newest: .newest/installed
+	PYTHONPATH=$(CURDIR)/.newest $(BIN)/python -m pytest -n auto --maxprocesses 4 $(or $(ARGS),$(CORE_TESTS))
+
+.newest/installed: pyproject.toml constraints.txt $(if $(shell find .newest/installed -mtime +0 2>/dev/null),anew) \
+  | $(INSTALLED)
+	rm -rf .newest
+	$(BIN)/python -m pip install --quiet --no-deps --target .newest \
+	  $$($(BIN)/python .ci/requirements.py $(NEWEST))
+	@echo "Newest: $$(cd .newest && echo *.dist-info | sed 's/\.dist-info//g')"
+	@touch $@
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -50,4 +69,4 @@ $(INSTALLED): pyproject.toml constraints.txt | .venv/bin/pip
 	$$found -m venv .venv || { rm -rf .venv; exit 1; }
 
 clean:
-	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .newest build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -159,12 +159,23 @@ def _at_least_the_floor(name: str, found: str) -> Check:
     requirement = _floors().get(name, name)
     if _is_met(requirement):
         return Check(name=name, status="ok", found=found)
-    return Check(name=name, status="missing", found=f"{found}, too old", mend=f'pip install "{requirement}"')
+    mend = f'pip install "{requirement}"'
+    if _is_met(_floor_of(requirement)):
+        return Check(name=name, status="absent", found=f"{found}, newer than what was tested", mend=mend)
+    return Check(name=name, status="missing", found=f"{found}, too old", mend=mend)
+
+
+def _floor_of(requirement: str) -> str:
+    """`torch>=2.11,<2.14` -> `torch>=2.11`: beyond the other bound nothing is known to be wrong."""
+    from packaging.requirements import Requirement
+
+    need = Requirement(requirement)
+    return need.name + ",".join(str(part) for part in need.specifier if part.operator == ">=")
 
 
 def _other_libraries() -> Check:
     floors = _floors()
-    unmet = [need for name, need in floors.items() if not _is_met(need)]
+    unmet = [need for name, need in floors.items() if not _is_met(_floor_of(need))]
     if not unmet:
         return Check(name="other libraries", status="ok", found=f"all {len(floors)} requirements are met")
     mend = "pip install " + " ".join(f'"{need}"' for need in unmet)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
 
@@ -34,6 +36,11 @@ MORE_ARCHITECTURES = {
 }
 
 
+SINCE_5_24 = Version(transformers.__version__) >= Version("5.24")
+if SINCE_5_24:  # before, its attention was its own
+    MORE_ARCHITECTURES["codegen"] = {"rotary_dim": 8, "n_layer": 4, "n_head": 4, "n_embd": 32}
+
+
 def anatomy_of(name: str, **changes: object) -> Anatomy:
     settings = {**COMMON, **{**ARCHITECTURES, **MORE_ARCHITECTURES}.get(name, {}), **changes}
     return build_anatomy(AutoConfig.for_model(name, **settings))
@@ -50,7 +57,7 @@ def test_more_architectures_give_the_loss_that_transformers_gives(name, tmp_path
         assert nats(model, batches) == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["bloom", "codegen", "xglm"])
+@pytest.mark.parametrize("name", ["bloom", "xglm", *([] if SINCE_5_24 else ["codegen"])])
 def test_an_attention_of_its_own_is_refused(name):
     """Its mask would be lost, and a model that sees the next token has a wonderful perplexity."""
     with pytest.raises(UsageError, match="attention in a way of its own"):
@@ -254,7 +261,10 @@ def test_keys_and_values_that_layers_share_are_found():
     found = walk(anatomy_of("gemma4_text", **GEMMA_4))
     assert found.obstacle == "layer 0 changes shared_kv_states"
     alone = {**GEMMA_4, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
-    assert walk(anatomy_of("gemma4_text", **alone)).obstacle == ""
+    # From 5.24 on the last layers of each kind leave theirs for a drafting model, though no layer reads them.
+    assert walk(anatomy_of("gemma4_text", **alone)).obstacle == (
+        "layer 2 changes shared_kv_states" if SINCE_5_24 else ""
+    )
 
 
 def looking(condition: Callable[[Tensor | None, Tensor | None], Tensor]) -> Walk:
