@@ -4,7 +4,7 @@
 
 A simulated document has a log-normal length, and a change of nats a token that depends on its length and varies from
 document to document, less so for long ones. The true change of perplexity is known: exp(E[change of nats] / E[tokens]).
-The settings named `measured` are those of the demo's own 89 held-out documents (bench/results/demo-cpu.json). The
+The settings named `measured` are those of the demo's own 89 held-out documents (bench/results/demo-cpu-bf16.json). The
 interval was chosen among a dozen in the first four worlds; the last two were not looked at before.
 """
 
