@@ -128,3 +128,18 @@ def test_a_hub_that_does_not_answer_is_absent_not_an_error(monkeypatch):
     row = {check.name: check for check in doctor.examine(network=True)}["network"]
     assert row.status == "absent"
     assert "Name or service not known" in row.found
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "said"),
+    [
+        ("torch>=2.0,<99", "ok", ""),
+        ("torch>=99", "missing", "too old"),
+        ("torch>=2.0,<2.1", "absent", "newer than what was tested"),
+    ],
+)
+def test_a_library_is_too_old_or_newer_than_what_was_tested(monkeypatch, asked, status, said):
+    monkeypatch.setattr(doctor, "_floors", lambda: {"torch": asked})
+    check = doctor._at_least_the_floor("torch", torch.__version__)
+    assert check.status == status
+    assert said in check.found
