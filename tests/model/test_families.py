@@ -9,11 +9,14 @@ import torch
 from transformers import AutoConfig
 
 from bench import families
-from drawplate.errors import UsageError
+from drawplate.errors import IntegrityError, UsageError
+from drawplate.integrations.generation import generate
 from drawplate.model.anatomy import build_anatomy
 from drawplate.model.foreign import refusing
 from drawplate.model.rotary import document_lengths
 from drawplate.model.support import require_practical
+from drawplate.model.weights import open_checkpoint
+from drawplate.recipe import ModelSection
 from tests.model.conftest import COMMON
 
 REFUSED = {
@@ -32,6 +35,41 @@ def test_losses_and_gradients_are_those_of_transformers_and_peft(
     found = families.examine(name, tmp_path)
     assert found["outcome"] == "right", found
     assert len(found["differences"]) == 4, "kept and recomputed, padded and packed"
+
+
+@pytest.mark.parametrize(
+    ("name", "ways"), [("olmo_hybrid", {"keep padded", "recompute padded"}), ("zamba2", {"keep padded"})]
+)
+def test_weights_that_are_stored_otherwise_than_the_module_holds_them_are_read(
+    name: str, ways: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tensors that the module holds as one; one tensor that two layers share."""
+    monkeypatch.setattr(families, "WITH_PLAN", False)
+    found = families.examine(name, tmp_path)
+    assert found["outcome"] == "right", found
+    assert set(found["differences"]) == ways, "its state goes from token to token, and shared layers are kept"
+
+
+def test_a_part_that_transformers_would_join_is_missed_by_name(tmp_path: Path) -> None:
+    families.write(tmp_path, "olmo_hybrid")
+    checkpoint = open_checkpoint(ModelSection(name_or_path=str(tmp_path)))
+    del checkpoint.files["model.layers.1.linear_attn.k_conv1d.weight"]
+    with pytest.raises(IntegrityError, match=r"lacks 1 tensors .* first model\.layers\.1\.linear_attn\.conv1d\.weight"):
+        families.executor(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("nanochat", "host"), ("olmo", "host"), ("mamba2", "host"), ("zamba2", "device")]
+)
+def test_text_is_what_transformers_generates(name: str, weights: str, tmp_path: Path) -> None:
+    """No weight outside of the layers but embedding and head; a body that asks the head for its dtype; a cache of
+    state."""
+    kind = families.write(tmp_path, name)
+    model = families.executor(open_checkpoint(ModelSection(name_or_path=str(tmp_path))), weights=weights, poison=True)
+    base = kind.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    ids_BT = torch.randint(3, families.VOCAB, (1, 6), generator=torch.Generator().manual_seed(0))
+    options = {"attention_mask": torch.ones_like(ids_BT), "min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(generate(model, ids_BT, **options), base.generate(ids_BT, **options))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -86,11 +86,17 @@ class _Embedding(nn.Module):
 
 
 class _Head(nn.Module):
-    """Scale and soft cap are left to the module around it."""
+    """Scale and soft cap are left to the module around it.
+
+    Its empty weight answers who asks a head for its dtype (Mamba 2), or the whole model for its device where it has no
+    parameter of its own: norms without weights (NanoChat, OLMo 1).
+    """
 
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self._model = model
+        place = model.placement
+        self.weight = nn.Parameter(torch.empty(0, dtype=place.compute_dtype, device=place.device), requires_grad=False)
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         logits_NV = raw_logits(hidden_BTH.flatten(0, -2), self._model.head)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 
 from drawplate.errors import IntegrityError
 from drawplate.model.anatomy import Anatomy
@@ -66,22 +66,53 @@ class CheckpointNames:
         self.prefix = f"{anatomy.skeleton.base_model_prefix}."
         self.architecture = anatomy.architecture
         self._renamed: dict[str, str] | None = None
+        self._known_rules: list[Any] | None = None
 
     def name_of(self, name: str) -> str | None:
-        """The checkpoint's name of a tensor, None where it has none."""
+        """The checkpoint's name of a tensor, None where it has none; tied ones (Zamba 2) share one."""
         bare = name.removeprefix(self.prefix)
         candidates = [name, bare, self.prefix + name]
         candidates += [f"language_model.{name}", f"model.language_model.{bare}", f"model.text_model.{bare}"]
         if name == "lm_head.weight":
             candidates += ["embed_out.weight"]
         found = next((candidate for candidate in candidates if candidate in self.checkpoint.files), None)
-        return found or next((self._by_rule[c] for c in candidates if c in self._by_rule), None)
+        found = found or next((self._by_rule[c] for c in candidates if c in self._by_rule), None)
+        source = None if found else getattr(self.skeleton, "all_tied_weights_keys", {}).get(name)
+        return self.name_of(source) if source else found
+
+    def _joined(self, name: str) -> tuple[list[str], int] | None:
+        """(the checkpoint's tensors that transformers joins into this one, along which dimension), None without such
+        a rule (OLMo hybrid: three convolutions that are one in the module)."""
+        for rule in self._rules:
+            if type(rule) is not WeightConverter or [type(step) for step in rule.operations] != [Concatenate]:
+                continue
+            target = rule.target_patterns[0]
+            if name.endswith(target):
+                parts = [self.name_of(name.removesuffix(target) + source) for source in rule.source_patterns]
+                if all(parts):
+                    return [part for part in parts if part], rule.operations[0].dim  # type: ignore[attr-defined]
+        return None
+
+    def _places(self, name: str) -> list[str]:
+        """Every tensor of the checkpoint that this one is made of; empty where it lacks any."""
+        found = self.name_of(name)
+        if found is not None:
+            return [found]
+        joined = self._joined(name)
+        return joined[0] if joined else []
+
+    @property
+    def _rules(self) -> list[Any]:
+        """transformers' own rules for what a checkpoint calls and holds in another way than the module."""
+        if self._known_rules is None:
+            self._known_rules = list(get_model_conversion_mapping(self.skeleton))
+        return self._known_rules
 
     @property
     def _by_rule(self) -> dict[str, str]:
-        """transformers' own rules for names that changed (get_model_conversion_mapping): new name -> name on disk."""
+        """For names that changed: new name -> name on disk."""
         if self._renamed is None:
-            rules = [rule for rule in get_model_conversion_mapping(self.skeleton) if type(rule) is WeightRenaming]
+            rules = [rule for rule in self._rules if type(rule) is WeightRenaming]
             self._renamed = {_renamed(name, rules): name for name in self.checkpoint.files}
         return self._renamed
 
@@ -91,7 +122,7 @@ class CheckpointNames:
         Raises:
             IntegrityError: it lacks some; the first is named.
         """
-        missing = [name for name in wanted if self.name_of(name) is None]
+        missing = [name for name in wanted if not self._places(name)]
         if not missing:
             return
         experts = any(".experts" in name or "moe" in name for name in missing)
@@ -111,8 +142,9 @@ class CheckpointNames:
             IntegrityError: it does; they are counted and the first is named.
         """
         tied = [f"{self.anatomy.head_path}.weight"] if self.anatomy.tied else []
-        found = {name: key for name in (*wanted, *tied) if (key := self.name_of(name)) is not None}
-        read = set(found.values())
+        places = {name: self._places(name) for name in (*wanted, *tied)}
+        found = {name: keys[0] for name, keys in places.items() if len(keys) == 1}
+        read = {key for keys in places.values() for key in keys}
         surplus = sorted(key for key in self.checkpoint.files if key not in read and not self._is_inert(key, read))
         surplus = [key for key in surplus if not self._is_beside_the_text(key, found)]
         if not surplus:
@@ -157,14 +189,16 @@ class CheckpointNames:
         Raises:
             IntegrityError: the checkpoint has none of that name, or of another shape than `shape`.
         """
-        found = self.name_of(name)
-        if found is None:
+        places = self._places(name)
+        if not places:
             raise IntegrityError(
                 f"{self.checkpoint.name} has no tensor {name}, which its configuration asks for.",
                 safe="Nothing was trained or written.",
                 next_step="Fetch the model again, or choose one in transformers' own format.",
             )
-        tensor = self.checkpoint.read(found)
+        joined = self._joined(name) if len(places) > 1 else None
+        parts = [self.checkpoint.read(place) for place in places]
+        tensor = torch.cat(parts, dim=joined[1]) if joined else parts[0]
         if tensor.element_size() == 1 and tensor.dtype != torch.bool:
             raise IntegrityError(
                 f"{self.checkpoint.name}: {name} is stored as {tensor.dtype}: a code, and no weight.",

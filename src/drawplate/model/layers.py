@@ -38,6 +38,8 @@ from drawplate.model.saved_inputs import InputStore
 POLICIES = ("keep", "host", "recompute", "offload")
 AGAIN = ("recompute", "offload")
 """Those that compute a layer a second time."""
+CACHES = ("past_key_values", "cache_params")
+"""What a layer's argument for a cache of earlier tokens is called: in most families, and in Mamba 2."""
 
 
 @dataclass
@@ -179,7 +181,7 @@ class LayerRunner:
         """The layer's function, compiled unless a key-value cache is passed along.
 
         With `again` only its backward is right: the output lacks the products which that does not need."""
-        cached = call.kwargs.get("past_key_values") is not None
+        cached = any(call.kwargs.get(name) is not None for name in CACHES)
         function = (self._again if again else self._eager if cached else self._functions)[call.layer]
         tensors = {**weights, **self._whole_weights(call.layer, weights), **trained, **call.keys}
         out = function(tensors, hidden, call.args, call.kwargs)
