@@ -454,12 +454,13 @@ def score(model: Any, windows: list[Any], adapters: Adapters | None = None) -> t
 
 def train_group(base: Base, group: Group, texts: dict[str, Any], deadline: float) -> dict[str, Any] | None:
     """Train a group's variants together and measure them; None where the time is up."""
-    from drawplate.data.batches import step_indices, steps_per_epoch
+    from drawplate.data.steps import StepOrder, target_tokens_of
 
     windows, heldout = texts[group.corpus]
     count, model = len(windows), base.in_precision(group.precision)
     batch = max(1, round(group.step_tokens * count / sum(map(len, windows))))
-    an_epoch = steps_per_epoch(count, batch)
+    order = StepOrder(target_tokens=target_tokens_of(windows), effective_batch=batch, seed=group.seed)
+    an_epoch = order.steps_per_epoch
     steps = an_epoch * group.epochs
     measured = {name: held for name, (_, held) in texts.items() if name in (group.corpus, GENERAL)}
     before = {name: score(model, held) for name, held in measured.items()}
@@ -471,7 +472,7 @@ def train_group(base: Base, group: Group, texts: dict[str, Any], deadline: float
     epochs: list[dict[str, Any]] = [{group.corpus: score(model, heldout, adapters)[0]}]
     began = time.monotonic()
     for step in range(steps):
-        take_step(model, adapters, [windows[i] for i in step_indices(step, count, batch, group.seed)])
+        take_step(model, adapters, [windows[i] for i in order.indices(step)])
         optimizer.step(step, steps)
         if (step + 1) % an_epoch == 0:
             last = step + 1 == steps

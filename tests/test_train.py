@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import drawplate.train as loop
-from drawplate.data.batches import cut_padded, step_indices
+from drawplate.data.batches import cut_padded
 from drawplate.errors import DoesNotFit, NumericError, StoppedSafely
 from drawplate.guards import StopSignals
 from drawplate.model.causal_lm import CausalLM
@@ -93,7 +93,7 @@ def test_every_step_of_an_epoch_has_the_gradient_of_its_documents(base: Path, cu
     notes = _Gradients(model)
     train(task, notes, TrainState())
     for step, got in enumerate(notes.gradients):
-        group = [task.sequences[i] for i in step_indices(step, 7, 3, task.section.seed)]
+        group = [task.sequences[i] for i in task.order.indices(step)]
         assert len(group) == (1 if step == 2 else 3)
         counts = [len(s) - 1 for s in group]
         want = gradient_of_scaled(model, group, [1 / sum(counts)] * len(group))
@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_a_number_takes_no_step_and_names_the_documents(
 ) -> None:
     model = tiny_model(base)
     task = task_of(model, effective_batch=1, schedule=replace(CONSTANT, steps=7))
-    turn = [int(step_indices(i, 7, 1, task.section.seed)[0]) for i in range(7)].index(3)
+    turn = [int(task.order.indices(i)[0]) for i in range(7)].index(3)
     clean = tiny_model(base)
     run(replace(task, model=clean, schedule=replace(CONSTANT, steps=turn)))
     poison(model, "doc-3", monkeypatch)

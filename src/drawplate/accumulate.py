@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from drawplate.data.batches import PADDING_SEQUENCE, Batch, step_indices, steps_per_epoch
+from drawplate.data.batches import PADDING_SEQUENCE, Batch
 from drawplate.errors import DoesNotFit
 from drawplate.memory import memory_sample
 from drawplate.records import LedgerLine
@@ -91,14 +91,13 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _batches(task: TrainTask, state: TrainState) -> list[Batch]:
-    indices = step_indices(state.step, len(task.sequences), task.effective_batch, task.section.seed)
-    return (state.cutting or task.cutting)([task.sequences[i] for i in indices])
+    return (state.cutting or task.cutting)([task.sequences[i] for i in task.order.indices(state.step)])
 
 
 def _accumulate(task: TrainTask, state: TrainState, listener: Listener, batches: Seq[Batch]) -> StepOutcome:
     if state.micro_batches == 0:
         task.model.adapter.zero_gradients()
-    epoch = state.step // steps_per_epoch(len(task.sequences), task.effective_batch)
+    epoch = state.step // task.order.steps_per_epoch
     counted = sum(batch.counted_tokens for batch in batches)
     nats = torch.tensor(state.step_nats, dtype=torch.float64).to(task.model.placement.device)
     began, already = task.clock.now(), state.micro_batches

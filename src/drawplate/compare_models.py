@@ -34,10 +34,11 @@ from drawplate.model.weights import Checkpoint, open_checkpoint
 from drawplate.plan.choose import choose_max_length
 from drawplate.prepare import (
     choose_context_tokens,
-    choose_plan,
+    corpus_shape,
     max_positions,
     pad_id,
     placement_of,
+    plan_for_lengths,
     renderer_of,
     require_predictable,
 )
@@ -190,7 +191,9 @@ def _measure(contender: _Contender, corpus: Corpus, max_length: int, journal: Jo
         require_predictable(tokens, "given")
         for line in not_read(tokens.ledger, "given", max_length):
             journal.on_warning(line)
-        chosen = choose_plan(recipe, checkpoint, build_anatomy(checkpoint.config), tokens, None, max_length)
+        chosen = plan_for_lengths(
+            recipe, checkpoint, build_anatomy(checkpoint.config), corpus_shape(tokens), max_length
+        )
         model = assemble(
             checkpoint,
             replace(placement_of(chosen, pick_device(recipe.model.device_map)), read_once=True),

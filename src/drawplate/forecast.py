@@ -22,7 +22,7 @@ from drawplate.plan.choose import CorpusShape, Situation, choose, choose_compute
 from drawplate.plan.gpus import gpu_named
 from drawplate.prepare import (
     choose_context_tokens,
-    lengths_of,
+    corpus_shape,
     max_positions,
     model_shape,
     obstacles_of,
@@ -106,7 +106,7 @@ def _corpus_shape(
     require_predictable(training, "training")
     require_predictable(heldout, "held-out")
     said = (*read.left_out, *sides.warnings, *cautions(sides.train, training, tokenizer, max_length))
-    return CorpusShape(lengths=lengths_of(training), heldout_lengths=lengths_of(heldout)), (), said
+    return corpus_shape(training, heldout), (), said
 
 
 def _without_tokenizer(recipe: Recipe, max_length: int, error: DataError) -> tuple[CorpusShape, tuple[str, ...]]:

@@ -16,7 +16,6 @@ from typing import Any, cast
 import yaml
 
 from drawplate.data.accounts import data_ledger
-from drawplate.data.batches import counted_in_steps, steps_per_epoch
 from drawplate.data.tokens import Tokenized
 from drawplate.device import machine
 from drawplate.guards import Clock, StopSignals
@@ -236,10 +235,9 @@ class Outcome:
 
     def _training_facts(self) -> TrainingFacts:
         state, plan_ = self.state, self.prepared.plan
-        per_epoch = steps_per_epoch(len(self.prepared.train.sequences), plan_.effective_batch_size)
         return TrainingFacts(
             optimizer_steps=state.step - state.skipped_steps,
-            epochs=state.step / per_epoch,
+            epochs=state.step / self.prepared.order.steps_per_epoch,
             tokens=state.tokens,
             tokens_per_optimizer_step=state.tokens / state.step if state.step else 0.0,
             seconds=state.step_seconds,
@@ -287,9 +285,7 @@ class Outcome:
 
 def data_facts(prepared: Prepared, steps: int) -> DataFacts:
     """What went in, and how much of it the loss saw in so many optimizer steps."""
-    seen = counted_in_steps(
-        prepared.train.sequences, steps, prepared.plan.effective_batch_size, prepared.recipe.train.seed
-    )
+    seen = prepared.order.target_tokens_in(steps)
     intake, train, heldout = prepared.corpus.intake, prepared.train.ledger, prepared.heldout.ledger
     fingerprints = sorted(d.sha256 for d in (*prepared.split.train, *prepared.split.heldout))
     return DataFacts(

@@ -20,6 +20,7 @@ from drawplate.data.chat import ChatRenderer, chat_renderer, writes_a_date
 from drawplate.data.documents import Corpus, read_documents
 from drawplate.data.general import general_corpus, sample
 from drawplate.data.split import Split, hold_out_given, split
+from drawplate.data.steps import StepOrder, target_tokens_of
 from drawplate.data.tokens import Tokenized, Tokenizer, load_tokenizer, tokenize
 from drawplate.device import machine, pick_device
 from drawplate.errors import DataError, UsageError
@@ -40,7 +41,7 @@ from drawplate.plan.tax import plan_quantization_tax
 from drawplate.recipe import FOUR_BITS, Recipe, expand
 from drawplate.records import Plan, Sequence
 from drawplate.speed import measured_speed
-from drawplate.train import Cutting
+from drawplate.train_task import Cutting, order_of
 
 HOST_SHARE = 0.85  # of what the host can still give, the most that a measurement beside the run takes
 ALL_OF_THEM = "See intake.jsonl."
@@ -68,6 +69,11 @@ class Prepared:
     device: torch.device
     general: tuple[Sequence, ...] = ()
 
+    @property
+    def order(self) -> StepOrder:
+        """Which sequences each optimizer step reads."""
+        return order_of(self.train.sequences, self.plan.effective_batch_size, self.recipe.train)
+
 
 def prepare(recipe: Recipe) -> Prepared:
     """Read and split the documents, read the model's configuration, and plan. Loads no weights."""
@@ -83,9 +89,10 @@ def prepare(recipe: Recipe) -> Prepared:
     require_predictable(heldout, "held-out")
     general, general_said = _general_windows(recipe, tokenizer, max_length, device)
     anatomy = build_anatomy(checkpoint.config)
-    lengths = tuple(len(sequence) for sequence in training.sequences)
-    advised = advise(recipe, Learner(lengths=lengths, hidden=anatomy.config.hidden_size)).recipe
-    chosen = choose_plan(recipe, checkpoint, anatomy, training, heldout, max_length)
+    shape = corpus_shape(training, heldout)
+    learner = Learner(lengths=shape.lengths, target_tokens=shape.targets, hidden=anatomy.config.hidden_size)
+    advised = advise(recipe, learner).recipe
+    chosen = plan_for_lengths(recipe, checkpoint, anatomy, shape, max_length)
     chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy)
     chosen = with_disk(chosen, recipe, checkpoint, anatomy)
     said = (*checkpoint.remarks, *(f"{line} {ALL_OF_THEM}" for line in corpus.left_out), *sides.warnings)
@@ -338,21 +345,16 @@ def model_shape(anatomy: Anatomy, recipe: Recipe) -> ModelShape:
     )
 
 
-def choose_plan(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
-    training: Tokenized,
-    heldout: Tokenized | None,
-    max_length: int,
-) -> Plan:
-    """The plan for tokens that have been counted."""
-    corpus = CorpusShape(lengths=lengths_of(training), heldout_lengths=lengths_of(heldout) if heldout else ())
-    return plan_for_lengths(recipe, checkpoint, anatomy, corpus, max_length)
+def corpus_shape(training: Tokenized, heldout: Tokenized | None = None) -> CorpusShape:
+    """Lengths of the sequences on both sides."""
+    return CorpusShape(
+        lengths=_lengths(training),
+        target_tokens=target_tokens_of(training.sequences),
+        heldout_lengths=_lengths(heldout) if heldout else (),
+    )
 
 
-def lengths_of(tokens: Tokenized) -> tuple[int, ...]:
-    """Of all windows."""
+def _lengths(tokens: Tokenized) -> tuple[int, ...]:
     return tuple(len(sequence) for sequence in tokens.sequences)
 
 

@@ -31,9 +31,8 @@ from drawplate.journal import Journal
 from drawplate.memory import PeakMeter, measure_context
 from drawplate.model.causal_lm import CausalLM
 from drawplate.plan.budget import DEVICE_MARGIN, HOST_MARGIN
-from drawplate.plan.choose import CorpusShape
 from drawplate.plan.host import RUNTIME
-from drawplate.prepare import Prepared, evaluation_cutting, lengths_of, plan_for_lengths, train_cutting
+from drawplate.prepare import Prepared, corpus_shape, evaluation_cutting, plan_for_lengths, train_cutting
 from drawplate.records import Plan, RehearsedPhase, Sequence
 from drawplate.speed import keep_overheads
 from drawplate.train import Cutting, make_optimizer
@@ -318,7 +317,7 @@ def _planned_smaller(prepared: Prepared, over: list[RehearsedPhase], failed: str
         if asked or place == ("device" if prepared.device.type == "cuda" else "host")
     }
     recipe = prepared.recipe.model_copy(update={"memory": memory.model_copy(update=smaller)})
-    corpus = CorpusShape(lengths=lengths_of(prepared.train), heldout_lengths=lengths_of(prepared.heldout))
+    corpus = corpus_shape(prepared.train, prepared.heldout)
     fresh = plan_for_lengths(recipe, prepared.checkpoint, prepared.anatomy, corpus, plan.max_length)
     return replace(prepared, plan=replace(fresh, warnings=plan.warnings))
 

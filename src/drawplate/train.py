@@ -21,7 +21,6 @@ import torch
 
 from drawplate import device
 from drawplate.accumulate import StepOutcome, StepStopped, gradient_within_memory
-from drawplate.data.batches import steps_per_epoch
 from drawplate.errors import NumericError, StoppedSafely
 from drawplate.guards import StopRequested, is_spike
 from drawplate.model.adapter import Adapter
@@ -198,7 +197,7 @@ def _account(task: TrainTask, outcome: StepOutcome, state: TrainState, norm: flo
         _look_for_spike(outcome, state, listener)
     record = StepRecord(
         step=state.step,
-        epoch=state.step / steps_per_epoch(len(task.sequences), task.effective_batch),
+        epoch=state.step / task.order.steps_per_epoch,
         loss=loss,
         learning_rate=rate,
         grad_norm=norm if norm is not None else 0.0,

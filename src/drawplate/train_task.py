@@ -6,6 +6,7 @@ moments, the state is all that has to be kept for going on bit for bit (snapshot
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -15,6 +16,7 @@ from typing import Protocol
 import torch
 
 from drawplate.data.batches import Batch, cut_packed, cut_padded
+from drawplate.data.steps import StepOrder, target_tokens_of
 from drawplate.errors import StoppedSafely
 from drawplate.guards import Clock, StopSignals, Watchdog
 from drawplate.model.causal_lm import CausalLM
@@ -85,6 +87,17 @@ def schedule_of(section: TrainSection, plan: Plan) -> Schedule:
         kind=plan.lr_scheduler_type,
         warmup_ratio=plan.warmup_ratio,
         max_seconds=section.max_minutes * 60 if section.max_minutes else None,
+    )
+
+
+def order_of(sequences: Seq[Sequence], effective_batch: int, section: TrainSection) -> StepOrder:
+    """The steps that a plan's batch and an advised recipe make of some sequences."""
+    least = section.min_target_tokens
+    return StepOrder(
+        target_tokens=target_tokens_of(sequences),
+        effective_batch=effective_batch,
+        seed=section.seed,
+        min_target_tokens=0 if least == "auto" else least,
     )
 
 
@@ -207,7 +220,7 @@ class TrainTask:
         model: carries the adapter that is trained.
         sequences: the training windows.
         cutting: micro-batches.
-        effective_batch: sequences in an optimizer step.
+        effective_batch: sequences that fill an optimizer step.
         schedule: steps and rates.
         section: the recipe's train section.
         fp16: scale the loss.
@@ -246,3 +259,8 @@ class TrainTask:
     ledger: tuple[LedgerLine, ...] = ()
     until: tuple[int, int] | None = None
     rates: dict[int, float] = field(default_factory=dict)
+
+    @functools.cached_property
+    def order(self) -> StepOrder:
+        """Which sequences each optimizer step reads."""
+        return order_of(self.sequences, self.effective_batch, self.section)

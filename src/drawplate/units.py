@@ -73,3 +73,8 @@ def format_percent(percent: float, *, signed: bool = True) -> str:
         return "beyond measure"
     rounded = round(percent, 1) + 0.0
     return (f"{rounded:+,.1f} %" if rounded else "0.0 %") if signed else f"{abs(rounded):,.1f} %"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 document`, `1,007 documents`."""
+    return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"

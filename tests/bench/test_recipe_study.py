@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from bench.recipe_study import Adapters, Base, Group, Variant, score, train_group
-from drawplate.data.batches import steps_per_epoch
 from drawplate.evaluate import score_documents, total
 from drawplate.recipe import LoraSection, TrainSection
 from drawplate.records import Sequence
@@ -49,7 +48,7 @@ def alone(base: Path, variant: Variant, texts: tuple[list[Sequence], list[Sequen
     model.adapter.load_state(state, "the study's start")
     train_windows, heldout = texts
     batch = max(1, round(group.step_tokens * len(train_windows) / sum(map(len, train_windows))))
-    steps = steps_per_epoch(len(train_windows), batch) * group.epochs
+    steps = -(-len(train_windows) // batch) * group.epochs
     schedule = Schedule(steps=steps, peak_rate=variant.rate, kind=variant.schedule, warmup_ratio=variant.warmup)
     task = TrainTask(
         model=model,

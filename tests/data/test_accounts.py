@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drawplate.data.accounts import data_ledger
-from drawplate.data.batches import counted_in_steps, step_indices
 from drawplate.data.documents import read_documents
 from drawplate.data.split import hold_out_given, split
+from drawplate.data.steps import StepOrder, target_tokens_of
 from drawplate.data.tokens import tokenize
 from drawplate.errors import DataError
 from drawplate.recipe import DataSection
@@ -81,12 +81,9 @@ def test_every_level_sums_to_the_one_above(tmp_path_factory, tokenizer, files, g
     assert ledger.train.tokens == whole
     assert ledger.train.counted_tokens == sum(int(s.counted.sum()) for s in train.sequences)
     if train.sequences:
-        seen = sum(
-            int(train.sequences[i].counted.sum())
-            for step in range(7)
-            for i in step_indices(step, len(train.sequences), 3, seed=1)
-        )
-        assert counted_in_steps(train.sequences, 7, 3, seed=1) == seen
+        order = StepOrder(target_tokens=target_tokens_of(train.sequences), effective_batch=3, seed=1)
+        seen = sum(int(train.sequences[i].counted.sum()) for step in range(7) for i in order.indices(step))
+        assert order.target_tokens_in(7) == seen
 
 
 def test_a_text_that_is_counted_nowhere_is_noticed(tmp_path, tokenizer):

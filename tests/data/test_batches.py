@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +12,6 @@ from drawplate.data.batches import (
     PADDING_SEQUENCE,
     cut_packed,
     cut_padded,
-    epoch_order,
-    step_indices,
-    steps_per_epoch,
 )
 from drawplate.records import Sequence
 
@@ -168,37 +164,3 @@ def test_an_index_type_of_64_bits_and_a_copy_to_a_device():
         assert torch.equal(getattr(moved, name), getattr(batch, name))
     assert moved.documents == ("d1",)
     assert batch.to("meta").input_ids_BT.device.type == "meta"
-
-
-@given(st.integers(0, 500), st.integers(0, 2**70), st.integers(0, 100))
-def test_an_epochs_order_is_a_permutation(count, seed, epoch):
-    assert sorted(epoch_order(count, seed, epoch).tolist()) == list(range(count))
-
-
-def test_an_epochs_order_is_a_function_of_seed_and_epoch_alone():
-    first = epoch_order(50, 1, 0).tolist()
-    np.random.seed(7)
-    epoch_order.cache_clear()
-    assert epoch_order(50, 1, 0).tolist() == first
-    assert epoch_order(50, 1, 1).tolist() != first
-    assert epoch_order(50, 2, 0).tolist() != first
-
-
-def test_an_epochs_order_never_changes_between_versions():
-    """Runs resumed with a newer Drawplate, numpy or Python must see the order they started with."""
-    assert epoch_order(8, 42, 0).tolist() == [7, 1, 6, 4, 3, 5, 0, 2]
-    assert epoch_order(8, 42, 3).tolist() == [1, 6, 3, 4, 5, 2, 0, 7]
-
-
-@pytest.mark.parametrize(("count", "batch"), [(10, 4), (8, 4), (3, 100), (1, 1)])
-def test_steps_of_an_epoch_see_every_sequence_once_and_the_last_may_be_shorter(count, batch):
-    steps = steps_per_epoch(count, batch)
-    for epoch in range(3):
-        parts = [step_indices(epoch * steps + i, count, batch, seed=5) for i in range(steps)]
-        assert sorted(np.concatenate(parts).tolist()) == list(range(count))
-        assert all(len(part) == batch for part in parts[:-1])
-        assert 1 <= len(parts[-1]) <= batch
-
-
-def test_consecutive_epochs_are_ordered_differently():
-    assert step_indices(0, 64, 64, 5).tolist() != step_indices(1, 64, 64, 5).tolist()

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawplate.plan.advise import FEWEST_USEFUL_STEPS, MOST_SMALL_STEPS, STEP_TOKENS, Learner, advise, advised_batch
+from drawplate.plan.advise import (
+    FEWEST_USEFUL_STEPS,
+    MOST_SMALL_STEPS,
+    SHORT,
+    STEP_TOKENS,
+    Learner,
+    advise,
+    advised_batch,
+)
 from drawplate.recipe import Recipe, load_recipe
 
 ADVISED = {
@@ -41,7 +49,7 @@ def recipe_of(**sections: dict[str, Any]) -> Recipe:
 
 
 def learner(lengths: tuple[int, ...], hidden: int = 576) -> Learner:
-    return Learner(lengths=lengths, hidden=hidden)
+    return Learner(lengths=lengths, target_tokens=tuple(n - 1 for n in lengths), hidden=hidden)
 
 
 @given(train_sections, lora_sections, lengths_of, st.integers(16, 16384))
@@ -69,12 +77,12 @@ def test_the_advised_batch_gives_enough_steps_and_not_too_many(lengths, epochs):
 
 
 def test_a_step_has_about_as_many_tokens_whatever_the_documents_length():
-    assert advised_batch((128,) * 10_000, 3)[0] == 16
-    assert advised_batch((1024,) * 1_000, 3)[0] == 2
+    assert advised_batch(10_000, 1_280_000, 3)[0] == 16
+    assert advised_batch(1000, 1_024_000, 3)[0] == 2
 
 
 def test_a_large_corpus_gets_larger_steps():
-    batch, reason = advised_batch((1000,) * 100_000, 3)
+    batch, reason = advised_batch(100_000, 100_000_000, 3)
     assert batch == 66, "300 million tokens read, and 65,536 a step at most"
     assert "steps are enough" in reason
 
@@ -173,3 +181,29 @@ def test_many_epochs_are_warned_of():
     never = recipe_of(train={"num_train_epochs": 20}, evaluation={"eval_steps": 10**6})
     [warning] = advise(never, learner((128,) * 1000)).warnings
     assert "evaluation.eval_steps is 1000000 and there are" in warning
+
+
+def test_short_sequences_fill_no_step_of_a_batch_that_is_advised():
+    mixed = learner((300,) * 60 + (3,) * 5)
+    advice = advise(recipe_of(), mixed)
+    assert advice.recipe.train.min_target_tokens == SHORT
+    assert "5 sequences" in advice.reasons["min_target_tokens"]
+    assert advice.optimizer_steps == advise(recipe_of(), learner((300,) * 60)).optimizer_steps
+
+
+@pytest.mark.parametrize("train", [{"effective_batch_size": 4}, {"gradient_accumulation_steps": 4}])
+def test_whoever_counts_a_step_in_sequences_gets_so_many(train):
+    advice = advise(recipe_of(train=train), learner((300,) * 60 + (3,) * 5))
+    assert advice.recipe.train.min_target_tokens == 0
+    assert "min_target_tokens" not in advice.reasons
+
+
+def test_a_corpus_of_short_sequences_counts_each_of_them():
+    advice = advise(recipe_of(), learner((9,) * 200))
+    assert advice.recipe.train.min_target_tokens == 0
+
+
+def test_a_key_for_it_is_kept():
+    advice = advise(recipe_of(train={"effective_batch_size": 2, "min_target_tokens": 10}), learner((20, 20, 5, 20, 20)))
+    assert advice.recipe.train.min_target_tokens == 10
+    assert advice.optimizer_steps == 4

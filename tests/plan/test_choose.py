@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from drawplate.errors import DoesNotFit, UsageError
+from drawplate.plan.advise import SHORT
 from drawplate.plan.budget import DEVICE_MARGIN, HOST_MARGIN
 from drawplate.plan.choose import (
     PRECISION_TOLERANCE,
@@ -182,7 +183,9 @@ def test_a_plan_is_whole_consistent_and_survives_json(
 ) -> None:
     plan = plan_or_skip(recipe_with({**given_, "accumulation": None}, None), lengths=lengths, machine=machine)
     assert from_json(Plan, json.loads(json.dumps(to_json(plan)))) == plan
-    steps = math.ceil(math.ceil(len(lengths) / plan.effective_batch_size) * plan.epochs)
+    targets = [length - 1 for length in lengths]
+    full = sum(tokens >= min(SHORT, sum(targets) // len(targets) // 4) for tokens in targets)
+    steps = math.ceil(math.ceil(full / plan.effective_batch_size) * plan.epochs)
     assert plan.optimizer_steps == max(1, min(steps, given_["max_steps"] or steps))
     assert plan.micro_batch_tokens >= max(lengths)
     assert plan.gradient_accumulation_steps >= 1

@@ -16,7 +16,7 @@ def data_ledger(
         corpus: its intake has the lines of all files, those of given held-out documents too.
         split: of its documents.
         train, heldout: of the two sides' tokens.
-        seen_tokens: of all optimizer steps so far, from `batches.counted_in_steps`.
+        seen_tokens: of all optimizer steps so far, from `steps.StepOrder.target_tokens_in`.
     """
     lines = corpus.intake
     status = [line.status for line in lines]

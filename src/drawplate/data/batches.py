@@ -1,9 +1,8 @@
-"""Token windows -> optimizer steps -> micro-batches, as pure functions of (seed, epoch, position).
+"""The sequences of an optimizer step -> micro-batches.
 
-Which sequences an optimizer step sees depends only on the seed and the step's number, and how a step is cut into
-micro-batches changes nothing that the loss counts: resuming, or cutting a step finer after running out of memory, sees
-the same numbers. There is no loader with workers here: windows are already in memory (4 bytes a token), and building a
-micro-batch takes microseconds beside the model's pass over it.
+How a step is cut into micro-batches changes nothing that the loss counts: resuming, or cutting a step finer after
+running out of memory, sees the same numbers. There is no loader with workers here: windows are already in memory (4
+bytes a token), and building a micro-batch takes microseconds beside the model's pass over it.
 
 Shapes: B rows of a micro-batch, T positions of a row.
 """
@@ -11,7 +10,6 @@ Shapes: B rows of a micro-batch, T positions of a row.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -73,42 +71,6 @@ class Batch:
                 value = value.pin_memory() if cuda and value.device.type == "cpu" else value
                 moved[field.name] = value.to(device, non_blocking=cuda)
         return dataclasses.replace(self, **moved)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch: a permutation of range(count), int64, shape (count,), read-only.
-
-    Sorting the raw words of a counter-based generator keyed by (seed, epoch), because numpy promises the raw stream
-    for ever but not what `Generator.permutation` makes of it (NEP 19).
-    """
-    words = np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64)).random_raw(count)
-    order = np.argsort(words, kind="stable")
-    order.setflags(write=False)
-    return order
-
-
-def steps_per_epoch(count: int, effective_batch: int) -> int:
-    """Optimizer steps in an epoch; the last one may be smaller."""
-    return -(-count // effective_batch)
-
-
-def step_indices(position: int, count: int, effective_batch: int, seed: int) -> np.ndarray:
-    """Which sequences make up optimizer step `position`, counted from 0 over all epochs; int64, shape (<= batch,).
-
-    A step never spans two epochs: the last, shorter group of an epoch is a step of its own.
-    """
-    epoch, step = divmod(position, steps_per_epoch(count, effective_batch))
-    return epoch_order(count, seed, epoch)[step * effective_batch : (step + 1) * effective_batch]
-
-
-def counted_in_steps(sequences: Seq[Sequence], steps: int, effective_batch: int, seed: int) -> int:
-    """Tokens that the loss counts in the first `steps` optimizer steps together, a token as often as it is read."""
-    counted = np.array([sequence.counted.sum() for sequence in sequences], dtype=np.int64)
-    an_epoch = steps_per_epoch(len(counted), effective_batch)
-    whole = steps // an_epoch
-    rest = [step_indices(step, len(counted), effective_batch, seed) for step in range(whole * an_epoch, steps)]
-    return int(whole * counted.sum() + sum(counted[indices].sum() for indices in rest))
 
 
 def cut_padded(

@@ -13,8 +13,9 @@ import math
 from dataclasses import dataclass
 from typing import cast
 
+from drawplate.data.steps import filling
 from drawplate.recipe import USUAL_RANK, LoraSection, Recipe
-from drawplate.units import format_count
+from drawplate.units import format_count, plural
 
 STEP_TOKENS = 2048
 LARGEST_STEP_TOKENS = 65_536
@@ -27,6 +28,8 @@ LONGEST = 2.0
 """Times RATE_EPOCHS up to which more passes lower the rate: what lies beyond was not studied."""
 RANKS = ((1024, 64), (2048, 32))
 """Widths up to which a rank is advised; the usual one beyond."""
+SHORT, SHORT_SHARE = 32, 0.25
+"""Target tokens, and share of the mean sequence's, below both of which a sequence fills no step."""
 FAR_OFF_RATE = 8.0
 MANY_EPOCHS = 8.0
 USUAL: dict[str, tuple[float | str, str]] = {
@@ -42,10 +45,21 @@ ADAPTER_REASONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """What the advice rests on: lengths of the training windows in tokens, and the model's width (hidden size)."""
+    """What the advice rests on: lengths of the training sequences in tokens, how many of those tokens the loss counts,
+    and the model's width (hidden size)."""
 
     lengths: tuple[int, ...]
+    target_tokens: tuple[int, ...]
     hidden: int
+
+    def filling(self, min_target_tokens: int) -> int:
+        """Sequences that fill a step."""
+        return filling(self.target_tokens, min_target_tokens)
+
+    @property
+    def least(self) -> int:
+        """Target tokens below which a sequence is too short to fill a step."""
+        return min(SHORT, int(SHORT_SHARE * sum(self.target_tokens) / len(self.target_tokens)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +94,11 @@ def advise(recipe: Recipe, learner: Learner) -> Advice:
     open_ones = {name: both for name, both in usual.items() if getattr(recipe.train, name) == "auto"}
     reasons |= {name: reason for name, (_, reason) in open_ones.items()}
     train = recipe.train.model_copy(update={name: value for name, (value, _) in open_ones.items()})
-    batch = _batch(recipe, learner, epochs, reasons)
-    train = train.model_copy(update={"effective_batch_size": batch})
+    least = _least(recipe, learner, reasons)
+    batch = _batch(recipe, learner, least, epochs, reasons)
+    train = train.model_copy(update={"effective_batch_size": batch, "min_target_tokens": least})
     filled = recipe.model_copy(update={"lora": lora, "train": train})
-    steps = optimizer_steps(len(learner.lengths), batch, epochs, train.max_steps)
+    steps = optimizer_steps(learner.filling(least), batch, epochs, train.max_steps)
     return Advice(
         recipe=filled,
         epochs=epochs,
@@ -103,16 +118,15 @@ def optimizer_steps(windows: int, batch: int, epochs: float, max_steps: int | No
     return min(steps, max_steps or steps)
 
 
-def advised_batch(lengths: tuple[int, ...], epochs: float) -> tuple[int, str]:
-    """Windows in an optimizer step, and why.
+def advised_batch(windows: int, epoch_tokens: int, epochs: float) -> tuple[int, str]:
+    """Sequences in an optimizer step, and why, for so many sequences and tokens in an epoch.
 
     Small steps learn most from a given text, down to the size of the study's smallest. A long run takes larger ones,
     which keep the device busy: LoRA bears them less well than full fine-tuning does, but thousands of steps are enough
     (Schulman et al., "LoRA Without Regret", 2025). A corpus too small for either still gets 50 steps where it can.
     """
-    windows, total = len(lengths), sum(lengths) * epochs
-    tokens = min(max(STEP_TOKENS, total / MOST_SMALL_STEPS), LARGEST_STEP_TOKENS)
-    wanted = max(1, round(tokens * windows / sum(lengths)))
+    tokens = min(max(STEP_TOKENS, epoch_tokens * epochs / MOST_SMALL_STEPS), LARGEST_STEP_TOKENS)
+    wanted = max(1, round(tokens * windows / epoch_tokens))
     useful = max(1, int(windows * epochs) // FEWEST_USEFUL_STEPS)
     if useful < wanted:
         return useful, f"as many windows as leave a corpus of {format_count(windows)} some {FEWEST_USEFUL_STEPS} steps"
@@ -121,7 +135,24 @@ def advised_batch(lengths: tuple[int, ...], epochs: float) -> tuple[int, str]:
     return wanted, f"some {format_count(tokens)} tokens a step: smaller ones gain little more and take longer"
 
 
-def _batch(recipe: Recipe, learner: Learner, epochs: float, reasons: dict[str, str]) -> int:
+def _least(recipe: Recipe, learner: Learner, reasons: dict[str, str]) -> int:
+    """Target tokens from which a sequence fills a step: as asked; none where the user counts a step in sequences."""
+    train = recipe.train
+    if train.min_target_tokens != "auto":
+        return train.min_target_tokens
+    if train.effective_batch_size != "auto" or train.gradient_accumulation_steps != "auto":
+        return 0
+    short = sum(tokens < learner.least for tokens in learner.target_tokens)
+    if not short:
+        return 0
+    reasons["min_target_tokens"] = (
+        f"{plural(short, 'sequence')} with fewer target tokens would move the adapter as far as a whole document "
+        "does if it were a step; each joins a step instead"
+    )
+    return learner.least
+
+
+def _batch(recipe: Recipe, learner: Learner, least: int, epochs: float, reasons: dict[str, str]) -> int:
     """Sequences in an optimizer step: as asked in any of three keys, else as advised, in whole micro-batches."""
     train = recipe.train
     micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
@@ -129,7 +160,7 @@ def _batch(recipe: Recipe, learner: Learner, epochs: float, reasons: dict[str, s
         return train.effective_batch_size
     if micro != "auto" and accumulation != "auto":
         return micro * accumulation
-    batch, reasons["effective_batch_size"] = advised_batch(learner.lengths, epochs)
+    batch, reasons["effective_batch_size"] = advised_batch(learner.filling(least), sum(learner.lengths), epochs)
     if accumulation != "auto":
         return accumulation * max(1, round(batch / accumulation))
     return max(batch, 1 if micro == "auto" else micro)
@@ -185,8 +216,8 @@ def _warnings(recipe: Recipe, learner: Learner, epochs: float, batch: int, steps
 def _too_few_steps(recipe: Recipe, learner: Learner, epochs: float, batch: int, steps: int) -> str:
     if steps >= FEWEST_USEFUL_STEPS or batch <= 1 or recipe.train.max_steps:
         return ""
-    windows = len(learner.lengths)
-    better, _ = advised_batch(learner.lengths, epochs)
+    windows = learner.filling(cast(int, recipe.train.min_target_tokens))
+    better, _ = advised_batch(windows, sum(learner.lengths), epochs)
     better_steps = optimizer_steps(windows, better, epochs)
     if better >= batch or better_steps <= steps:
         return ""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from drawplate.data.steps import filling
 from drawplate.errors import UsageError
 from drawplate.plan.situation import CorpusShape, Situation, attends_one_by_one
 from drawplate.plan.space import MicroBatch
@@ -22,11 +23,14 @@ LARGEST_PADDED_TOKENS = {"cpu": 8192, "cuda": 32768}
 WIDTHS_OF_ROWS = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """What a step consists of. `micro`: sequences of a micro-batch where they were asked for."""
+    """What a step consists of: `effective` sequences that fill it, `sequences` in all on average. `micro`: sequences of
+    a micro-batch where they were asked for."""
 
     effective: int
+    sequences: int
+    steps_per_epoch: int
     micro: int | None
     packing: bool
     row_tokens: int
@@ -51,7 +55,15 @@ def batch_of(situation: Situation, corpus: CorpusShape, reasons: dict[str, str])
     if micro is None and accumulation and not packing:
         micro = math.ceil(effective / accumulation)
         reasons["micro_batch"] = "the step's sequences over train.gradient_accumulation_steps"
-    return StepBatch(effective, micro, packing, row_tokens)
+    full = filling(corpus.targets, int(recipe.train.min_target_tokens))
+    return StepBatch(
+        effective=effective,
+        sequences=round(min(1.0, effective / full) * len(corpus.lengths)),
+        steps_per_epoch=math.ceil(full / effective),
+        micro=micro,
+        packing=packing,
+        row_tokens=row_tokens,
+    )
 
 
 def _packing(situation: Situation, micro: int | None, reasons: dict[str, str]) -> bool:
@@ -83,7 +95,7 @@ def _packing(situation: Situation, micro: int | None, reasons: dict[str, str]) -
 def micro_batches_of(situation: Situation, corpus: CorpusShape, batch: StepBatch) -> tuple[MicroBatch, ...]:
     """The ways to cut a step that are looked at: packed rows of some sizes, or some sequences at a time."""
     recipe, device = situation.recipe, situation.machine.device
-    step_tokens = min(batch.effective, len(corpus.lengths)) * corpus.tokens / len(corpus.lengths)
+    step_tokens = batch.sequences * corpus.tokens / len(corpus.lengths)
     if batch.micro is not None:
         sizes = [(batch.micro, batch.micro * batch.row_tokens)]
     elif batch.packing:
@@ -101,7 +113,7 @@ def micro_batches_of(situation: Situation, corpus: CorpusShape, batch: StepBatch
             rows=1 if batch.packing else sequences,
             work=step_work(
                 corpus.lengths,
-                batch.effective,
+                batch.sequences,
                 Cut(
                     packing=batch.packing,
                     tokens=tokens,

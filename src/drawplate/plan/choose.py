@@ -62,7 +62,10 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
         UsageError: the recipe asks for another precision than the checkpoint is quantized to.
         DoesNotFit: nothing fits; the nearest miss and one change that mends it are named.
     """
-    advice = advise(situation.recipe, Learner(lengths=corpus.lengths, hidden=situation.model.hidden))
+    advice = advise(
+        situation.recipe,
+        Learner(lengths=corpus.lengths, target_tokens=corpus.targets, hidden=situation.model.hidden),
+    )
     situation = replace(situation, recipe=advice.recipe)
     recipe, machine = situation.recipe, situation.machine
     reasons = dict(advice.reasons)
@@ -213,7 +216,7 @@ def _times(situation: Situation, corpus: CorpusShape, found: Found, batch: StepB
         work = step_work(corpus.heldout_lengths, len(corpus.heldout_lengths), cut)
         seconds = evaluation_seconds(situation.model, found.choice, work, speed)
     between = steps // recipe.evaluation.eval_steps if recipe.evaluation.eval_steps else 0
-    an_epoch = math.ceil(len(corpus.lengths) / batch.effective) * cost.seconds
+    an_epoch = batch.steps_per_epoch * cost.seconds
     training = steps * cost.seconds
     if recipe.train.max_minutes:
         training = min(training, recipe.train.max_minutes * 60)

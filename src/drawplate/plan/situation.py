@@ -17,15 +17,22 @@ USABLE_SHARE = 0.85
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusShape:
-    """Lengths of the training windows in tokens, and of the held-out ones where they are known."""
+    """Lengths of the training sequences in tokens, how many of them the loss counts, and lengths of the held-out ones
+    where they are known. Without `target_tokens` the loss counts every token but a sequence's first."""
 
     lengths: tuple[int, ...]
+    target_tokens: tuple[int, ...] = ()
     heldout_lengths: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         """All of them."""
         return sum(self.lengths)
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Target tokens of each training sequence."""
+        return self.target_tokens or tuple(length - 1 for length in self.lengths)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -204,6 +204,10 @@ class TrainSection(Section):
     per_device_train_batch_size: Count | Auto = Field("auto", description="Sequences in a micro-batch.")
     gradient_accumulation_steps: Count | Auto = Field("auto", description="Micro-batches in an optimizer step.")
     effective_batch_size: Count | Auto = Field("auto", description="Sequences in an optimizer step.")
+    min_target_tokens: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto",
+        description="A sequence with fewer target tokens does not fill a step: it joins one. 0: each sequence counts.",
+    )
     learning_rate: Positive | Auto = Field("auto", description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] | Auto = Field(
         "auto", description="How the learning rate falls after the warmup."

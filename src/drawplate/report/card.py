@@ -37,12 +37,11 @@ from drawplate.report.wording import (
     data_facts,
     format_figure,
     memory_facts,
-    plural,
     training_facts,
     verdict,
     verdict_of,
 )
-from drawplate.units import format_count
+from drawplate.units import format_count, plural
 
 CARD_NAME = "README.md"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

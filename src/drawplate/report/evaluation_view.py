@@ -24,8 +24,8 @@ from drawplate.report.comparisons import (
     trained_base,
 )
 from drawplate.report.visible import visible
-from drawplate.report.wording import Fact, format_figure, plural
-from drawplate.units import format_count
+from drawplate.report.wording import Fact, format_figure
+from drawplate.units import format_count, plural
 
 _ROW_PIXELS, _NAME_PIXELS, _BAR_PIXELS = 44, 14, 32
 """A row's height, and how far below its top the name and the bar lie."""

@@ -14,8 +14,8 @@ from typing import TypeVar
 from drawplate.records import EvaluationPoint, MemoryPoint, RunRecord
 from drawplate.report.chart import Band, Chart, Level, Series
 from drawplate.report.comparisons import measured, trained_base
-from drawplate.report.wording import format_figure, plural
-from drawplate.units import GIB, MIB, format_bytes, format_count, format_seconds
+from drawplate.report.wording import format_figure
+from drawplate.units import GIB, MIB, format_bytes, format_count, format_seconds, plural
 
 TABLE_ROWS = 60
 Item = TypeVar("Item")

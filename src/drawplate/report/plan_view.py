@@ -18,8 +18,8 @@ from drawplate.report.figures import Figure
 from drawplate.report.sections import plan_rows
 from drawplate.report.summary import FactsTable, Line, warning_lines
 from drawplate.report.visible import visible
-from drawplate.report.wording import Fact, plural
-from drawplate.units import GIB, format_bytes, format_count, format_seconds
+from drawplate.report.wording import Fact
+from drawplate.units import GIB, format_bytes, format_count, format_seconds, plural
 
 SETTLED = ("device", "double_quant", "micro_batch_sequences", "optimizer_steps", "epochs", "eval_batch_sequences")
 """Decisions that the first lines tell, or that nobody asks for in ten seconds."""

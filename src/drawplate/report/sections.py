@@ -23,8 +23,8 @@ from drawplate.report.comparisons import (
     released,
     trained_base,
 )
-from drawplate.report.wording import Fact, format_figure, plural
-from drawplate.units import format_bytes, format_count, format_percent, format_seconds
+from drawplate.report.wording import Fact, format_figure
+from drawplate.units import format_bytes, format_count, format_percent, format_seconds, plural
 
 _DOCUMENTS_SHOWN = 5
 

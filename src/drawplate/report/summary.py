@@ -26,12 +26,11 @@ from drawplate.report.wording import (
     format_figure,
     memory_facts,
     places,
-    plural,
     score_facts,
     training_facts,
     verdict,
 )
-from drawplate.units import format_count
+from drawplate.units import format_count, plural
 
 _TONES = {"better": "bold green", "worse": "bold red", "failed": "bold red", "stopped": "bold yellow"}
 

@@ -25,7 +25,7 @@ from drawplate.report.comparisons import (
     trained_base,
     why_not_released,
 )
-from drawplate.units import format_bytes, format_count, format_percent, format_seconds
+from drawplate.units import format_bytes, format_count, format_percent, format_seconds, plural
 
 Tone = Word | Literal["unmeasured", "stopped", "failed"]
 
@@ -56,11 +56,6 @@ def format_figure(value: float | None, decimals: int = 2) -> str:
     if math.isinf(value):
         return "infinite"
     return f"{value:,.{decimals}f}" if abs(value) < 1e6 else f"{value:.2e}"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 document`, `1,007 documents`."""
-    return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"
 
 
 def verdict(record: RunRecord) -> Verdict:
