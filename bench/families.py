@@ -128,8 +128,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hyperclovax": {"logits_scaling": 0.5},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 2.0},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "layer_types": ["mamba", "hybrid"] * 2},
-    **{name: {"num_key_value_heads": 4} for name in ("minicpm3", "youtu", "deepseek_v2", "deepseek_v3", "zaya")},
+    **{name: {"num_key_value_heads": 4} for name in ("minicpm3", "youtu", "deepseek_v2", "deepseek_v3")},
     "longcat_flash": {"num_key_value_heads": 4},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
     "glm4_moe_lite": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 2, "activation_sparsity_pattern": None, "altup_num_inputs": 4},
     "phi3-longrope": {
@@ -259,10 +260,10 @@ def difference(model: CausalLM, batches: Any, want: tuple[Tensor, dict[str, Tens
     return max(abs(total - float(want[0])) / abs(float(want[0])), off**0.5 / norm)
 
 
-def examine(name: str, folder: Path) -> dict[str, Any]:
+def examine(name: str, folder: Path, **sizes: Any) -> dict[str, Any]:
     """One family's outcome."""
     try:
-        kind = write(folder, name)
+        kind = write(folder, name, **sizes)
         transformers_runs(kind, folder)
     except Exception as error:
         return {"outcome": "unbuilt", "why": f"{type(error).__name__}: {str(error)[:200]}"}

@@ -19,6 +19,7 @@ from drawplate.model.footprint import layer_shapes, outer_footprints
 from drawplate.model.support import walk
 from drawplate.recipe import LoraSection
 from tests.model.conftest import ARCHITECTURES, COMMON
+from tests.model.test_support import GEMMA_4
 
 
 def anatomy_of(name: str) -> Anatomy:
@@ -67,6 +68,31 @@ def test_every_architecture_has_a_footprint(name: str, mode: Mode) -> None:
         assert left["grad_in"] == output
     names = {name for name, _ in kinds[0].footprints[mode].backward}
     assert {f"grad:{i}" for i in range(len(kinds[0].trained))} <= names
+
+
+@pytest.mark.parametrize("mode", [mode._replace(compiled=False) for mode in MODES[2:]])
+def test_layers_that_read_what_earlier_ones_left_have_a_footprint(mode: Mode) -> None:
+    """Gemma 4 E2B: the last layers take keys and values of earlier ones, and each layer has rows of a table."""
+    anatomy = build_anatomy(AutoConfig.for_model("gemma4_text", **COMMON, **GEMMA_4))
+    kinds, of_layer = layer_shapes(anatomy, lora_config(LORA, anatomy, "x", None))
+    assert of_layer[2] not in of_layer[:2]
+    for index in (of_layer[2], of_layer[3]):
+        _, saved = held(kinds[index].footprints[mode].forward, 512)
+        assert saved["out"] == 512 * anatomy.config.hidden_size * (4 if mode.device == "cpu" else 2)
+    opening = outer_footprints(anatomy)[0][mode]
+    _, left = held(opening.inference, 512)
+    rows = 512 * len(anatomy.layers) * GEMMA_4["hidden_size_per_layer_input"] * (4 if mode.device == "cpu" else 2)
+    assert list(left.values()).count(rows) >= 2, "rows of the table, and what the body makes of them"
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_a_layer_that_is_given_an_object_is_compiled_on_paper(mode: Mode) -> None:
+    """Every Gemma 4: a dict of a class of its own, which stays empty where no keys are shared."""
+    alone = {**GEMMA_4, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+    anatomy = build_anatomy(AutoConfig.for_model("gemma4_text", **COMMON, **alone))
+    kinds, _ = layer_shapes(anatomy, lora_config(LORA, anatomy, "x", None))
+    _, saved = held(kinds[0].footprints[mode].forward, 512)
+    assert saved["out"] == 512 * anatomy.config.hidden_size * 2
 
 
 UNUSUAL = {

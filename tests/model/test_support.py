@@ -244,6 +244,12 @@ def test_layers_that_share_parameters_are_an_obstacle():
     assert "layers 1 and 2 share mlp.gate_proj.weight" in walk(anatomy).obstacle
 
 
+def test_a_convolution_beside_attention_mixes_documents():
+    anatomy = anatomy_of("llama")
+    anatomy.layers[2].self_attn.mixed = nn.Conv1d(4, 4, 2)
+    assert "layer 2 mixes neighbouring positions in a convolution" in walk(anatomy).unpackable
+
+
 GEMMA_4 = {
     "num_key_value_heads": 2,
     "head_dim": 8,

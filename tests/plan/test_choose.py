@@ -456,6 +456,9 @@ def test_layers_that_share_state_stay_on_the_device() -> None:
     assert (free.weights, free.activations) != ("device", "keep"), "without the obstacle the room is used otherwise"
     assert (bound.weights, bound.activations, bound.host_layers) == ("device", "keep", 0)
     assert "layers share" in bound.reasons["weights"]
+    assert (free.compiled, bound.compiled) == (True, False), "a compiler would take each layer by itself"
+    with pytest.raises(UsageError, match=r"model\.compile: true, but .* are not compiled: layers share"):
+        plan_of(recipe_of(**tight, model={"compile": True}), obstacles=Obstacles(streaming="layers share"))
 
 
 def test_an_adapter_on_the_host_leaves_the_device_a_visit() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -70,6 +71,14 @@ class Anatomy:
             return sizes
         heads = getattr(self.config, "num_attention_heads", None) or 1
         return {getattr(self.config, "head_dim", None) or self.config.hidden_size // heads}
+
+    @property
+    def inputs_by_layer(self) -> tuple[int, ...]:
+        """(layers, features) of what the body hands to each layer of a token beside its hidden states (Gemma 4 E2B and
+        E4B); empty where it hands nothing. From embeddings alone it would search its whole table for each token."""
+        width = getattr(self.config, "hidden_size_per_layer_input", None)
+        takes = "per_layer_inputs" in signature(self.body.forward).parameters
+        return (len(self.layers), width) if width and takes else ()
 
     @property
     def softcap(self) -> float | None:

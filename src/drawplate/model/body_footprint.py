@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -43,7 +43,7 @@ def device_of(mode: Mode) -> str:
 class _Passage(nn.Module):
     """Stands in for a decoder layer: remembers what it was called with, and hands over what it was given to."""
 
-    def __init__(self, layer: nn.Module, on_call: Callable[[Tensor], Tensor], extras: int | None) -> None:
+    def __init__(self, layer: nn.Module, on_call: Callable[..., Tensor], extras: int | None) -> None:
         super().__init__()
         object.__setattr__(self, "layer", layer)
         self.extras = extras
@@ -52,7 +52,7 @@ class _Passage(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         self.called_with = (args, kwargs)
-        out = self.on_call(hidden)
+        out = self.on_call(hidden, *args, **kwargs)
         return out if self.extras is None else (out, *[None] * self.extras)
 
     def __getattr__(self, name: str) -> Any:
@@ -60,8 +60,8 @@ class _Passage(nn.Module):
 
 
 @contextmanager
-def _hollow(anatomy: Anatomy, on_call: Callable[[int, Tensor], Tensor]) -> Iterator[list[_Passage]]:
-    """The body with layers that do nothing but call `on_call(index, hidden)`, for a while."""
+def _hollow(anatomy: Anatomy, on_call: Callable[..., Tensor]) -> Iterator[list[_Passage]]:
+    """The body with layers that do nothing but call `on_call(index, hidden, ...)`, for a while."""
     layers = anatomy.skeleton.get_submodule(anatomy.layers_path)
     assert isinstance(layers, nn.ModuleList)
     kept, implementation = list(layers), anatomy.config._attn_implementation
@@ -82,6 +82,9 @@ def _run_body(anatomy: Anatomy, embedded: Tensor, mode: Mode, outside: dict[str,
     """transformers' own forward of the body, as model/causal_lm.py calls it."""
     positions = torch.empty(1, TRACED_TOKENS, dtype=torch.int64, device=embedded.device)
     inputs = {"inputs_embeds": embedded, "position_ids": positions, "use_cache": False, "return_dict": True}
+    if anatomy.inputs_by_layer:
+        rows = (1, TRACED_TOKENS, *anatomy.inputs_by_layer)
+        inputs["per_layer_inputs"] = torch.empty(rows, dtype=embedded.dtype, device=embedded.device)
     out = functional_call(anatomy.body, outside, (), inputs | _packing(embedded, mode))
     hidden: Tensor = out.last_hidden_state
     return hidden
@@ -89,15 +92,37 @@ def _run_body(anatomy: Anatomy, embedded: Tensor, mode: Mode, outside: dict[str,
 
 def _outside_tensors(anatomy: Anatomy, mode: Mode) -> dict[str, Tensor]:
     """The body's tensors outside of its layers."""
-    dtype, layers = getattr(torch, mode.compute_dtype), f"{anatomy.layers_path.rpartition('.')[2]}."
-    named = [(n, p.shape, dtype) for n, p in anatomy.body.named_parameters() if not n.startswith(layers)]
-    named += [(n, b.shape, b.dtype) for n, b in anatomy.body.named_buffers() if not n.startswith(layers)]
-    return {name: torch.empty(shape, dtype=dtype, device=device_of(mode)) for name, shape, dtype in named}
+    layers = f"{anatomy.layers_path.rpartition('.')[2]}."
+    return _tensors_of(
+        ((name, tensor) for name, tensor in _named_tensors(anatomy.body) if not name.startswith(layers)), mode
+    )
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _tensors_of(named: Iterable[tuple[str, Tensor]], mode: Mode) -> dict[str, Tensor]:
+    """Without data, on the mode's device: parameters in its dtype, buffers in their own."""
+    dtype, device = getattr(torch, mode.compute_dtype), device_of(mode)
+    return {
+        name: torch.empty(
+            tensor.shape, dtype=dtype if isinstance(tensor, nn.Parameter) else tensor.dtype, device=device
+        )
+        for name, tensor in named
+    }
 
 
 def arguments_of(anatomy: Anatomy, index: int, hidden: Tensor, mode: Mode) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the body passes to a layer."""
-    with _hollow(anatomy, lambda _, passed: passed) as passages, torch.no_grad():
+    """What the body passes to a layer, and what the layers before it leave there where they share state."""
+    layers, leave = list(anatomy.layers), bool(walked(anatomy).obstacle)
+
+    def on_call(i: int, passed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if leave and i < index:
+            functional_call(layers[i], _tensors_of(_named_tensors(layers[i]), mode), (passed, *args), kwargs)
+        return passed
+
+    with _hollow(anatomy, on_call) as passages, torch.no_grad():
         _run_body(anatomy, hidden, mode, _outside_tensors(anatomy, mode))
     return passages[index].called_with
 
@@ -125,7 +150,7 @@ def _outer_traces(
     marks: dict[str, Any] = {}
     watch = Watch(recorder, [*outside.values(), embedded])
 
-    def on_call(index: int, hidden: Tensor) -> Tensor:
+    def on_call(index: int, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         if index == 0:
             marks["first"] = len(recorder.events)
         if index != last:

@@ -238,7 +238,16 @@ class CausalLM:
 
     def _hidden_states(self, batch: DeviceBatch) -> Tensor:
         self.runner.begin(batch.token_keys_BT)
-        return self.body_forward(self.embed(batch.ids_BT), batch.position_ids_BT, batch.attention)
+        arguments = batch.attention
+        if self.anatomy.inputs_by_layer:
+            arguments = {**arguments, "per_layer_inputs": self._inputs_by_layer(batch.ids_BT)}
+        return self.body_forward(self.embed(batch.ids_BT), batch.position_ids_BT, arguments)
+
+    @torch.no_grad()
+    def _inputs_by_layer(self, ids_BT: Tensor) -> Tensor:
+        """Each token's rows of the table that the body has for its layers, shape (B, T, L, features)."""
+        rows: Tensor = self.anatomy.body.get_per_layer_inputs(ids_BT)  # type: ignore[operator]
+        return rows
 
     def _settle(self) -> None:
         self.runner.settle()

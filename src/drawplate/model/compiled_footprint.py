@@ -110,8 +110,9 @@ def _graphs(trial: Trial) -> tuple[Halves, Halves]:
     compiler = _Compiler.imported()
     names = list(trial.tensors)
     leaves, structure = pytree.tree_flatten(trial.arguments)
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]  # the rest, such as a dict class, is constant
     wanted = [tensor.requires_grad_() for tensor in (*trial.trained.values(), trial.hidden)]
-    flat = [*trial.tensors.values(), trial.hidden, *leaves]
+    flat = [*trial.tensors.values(), trial.hidden, *(leaves[i] for i in at)]
     found: dict[str, fx.GraphModule] = {}
     again: list[Halves] = []
 
@@ -129,7 +130,9 @@ def _graphs(trial: Trial) -> tuple[Halves, Halves]:
 
     def run(*values: Any) -> Tensor:
         tensors = dict(zip(names, values, strict=False))
-        return trial.call(tensors, values[len(names)], pytree.tree_unflatten(values[len(names) + 1 :], structure))
+        given = dict(zip(at, values[len(names) + 1 :], strict=True))
+        arguments = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return trial.call(tensors, values[len(names)], pytree.tree_unflatten(arguments, structure))
 
     traced = compiler.aot_function(run, keep("forward"), keep("backward"), partition, compiler.decompositions())
     with _as_if_compiling():

@@ -37,8 +37,6 @@ from drawplate.model.walk_values import with_values
 
 MARK = "drawplate_walk"
 """An argument that only shows whether what the body is given reaches attention."""
-LARGEST_SEARCH = 2**20
-"""Numbers of an embedding's table that transformers' body may compare with each position where it is given no ids."""
 PROBE_SHAPE = (2, 8)
 """Rows and positions of the walk: more than one row, so that a lost dimension shows."""
 
@@ -192,6 +190,8 @@ def _walk_inputs(anatomy: Anatomy, given: str, device: str) -> dict[str, Any]:
         "input_ids": lambda: torch.ones(PROBE_SHAPE, dtype=torch.long, device=device),
     }
     inputs = {given: made[given](), "position_ids": positions, "use_cache": False, "return_dict": True}
+    if given == "inputs_embeds" and anatomy.inputs_by_layer:
+        inputs["per_layer_inputs"] = torch.zeros(*PROBE_SHAPE, *anatomy.inputs_by_layer, device=device)
     takes_more = any(p.kind is p.VAR_KEYWORD for p in signature(anatomy.body.forward).parameters.values())
     return inputs | ({MARK: True} if takes_more else {})
 
@@ -228,8 +228,10 @@ def _dissolve_groups(templates: Sequence[nn.Module], called: Mapping[str, Tensor
 def _unpackable(name: str, templates: Sequence[nn.Module], recorders: Sequence[_Recorder]) -> str:
     """Why documents of one row would mix, empty where they would not."""
     for i, (template, recorder) in enumerate(zip(templates, recorders, strict=True)):
-        if recorder.attended:
+        if recorder.attended and not any(isinstance(module, nn.Conv1d) for module in template.modules()):
             continue
+        if recorder.attended:
+            return f"layer {i} mixes neighbouring positions in a convolution beside its attention"
         kinds = [type(module).__name__ for module in template.modules()]
         own = next((kind for kind in kinds if "Attention" in kind and "Linear" not in kind), None)
         if own is not None:
@@ -248,8 +250,6 @@ def require_practical(anatomy: Anatomy) -> None:
     config, why = anatomy.config, ""
     if config.model_type in ("mamba", "falcon_mamba"):
         why = "transformers computes its state one token at a time, which takes minutes where others take seconds"
-    if getattr(config, "hidden_size_per_layer_input", None) and config.vocab_size * config.hidden_size > LARGEST_SEARCH:
-        why = "its layers look embeddings of their own up by token, which Drawplate does not hand to them yet"
     if anatomy.home.kind is not type(anatomy.skeleton) and anatomy.logit_scale != 1:
         why = f"{anatomy.home.kind.__name__}, which the checkpoint names, does not scale logits as its text model does"
     if config.model_type == "youtu":

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+from drawplate.errors import UsageError
 from drawplate.plan.advise import Advice, Learner, advise
 from drawplate.plan.batching import StepBatch, accumulation, batch_of, given, micro_batches_of, row_multiple
 from drawplate.plan.budget import Budget
@@ -124,6 +125,21 @@ def _frontier(situation: Situation, search: Search) -> tuple[FrontierPoint, ...]
     return frontier_of(search, lambda budget: fastest(search, budget), situation.budget) if situation.frontier else ()
 
 
+def _uncompiled(situation: Situation, asked: bool | Literal["auto"]) -> Literal[False]:
+    """Layers that hand one another tensors run as transformers wrote them: a compiler takes each by itself.
+
+    Raises:
+        UsageError: the recipe asks for compiled ones.
+    """
+    if asked is True:
+        raise UsageError(
+            f"model.compile: true, but the layers of this model are not compiled: {situation.obstacles.streaming}.",
+            safe="Nothing was loaded or written.",
+            next_step="Set model.compile: auto.",
+        )
+    return False
+
+
 def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, batch: StepBatch) -> Search:
     """The search over what the recipe leaves open."""
     recipe, model = situation.recipe, situation.model
@@ -135,6 +151,7 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
     if situation.obstacles.streaming:
         weights = "device" if weights == "auto" else weights
         activations = "keep" if activations == "auto" else activations
+        compile_ = _uncompiled(situation, compile_)
     space = Space(
         precisions=precisions_of(situation, compute_dtype),
         batches=micro_batches_of(situation, corpus, batch),
