@@ -236,7 +236,7 @@ def predict(case: str, around: dict[str, int]) -> dict[str, Any]:
 
     facts = parse(case)
     shape = shape_of(facts)
-    made = ledger(shape, choice_of(facts, shape.layers), Surroundings(self_check=False, **around))
+    made = ledger(shape, choice_of(facts, shape.layers), Surroundings(**around))
     return {
         "phases": {
             p.phase: {

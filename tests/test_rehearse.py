@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 import drawplate.rehearse as rehearsal
 import drawplate.run as story
 from drawplate.errors import DoesNotFit
+from drawplate.memory import DeviceContext
 from drawplate.model.adapter import lora_config
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM
@@ -158,3 +160,33 @@ def test_a_surprise_that_fits_is_said_and_the_run_goes_on() -> None:
 
 def test_the_word_off_may_be_written_as_yaml_reads_it(base: Path, corpus: Path, tmp_path: Path) -> None:
     assert tiny_recipe(base, corpus, tmp_path, memory={"rehearsal": False}).memory.rehearsal == "off"
+
+
+@pytest.mark.parametrize(
+    ("vram", "wanted", "room"),
+    [(None, GIB, 2 * GIB), (None, 4 * GIB, 9 * GIB), ("3GiB", GIB, 2 * GIB), ("3GiB", 4 * GIB, 2 * GIB)],
+    ids=["within the plan", "beyond the plan", "within the cap", "beyond the cap"],
+)
+def test_a_check_has_the_free_memory_of_the_device_where_nobody_set_a_cap(
+    base: Path, corpus: Path, tmp_path: Path, monkeypatch: Any, vram: str | None, wanted: int, room: int
+) -> None:
+    """A device of 10 GiB; the plan needs 3, of which the model holds 1 and CUDA none."""
+    prepared = prepared_of(base, corpus, tmp_path / "run", **({"vram": vram} if vram else {}))
+    planned = replace(prepared, device=torch.device("cuda"))
+    monkeypatch.setattr(type(prepared.plan), "predicted_bytes", lambda *_: 3 * GIB)
+    monkeypatch.setattr(rehearsal, "_let_go", lambda *_: None)
+    monkeypatch.setattr(rehearsal, "measure_context", lambda *_: DeviceContext())
+    bounds: list[float] = []
+    device = SimpleNamespace(
+        get_device_properties=lambda _: SimpleNamespace(total_memory=10 * GIB),
+        set_per_process_memory_fraction=lambda share, _: bounds.append(share),
+        mem_get_info=lambda _: (9 * GIB, 10 * GIB),
+        memory_reserved=lambda _: GIB,
+    )
+    monkeypatch.setattr(rehearsal.torch, "cuda", device)
+    told: list[str] = []
+    with rehearsal.room_for_check(planned, wanted, told.append) as found:
+        assert found == room
+        assert bounds[-1] == pytest.approx((room + GIB) / (10 * GIB))
+    assert bounds[-1] == pytest.approx(0.3 if vram else 1.0), "the recipe's cap again"
+    assert bool(told) == (room == 9 * GIB)

@@ -21,12 +21,12 @@ from drawplate.memory import memory_sample
 from drawplate.model.adapter import lora_config, read_adapter, save_adapter
 from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.self_check import in_words, self_check, warnings_of
+from drawplate.model.self_check import check_bytes, in_words, self_check, warnings_of
 from drawplate.outcome import Outcome
 from drawplate.prepare import Prepared, evaluation_cutting, placement_of, train_cutting
 from drawplate.recipe import expand
 from drawplate.records import Evaluation, Sequence
-from drawplate.rehearse import learn_overheads, rehearsed, within_plan
+from drawplate.rehearse import learn_overheads, rehearsed, room_for_check
 from drawplate.reopen import Reopened
 from drawplate.run_folder import CHECKPOINTS_NAME, START_NAME, RunFolder
 from drawplate.saving import Saving, where
@@ -60,7 +60,7 @@ def load_model(outcome: Outcome) -> CausalLM:
 
 
 def check_model(outcome: Outcome, prepared: Prepared, model: CausalLM) -> None:
-    """Compare its loss and gradient on two short texts, within what the plan has of the device; say what is wrong.
+    """Compare its loss and gradient on two short texts, within what there is of the device; say what is wrong.
 
     Raises:
         NumericError: another model would be trained.
@@ -69,7 +69,7 @@ def check_model(outcome: Outcome, prepared: Prepared, model: CausalLM) -> None:
         _short(max(tokens.sequences, key=len), length)
         for tokens, length in zip((prepared.heldout, prepared.train), SELF_CHECK_TOKENS, strict=True)
     ]
-    with within_plan(prepared) as room_bytes:
+    with room_for_check(prepared, check_bytes(model, texts), outcome.journal.message) as room_bytes:
         outcome.self_check = self_check(model, texts, packed=prepared.plan.packing, room_bytes=room_bytes)
     for warning in warnings_of(model, outcome.self_check):
         outcome.journal.on_warning(warning)

@@ -50,20 +50,40 @@ def enforce_cap(prepared: Prepared) -> None:
 
 
 @contextmanager
-def within_plan(prepared: Prepared) -> Iterator[int | None]:
-    """For a check that must not take more of the device than the plan says; yields how many bytes it may take, None on
-    a CPU."""
+def room_for_check(prepared: Prepared, wanted_bytes: int, tell: Callable[[str], None]) -> Iterator[int | None]:
+    """For a check before training; yields how many bytes of the device it may take, None on a CPU.
+
+    What the plan needs at its peak is room. Where that is too little, and nobody has set a cap (memory.vram), so is
+    whatever is free.
+
+    Args:
+        prepared: with the plan that the model was loaded by.
+        wanted_bytes: what the check would take.
+        tell: told where the measured peak may be the check's, and not the plan's.
+    """
     if prepared.device.type != "cuda":
         yield None
         return
     _let_go(prepared.device)
-    asked = prepared.recipe.memory.vram
-    most = _let_hold(prepared, min(asked or sys.maxsize, prepared.plan.predicted_bytes("device")))
-    free = torch.cuda.mem_get_info(prepared.device)[0]
+    asked, planned = prepared.recipe.memory.vram, prepared.plan.predicted_bytes("device")
     try:
-        yield max(0, min(free, most - torch.cuda.memory_reserved(prepared.device)))
+        room = _room_within(prepared, min(asked or sys.maxsize, planned))
+        if room < wanted_bytes and not asked:
+            room = _room_within(prepared, None)
+            tell(
+                f"The self-check takes about {format_bytes(wanted_bytes)} of free device memory, more than training "
+                "will. The highest device memory of this run may be the self-check's."
+            )
+        yield room
     finally:
         enforce_cap(prepared)
+
+
+def _room_within(prepared: Prepared, device_bytes: int | None) -> int:
+    """Bytes that may still be taken where the process holds so many; None for all of the device."""
+    most = _let_hold(prepared, device_bytes)
+    free = torch.cuda.mem_get_info(prepared.device)[0]
+    return max(0, min(free, most - torch.cuda.memory_reserved(prepared.device)))
 
 
 def _let_hold(prepared: Prepared, device_bytes: int | None) -> int:

@@ -28,7 +28,7 @@ from drawplate.records import LedgerLine
 from drawplate.units import MIB
 
 QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # a ledger takes hundredths of a second: no shrinking
-AROUND = Surroundings(base_bytes=10**8, context_bytes=10**8, dataset_bytes=10**6, self_check=False)
+AROUND = Surroundings(base_bytes=10**8, context_bytes=10**8, dataset_bytes=10**6)
 values_of_choices = st.fixed_dictionaries(
     {
         "precision": st.sampled_from(["nf4", "fp4", "int8", "fp8", "bf16", "fp16", "fp32"]),
@@ -285,3 +285,11 @@ def test_a_kernel_is_tried_on_copies_of_what_it_writes_in_place(sparing: bool, p
     assert stage.device.highest.allocated == peak
     stage._try([2**20], sparing=True)
     assert stage.device.highest.allocated == max(peak, 2 * 2**20), "there is room for this copy"
+
+
+def test_loading_a_small_model_holds_its_weights_once() -> None:
+    """The self-check borrows one layer at a time, within what training needs (rehearse.room_for_check)."""
+    small = shape(layers=1)
+    made = ledger_of(small, **KNOWN | {"precision": "bf16"})
+    loading = next(phase for phase in made.phases if phase.phase == PHASES[0])
+    assert loading.bytes("device") - AROUND.context_bytes < 1.3 * 2 * small.parameters

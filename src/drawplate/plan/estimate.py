@@ -145,14 +145,12 @@ class _Moments:
         return held + rows * model.hidden * self.size
 
     def loading(self) -> tuple[int, int]:
-        """Everything stored, and a weight being quantized or the self-check."""
+        """Everything stored, and a weight being quantized."""
         model = self.model
         largest = max(linear.out_features * linear.in_features for kind in model.kinds for linear in kind.linears)
-        check = self.around.self_check and model.parameters * self.size <= 2**30
-        copy = (model.linear_parameters + model.vocab * model.hidden) * self.size + 64 * model.vocab * (self.size + 8)
         encoded = 12.0 if self.choice.precision == "int8" else 0.0 if self.choice.precision in PLAIN else 0.6
         quantizing = int(largest * (self.size + max(encoded, 2.0 if self.size != 2 else 0.0)))
-        return max(quantizing, copy if check else 0), self.stored + self.trained
+        return quantizing, self.stored + self.trained
 
     def evaluation(self) -> tuple[int, int]:
         """The largest layer without gradients, before and after training."""

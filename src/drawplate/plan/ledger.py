@@ -74,7 +74,6 @@ DEVICE_FORMULAS = {
     "cuBLAS workspace": "for each thread that multiplies, and again for those of a captured micro-step",
     "compiler's trial of a kernel": "the size of the device's L2 cache, which it clears between trials",
     "a weight being quantized": "as read, in the compute dtype, and encoded",
-    "self-check": "transformers' own module beside ours",
 }
 
 

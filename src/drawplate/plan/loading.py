@@ -17,7 +17,7 @@ class Loading:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.model, self.choice, self.around = stage.model, stage.choice, stage.around
+        self.model, self.choice = stage.model, stage.choice
         self.device, self.size = stage.device, stage.size
 
     def run(self) -> None:
@@ -42,8 +42,6 @@ class Loading:
         device.give_all(name for i in range(3) if device.has(name := ("before", i)))
         self._load_adapter()
         self._load_outside()
-        if self.around.self_check and model.parameters * self.size <= 2**30:
-            self._self_check()
 
     def _load_adapter(self) -> None:
         choice, device = self.choice, self.device
@@ -105,13 +103,3 @@ class Loading:
                 rows = min(choice.head_rows, model.vocab)
                 device.take("head slots", ("head slot", slot), rows * model.hidden * self.size)
         device.take("small tensors", ("norm",), max(0, others))
-
-    def _self_check(self) -> None:
-        """transformers' own module beside ours, on a short text (model/self_check.py)."""
-        self.device.now = "self-check"
-        inside = self.model.linear_parameters + sum(sum(kind.plain) for kind in self.stage.kinds)
-        line, tokens = "self-check", 64
-        self.device.take(line, ("copy",), inside * self.size)
-        self.device.take(line, ("copy of the head",), self.model.vocab * self.model.hidden * self.size)
-        self.device.take(line, ("logits",), tokens * self.model.vocab * (self.size + 8))
-        self.device.give_all([("copy",), ("copy of the head",), ("logits",)])
