@@ -19,6 +19,7 @@ import torch
 
 from drawplate.cgroups import usable_cores, usable_ram_bytes
 from drawplate.errors import EnvironmentProblem, UsageError
+from drawplate.heap import map_large_blocks
 from drawplate.records import Machine
 
 KEPT_PRODUCTS = 64
@@ -36,7 +37,7 @@ def pick_device(device_map: str = "auto") -> torch.device:
     if device_map not in ("auto", "cuda", "cpu"):
         raise UsageError(f"model.device_map {device_map!r} is not known.", next_step="Use auto, cuda or cpu.")
     if device_map == "cpu":
-        _let_few_products_stay()
+        _prepare_cpu()
         return torch.device("cpu")
     problem = cuda_problem()
     if problem is None:
@@ -48,8 +49,14 @@ def pick_device(device_map: str = "auto") -> torch.device:
             safe="Nothing was loaded or written.",
             next_step=f"{problem.cure}; or set model.device_map to cpu.",
         )
-    _let_few_products_stay()
+    _prepare_cpu()
     return torch.device("cpu")
+
+
+def _prepare_cpu() -> None:
+    """What this process must have set before a run on the CPU takes memory."""
+    map_large_blocks()
+    _let_few_products_stay()
 
 
 def _let_few_products_stay() -> None:

@@ -32,6 +32,10 @@ _QUIET_SCREEN = {
 }
 
 
+_HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""torch asks for huge pages for large blocks of host memory. It reads this when it first takes some; see heap.py."""
+
+
 def forbid_hub_code() -> None:
     """No telemetry, and no kernels downloaded from a hub.
 
@@ -45,9 +49,9 @@ def forbid_hub_code() -> None:
 def hush_libraries() -> None:
     """Keep the libraries' progress bars, start-up messages and advice off the screen; errors still show.
 
-    Also sets TOKENIZERS_PARALLELISM, whose absence makes tokenizers warn at the first fork.
+    Also sets TOKENIZERS_PARALLELISM, whose absence makes tokenizers warn at the first fork, and huge pages for torch.
     """
-    for name, value in _QUIET_SCREEN.items():
+    for name, value in (_QUIET_SCREEN | _HUGE_PAGES).items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     # Libraries warning each other of what a later version will change; a filter that the user set comes first.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawplate.heap import MAPPED_FROM_BYTES
 from drawplate.plan.allocator import CachingAllocator, ProcessMemory
 from drawplate.units import MIB
 
@@ -97,12 +98,13 @@ def test_what_outlives_a_capture_is_held_beside_those_after_it() -> None:
 
 def test_what_a_process_lets_go_of_stays_with_it_unless_it_is_large() -> None:
     memory = ProcessMemory()
-    memory.take("small", 10 * MIB)
+    small = MAPPED_FROM_BYTES // 2
+    memory.take("small", small)
     memory.take("large", 40 * MIB)
     memory.give("small")
     memory.give("large")
     assert memory.allocated == 0
-    assert 10 * MIB <= memory.reserved < 11 * MIB
-    memory.take("again", 8 * MIB)
-    assert memory.reserved < 11 * MIB
-    assert memory.highest_reserved >= 50 * MIB
+    assert small <= memory.reserved <= 2 * small
+    memory.take("again", small // 2)
+    assert memory.reserved <= 2 * small
+    assert memory.highest_reserved >= 40 * MIB + small

@@ -17,14 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
+from drawplate.heap import MAPPED_FROM_BYTES
 from drawplate.plan.addresses import Addresses
 from drawplate.units import KIB, MIB
 
 ROUNDING = 512
 LARGEST_SMALL = MIB
 CACHE_LINE = 64
-LARGEST_IN_HEAP = 32 * MIB
-"""glibc's largest threshold (DEFAULT_MMAP_THRESHOLD_MAX), to which it rises as large blocks are let go of."""
 HEAP_GRANULE = 128 * KIB
 """By how much the heap grows (DEFAULT_TOP_PAD)."""
 GRANULE = {"small": 2 * MIB, "large": 20 * MIB}
@@ -103,8 +102,8 @@ def _pools() -> dict[str, Addresses]:
 class ProcessMemory:
     """A process's own, as the C library's malloc keeps it (glibc): `reserved` is what the process holds.
 
-    Blocks below `LARGEST_IN_HEAP` come from a heap that grows at its end; what is let go of in it stays with the
-    process, and is used again where it is large enough. Larger ones are mapped, and gone when they are let go of.
+    Blocks below `MAPPED_FROM_BYTES` (heap.py) come from a heap that grows at its end. Freed, they stay with the process
+    and are used again where they are large enough. Larger blocks are mapped, and gone when they are freed.
     """
 
     def __init__(self) -> None:
@@ -122,7 +121,7 @@ class ProcessMemory:
     def take(self, name: object, size: int) -> int:
         """A new block; returns its size."""
         rounded = max(CACHE_LINE, -(-size // CACHE_LINE) * CACHE_LINE)
-        if rounded < LARGEST_IN_HEAP:
+        if rounded < MAPPED_FROM_BYTES:
             self._in_heap[name] = self._heap.take(rounded)
         else:
             self._mapped_bytes += rounded
