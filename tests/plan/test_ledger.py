@@ -210,12 +210,17 @@ def test_a_layers_activations_are_more_than_its_linear_inputs_and_outputs(size: 
     assert least < kept_bytes_per_token_and_layer(shape(), size) < 3 * least
 
 
-def test_on_a_cpu_later_phases_hold_what_training_let_go_of() -> None:
-    values = {**KNOWN, "activations": "keep", "micro_batch_tokens": 32}
-    made = ledger_of(shape(), **{**values, "device": "cpu"})
-    stays = {p.phase: sum(x.bytes for x in p.lines if x.name == "freed, still with the process") for p in made.phases}
-    assert stays["baseline evaluation"] < stays["checkpoint"]
-    assert stays["checkpoint"] > 28 * 32 * 50_000, "28 layers kept 32 tokens"
+def test_on_a_cpu_later_phases_hold_the_small_blocks_that_training_freed() -> None:
+    def stays(tokens: int) -> dict[str, int]:
+        made = ledger_of(shape(), **{**values, "device": "cpu", "micro_batch_tokens": tokens})
+        name = "freed, still with the process"
+        return {p.phase: sum(line.bytes for line in p.lines if line.name == name) for p in made.phases}
+
+    values = {**KNOWN, "activations": "keep"}
+    small, large = stays(8), stays(2048)
+    assert small["baseline evaluation"] < small["checkpoint"]
+    assert small["checkpoint"] > 28 * 8 * 50_000, "28 layers kept 8 tokens, in blocks below 1 MiB"
+    assert large["checkpoint"] < 28 * 2048 * 1000, "larger blocks are mapped, and gone when they are freed"
     on_gpu = ledger_of(shape(), **values)
     assert not any("still with the process" in line.name for phase in on_gpu.phases for line in phase.lines)
 
