@@ -22,9 +22,10 @@ test: $(INSTALLED)
 # The libraries whose newest versions are tried, and made anew after a day. They lie over .venv, so that nothing else is
 # fetched again; torch is left out, because each of its versions is gigabytes.
 NEWEST := transformers peft trl datasets
-MODEL_TESTS := adapter attention causal_lm error_start fetch gguf head logits_path self_check support weights
-CORE_TESTS := $(MODEL_TESTS:%=tests/model/test_%.py) tests/integrations tests/data/test_chat.py \
-  tests/data/test_tokens.py tests/test_run.py tests/test_evaluate.py tests/faults/test_families.py
+CORE_TESTS := tests/model/base tests/model/layer/test_adapter.py tests/model/layer/test_attention.py \
+  tests/model/test_causal_lm.py tests/model/ends/test_head.py tests/model/load tests/model/support tests/integrations \
+  tests/data/chat tests/data/test_tokens.py tests/run/test_tune.py tests/evaluation/test_score.py \
+  tests/faults/test_families.py
 
 test-newest: .newest/installed
 	PYTHONPATH=$(CURDIR)/.newest $(BIN)/python -m pytest -n auto --maxprocesses 4 $(or $(ARGS),$(CORE_TESTS))

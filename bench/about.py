@@ -28,7 +28,7 @@ def about() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What figures are taken on; cores are those that this process may use."""
-    from drawplate.device import machine
+    from drawplate.machine.device import machine
 
     facts = machine()
     gpu = {"gpu": facts.device_name, "gpu_bytes": facts.device_bytes} if facts.device == "cuda" else {}

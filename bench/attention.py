@@ -2,9 +2,10 @@
 
     python bench/attention.py OUT.json
 
-Variable-length FlashAttention (what packed rows take, model/attention.py) against FlashAttention and cuDNN through
-`scaled_dot_product_attention`, with key heads grouped (gqa1) or repeated before (gqa0), on heads of real shapes. `_f`
-is forward, `_fb` forward and backward, `_diff` the largest difference from the variable-length kernel's output.
+Variable-length FlashAttention (what packed rows take, model/layer/attention.py) against FlashAttention and cuDNN
+through `scaled_dot_product_attention`, with key heads grouped (gqa1) or repeated before (gqa0), on heads of real
+shapes. `_f` is forward, `_fb` forward and backward, `_diff` the largest difference from the variable-length kernel's
+output.
 """
 
 from __future__ import annotations

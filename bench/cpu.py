@@ -52,8 +52,8 @@ def jobs() -> list[Job]:
 def make_material(folder: Path) -> None:
     """The demo's model, its documents as token ids, and the adapter's start."""
     from bench.peers.material import save_start
-    from drawplate.prepare import prepare
     from drawplate.recipe import load_recipe
+    from drawplate.run.prepare import prepare
 
     recipe = load_recipe(ROOT / "examples" / "climate-demo.yaml")
     prepared = prepare(recipe)

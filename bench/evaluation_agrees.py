@@ -47,7 +47,7 @@ def reference_nats(model: Any, ids: np.ndarray, max_length: int, context_tokens:
 
 def document_nats(model: Any, sequences: Any, batches: Any) -> dict[str, float]:
     """Drawplate's nats of each document."""
-    from drawplate.evaluate import score_documents
+    from drawplate.evaluation.score import score_documents
 
     return {score.document: score.nats for score in score_documents(model, sequences, batches)}
 
@@ -58,7 +58,7 @@ def main() -> int:
 
     from drawplate.data.documents import read_documents
     from drawplate.data.tokens import load_tokenizer, tokenize
-    from drawplate.model.weights import open_checkpoint
+    from drawplate.model.base.weights import open_checkpoint
     from drawplate.recipe import load_recipe
 
     out, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 36
@@ -90,10 +90,10 @@ def main() -> int:
 def _ways(checkpoint: Any, where: str, whole: Any, windows: Any, truth: dict[str, dict[str, float]]) -> Any:
     """Each way to cut, with the layers on the device or streamed through two slots."""
     from drawplate.data.batches import cut_packed, cut_padded
-    from drawplate.model.adapter import lora_config
-    from drawplate.model.assemble import assemble
+    from drawplate.model.base.precision import Storage
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.storage import Storage
+    from drawplate.model.layer.adapter import lora_config
+    from drawplate.model.load.assemble import assemble
     from drawplate.recipe import LoraSection
 
     placement = Placement(

@@ -51,8 +51,8 @@ def build(shape: str, precision: str, r: int) -> Any:
     import torch
 
     from bench.random_models import random_model
+    from drawplate.model.base.precision import Storage
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.storage import Storage
 
     placement = Placement(
         device=torch.device("cuda", 0),
@@ -93,9 +93,9 @@ class Peak:
 def quantized(shape: str) -> dict[str, Any]:
     """One optimizer step, then a measurement."""
     from drawplate.data.batches import cut_packed
-    from drawplate.evaluate import score_documents, total
+    from drawplate.evaluation.score import score_documents, total
     from drawplate.recipe import TrainSection
-    from drawplate.train import make_optimizer
+    from drawplate.train.loop import make_optimizer
 
     model = build(shape, "nf4", 16)
     windows = sequences(model.anatomy.config.vocab_size)
@@ -120,7 +120,7 @@ def quantized(shape: str) -> dict[str, Any]:
 def unquantized(shape: str) -> dict[str, Any]:
     """What the quantization tax runs before the quantized model is loaded."""
     from drawplate.data.batches import cut_packed
-    from drawplate.evaluate import score_documents, total
+    from drawplate.evaluation.score import score_documents, total
 
     with Peak() as loading:
         model = build(shape, "bf16", 1)

@@ -37,16 +37,16 @@ from bench.about import about
 from bench.random_models import random_sequences
 from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.errors import UserError
-from drawplate.model.adapter import lora_config
-from drawplate.model.adapter_home import require_loadable
-from drawplate.model.anatomy import build_anatomy
-from drawplate.model.assemble import assemble
+from drawplate.model.base.precision import Storage
+from drawplate.model.base.weights import Checkpoint, open_checkpoint
 from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.storage import Storage
-from drawplate.model.weights import Checkpoint, open_checkpoint
-from drawplate.plan.choose import CorpusShape
-from drawplate.prepare import plan_for_lengths
+from drawplate.model.layer.adapter import lora_config
+from drawplate.model.layer.adapter_home import require_loadable
+from drawplate.model.layer.anatomy import build_anatomy
+from drawplate.model.load.assemble import assemble
+from drawplate.planner.choose import CorpusShape
 from drawplate.recipe import LoraSection, ModelSection, Recipe, load_recipe
+from drawplate.run.prepare import plan_for_lengths
 
 VOCAB = 97
 LENGTHS = [5, 23, 14]

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 import numpy as np  # noqa: E402
 
-from drawplate.compare import perplexity_change  # noqa: E402
+from drawplate.evaluation.interval import perplexity_change  # noqa: E402
 from drawplate.records import DocumentScore  # noqa: E402
 
 

@@ -8,9 +8,9 @@ times that of plain torch in the same dtype gets no time. Times are medians over
 `loss`: the head's cross-entropy with its gradient, kernels against plain torch between the same two products, and those
 two products alone.
 
-`fp8`: one frozen product, x @ W.T, in bf16, in fp8 with a scale a row (what model/frozen_product.py does), in fp8 with
-one scale a tensor, and what rounding x to fp8 takes, compiled; and the same with sums promoted to float32 on the way
-(`slow`), with both errors against float32 products of the same rounded numbers.
+`fp8`: one frozen product, x @ W.T, in bf16, in fp8 with a scale a row (what model/layer/frozen_product.py does), in fp8
+with one scale a tensor, and what rounding x to fp8 takes, compiled; and the same with sums promoted to float32 on the
+way (`slow`), with both errors against float32 products of the same rounded numbers.
 
 `four_bits`: dequantizing an NF4 matrix.
 """
@@ -28,10 +28,10 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 import torch  # noqa: E402
 
-from drawplate.model import loss_tile  # noqa: E402
-from drawplate.model.head import Head, ResidentRows  # noqa: E402
-from drawplate.model.loss import IGNORED, head_cross_entropy  # noqa: E402
-from drawplate.model.loss_tile import LossShape, Tile  # noqa: E402
+from drawplate.model.ends import loss_tile  # noqa: E402
+from drawplate.model.ends.head import Head, ResidentRows  # noqa: E402
+from drawplate.model.ends.loss import IGNORED, head_cross_entropy  # noqa: E402
+from drawplate.model.ends.loss_tile import LossShape, Tile  # noqa: E402
 
 VOCAB = 128256
 ALLOWED_ERROR_RATIO = 1.25
@@ -194,7 +194,7 @@ def fp8_cases() -> list[dict[str, Any]]:
 def four_bits_cases() -> list[dict[str, Any]]:
     """Milliseconds and weights per second of dequantizing a large matrix of a 3B and an 8B."""
     from drawplate.kernels.four_bits import dequantize
-    from drawplate.model.storage import Storage
+    from drawplate.model.base.precision import Storage
 
     results: list[dict[str, Any]] = []
     for shape in ((8192, 3072), (14336, 4096)):

@@ -30,7 +30,7 @@ def measure(case: str) -> dict[str, Any]:
     """The case in this process."""
     import torch
 
-    import drawplate.run  # noqa: F401 - what a run has imported before it loads
+    import drawplate.run.tune  # noqa: F401 - what a run has imported before it loads
 
     torch._inductor.config.autotune_local_cache = False  # every case is a first run, whoever compiled before it
     base = resident_bytes("VmRSS")

@@ -41,10 +41,10 @@ def load(case: str) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from bench.shapes import random_checkpoint, shape_config
-    from drawplate.model.adapter import lora_config
-    from drawplate.model.assemble import assemble
+    from drawplate.model.base.precision import Storage
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.storage import Storage
+    from drawplate.model.layer.adapter import lora_config
+    from drawplate.model.load.assemble import assemble
     from drawplate.recipe import LoraSection
 
     facts = parse(case)
@@ -111,7 +111,7 @@ def run_size(model: Any, size: str, packing: str, tracing: Callable[[], Any] | N
     import torch
 
     from drawplate.recipe import TrainSection
-    from drawplate.train import make_optimizer
+    from drawplate.train.loop import make_optimizer
 
     torch.cuda.empty_cache()
     torch._dynamo.reset()
@@ -161,7 +161,7 @@ def peaks() -> dict[str, int]:
     """What the process holds now and held at most, of the device and the host."""
     import torch
 
-    from drawplate.memory import own_device_bytes
+    from drawplate.machine.memory import own_device_bytes
 
     free, total = torch.cuda.mem_get_info()
     return {
@@ -186,9 +186,9 @@ def resident_bytes(name: str) -> int:
 def shape_of(facts: dict[str, Any]) -> Any:
     """The case's model in numbers."""
     from bench.shapes import shape_config
-    from drawplate.model.anatomy import build_anatomy
-    from drawplate.prepare import model_shape
+    from drawplate.model.layer.anatomy import build_anatomy
     from drawplate.recipe import load_recipe
+    from drawplate.run.prepare import model_shape
 
     anatomy = build_anatomy(shape_config(facts["shape"], layers=int(facts["options"].get("layers", 0)) or None))
     targets = "all-linear" if facts["targets"] == "all" else ["q_proj", "v_proj"]
@@ -200,7 +200,7 @@ def shape_of(facts: dict[str, Any]) -> Any:
 
 def choice_of(facts: dict[str, Any], layers: int) -> Any:
     """The case as the ledger says it."""
-    from drawplate.plan.ledger import Choice
+    from drawplate.planner.bytes.ledger import Choice
 
     options, policies = facts["options"], policies_of(facts, layers)
     rows, length = (int(n) for n in facts["sizes"].split("x"))
@@ -232,7 +232,7 @@ def choice_of(facts: dict[str, Any], layers: int) -> Any:
 
 def predict(case: str, around: dict[str, int]) -> dict[str, Any]:
     """The ledger of a case: peaks by phase and place, and the lines of the largest phase."""
-    from drawplate.plan.ledger import Surroundings, ledger
+    from drawplate.planner.bytes.ledger import Surroundings, ledger
 
     facts = parse(case)
     shape = shape_of(facts)

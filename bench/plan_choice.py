@@ -47,9 +47,9 @@ LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
 def model_of(shape: str) -> tuple[Any, Any]:
     """A shape's numbers, and the recipe of all cases."""
     from bench.shapes import shape_config
-    from drawplate.model.anatomy import build_anatomy
-    from drawplate.prepare import model_shape
+    from drawplate.model.layer.anatomy import build_anatomy
     from drawplate.recipe import load_recipe
+    from drawplate.run.prepare import model_shape
 
     train = {"effective_batch_size": STEP_DOCUMENTS}
     values = {"model": {"name_or_path": "random"}, "data": {"files": ["random"]}, "lora": LORA, "train": train}
@@ -61,9 +61,9 @@ def search_over(shape: str, speed: Any) -> tuple[Any, Any]:
     """The plan's search for a shape on this machine, and what a budget of device bytes is."""
     import torch
 
-    from drawplate.device import machine
-    from drawplate.memory import memory_sample
-    from drawplate.plan import choose
+    from drawplate.machine.device import machine
+    from drawplate.machine.memory import memory_sample
+    from drawplate.planner import choose
 
     model, recipe = model_of(shape)
     situation = choose.Situation(
@@ -83,9 +83,9 @@ def placement_of(choice: Any, model: Any) -> Any:
     """Where a choice puts the layers, as a run does."""
     import torch
 
+    from drawplate.model.base.precision import Storage
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.storage import Storage
-    from drawplate.prepare import policies_of, tiers_of
+    from drawplate.run.prepare import policies_of, tiers_of
 
     layers = model.layers
     counts = SimpleNamespace(
@@ -115,7 +115,7 @@ def placement_of(choice: Any, model: Any) -> Any:
 def measure_found(shape: str, search: Any, found: Any) -> dict[str, Any]:
     """Predicted and measured tokens/s and peak of one choice within a budget."""
     from drawplate.data.batches import cut_packed
-    from drawplate.plan.cost import step_cost
+    from drawplate.planner.seconds.cost import step_cost
 
     choice, work = found.choice, found.batch.work
     began = time.monotonic()
@@ -148,7 +148,7 @@ def timed_accumulation(model: Any, batches: list[Any]) -> dict[str, Any]:
     import torch
 
     from drawplate.recipe import TrainSection
-    from drawplate.train import make_optimizer
+    from drawplate.train.loop import make_optimizer
 
     torch._dynamo.reset()
     optimizer = make_optimizer(model.adapter.parameters(), TrainSection())
@@ -179,8 +179,8 @@ def timed_accumulation(model: Any, batches: list[Any]) -> dict[str, Any]:
 
 def predict_again(chosen: Path, out: Path, other: Path | None) -> None:
     """Seconds of what was chosen and measured, by the formulas of today."""
-    from drawplate.plan.cost import step_cost
-    from drawplate.plan.work import Cut, step_work
+    from drawplate.planner.seconds.cost import step_cost
+    from drawplate.planner.seconds.work import Cut, step_work
     from drawplate.records import DeviceSpeed, from_json
 
     stored = json.loads(chosen.read_text())
@@ -205,7 +205,7 @@ def predict_again(chosen: Path, out: Path, other: Path | None) -> None:
 
 def choice_of(result: dict[str, Any], layers: int) -> Any:
     """The choice that a result describes."""
-    from drawplate.plan.ledger import Choice
+    from drawplate.planner.bytes.ledger import Choice
 
     host = result["host_layers"]
     return Choice(
@@ -228,7 +228,7 @@ def choice_of(result: dict[str, Any], layers: int) -> Any:
 
 def described(found: Any, layers: int) -> dict[str, Any]:
     """A choice in words."""
-    from drawplate.plan.explain import activation_words, weight_words
+    from drawplate.planner.explain import activation_words, weight_words
 
     choice = found.choice
     return {
@@ -271,7 +271,7 @@ def cases_of(arguments: list[str], speed: Any, most_rivals: int) -> Iterator[Cas
 
 def budget_cases(shape: str, gib: float, searched: tuple[Any, Any], rivals: int) -> Iterator[tuple[Any, Any, Any]]:
     """The choice within a budget, and its rivals where asked for: facts, what was found, and how to measure it."""
-    from drawplate.plan.choose import fastest
+    from drawplate.planner.choose import fastest
 
     search, budget_of = searched
     budget = budget_of(int(gib * 2**30))
@@ -287,7 +287,7 @@ def budget_cases(shape: str, gib: float, searched: tuple[Any, Any], rivals: int)
 
 def rivals_of(search: Any, budget: Any, best: Any) -> list[Any]:
     """The most promising of other choices, the best first: the search is told where weights and activations go."""
-    from drawplate.plan.search import Search
+    from drawplate.planner.search import Search
 
     limit = best.seconds_per_token * RIVAL_SECONDS
     found: dict[Any, Any] = {}
@@ -339,8 +339,8 @@ def quiet_probe(device: Any) -> tuple[Any, list[float]]:
     """The device's speed, and the launch that each probe found: once more where a launch took suspiciously long."""
     import torch
 
-    from drawplate.device import machine
-    from drawplate.speed import probe
+    from drawplate.machine.device import machine
+    from drawplate.machine.speed import probe
 
     launches: list[float] = []
     while not launches or (launches[-1] > QUIET_LAUNCH_SECONDS and len(launches) < PROBES):

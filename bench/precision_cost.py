@@ -26,16 +26,16 @@ MICRO_BATCH_TOKENS = 2048
 
 def main() -> None:
     """Measure every precision, print and write."""
-    from drawplate.compare import perplexity_change
     from drawplate.data.batches import cut_packed
     from drawplate.data.documents import read_documents
     from drawplate.data.tokens import load_tokenizer, tokenize
-    from drawplate.evaluate import score_documents, total
-    from drawplate.model.adapter import lora_config
-    from drawplate.model.assemble import assemble
+    from drawplate.evaluation.interval import perplexity_change
+    from drawplate.evaluation.score import score_documents, total
+    from drawplate.model.base.precision import Storage
+    from drawplate.model.base.weights import open_checkpoint
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.storage import Storage
-    from drawplate.model.weights import open_checkpoint
+    from drawplate.model.layer.adapter import lora_config
+    from drawplate.model.load.assemble import assemble
     from drawplate.recipe import load_recipe
 
     out, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 100

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from bench.shapes import random_checkpoint
-from drawplate.model.adapter import lora_config
-from drawplate.model.assemble import assemble
 from drawplate.model.causal_lm import CausalLM, Placement
+from drawplate.model.layer.adapter import lora_config
+from drawplate.model.load.assemble import assemble
 from drawplate.recipe import LoraSection
 from drawplate.records import Sequence
 

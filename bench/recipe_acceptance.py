@@ -41,7 +41,7 @@ ADVISED = ("learning_rate", "effective_batch_size", "num_train_epochs", "lr_sche
 
 def data_of(corpus: str, folder: Path, scratch: Path) -> dict[str, Any]:
     """The recipe's section. The earlier rule held out what a hash of the words, read as a number, put below a tenth."""
-    from drawplate.data.rows import words_sha256
+    from drawplate.data.readers.rows import words_sha256
 
     name, _, earlier = corpus.partition("-")
     if not earlier:

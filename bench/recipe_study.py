@@ -144,7 +144,7 @@ class Variant:
 
     def factor(self, step: int, steps: int) -> float:
         """Of the peak rate, at the step about to be taken; Drawplate's own where it has the schedule."""
-        from drawplate.train import Schedule
+        from drawplate.train.loop import Schedule
 
         if self.schedule == "constant then decay":  # constant until the last fifth, then linear to zero
             warm = min(1.0, (step + 1) / max(1.0, self.warmup * steps))
@@ -527,7 +527,7 @@ class Base:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from drawplate.model import attention
+        from drawplate.model.layer import attention
 
         attention.register()
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -547,7 +547,7 @@ class Base:
         """The model with its linear layers as that precision stores them, and no adapters."""
         import torch
 
-        from drawplate.model.storage import Storage
+        from drawplate.model.base.precision import Storage
 
         for linear in self.linears.values():
             linear.__dict__.pop("forward", None)
@@ -666,7 +666,7 @@ def study(corpus: str, given: argparse.Namespace, model_folder: Any, began: floa
     """All groups of one corpus, in this process; `model_folder` is a connection that will tell the model's folder."""
     import torch
 
-    for needed in ("transformers.models.llama.modeling_llama", "drawplate.data.split", "drawplate.train"):
+    for needed in ("transformers.models.llama.modeling_llama", "drawplate.data.split", "drawplate.train.loop"):
         importlib.import_module(needed)  # while the model is being converted
 
     def tell(what: str) -> None:
@@ -827,7 +827,7 @@ def main() -> None:
         workers.append(context.Process(target=study, args=(corpus, given, heard, began)))
         workers[-1].start()
         tellers.append(told)
-    from drawplate.model.weights import open_checkpoint
+    from drawplate.model.base.weights import open_checkpoint
     from drawplate.recipe import ModelSection
 
     model = ModelSection(name_or_path=given.model) if given.model else ModelSection(**MODEL)  # type: ignore[arg-type]

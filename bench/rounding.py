@@ -54,7 +54,7 @@ def int8_rows(x_NK: Tensor) -> Tensor:
 
 def nf4(x_NK: Tensor) -> Tensor:
     """bitsandbytes' NF4 with double quantization."""
-    from drawplate.model.storage import Storage
+    from drawplate.model.base.precision import Storage
 
     storage, shape = Storage("nf4"), (x_NK.shape[0], x_NK.shape[1])
     encoded = storage.encode(x_NK)

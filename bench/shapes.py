@@ -119,7 +119,7 @@ class RandomCheckpoint:
 
 def random_checkpoint(name: str, *, layers: int | None = None, device: str = "cuda") -> RandomCheckpoint:
     """A checkpoint of one of the shapes."""
-    from drawplate.model.anatomy import build_anatomy
+    from drawplate.model.layer.anatomy import build_anatomy
 
     config = shape_config(name, layers=layers)
     anatomy = build_anatomy(config)

@@ -4,9 +4,9 @@
 
 A frozen product that is already rounded to bf16 lies on that grid; an adapter whose output is smaller than half a step
 of the grid vanishes when it is added, and a small update of a good model is that small. Added before the product is
-rounded, as Drawplate does (model/frozen_product.py), it moves the rounding instead. SmolLM2-135M's real weights, some
-of the demo's documents, LoRA r=16 on all linear layers; AdamW takes its steps in fp32, and each adapter on the way is
-measured in fp32, in bf16 with its output added after rounding (as PEFT does), and in bf16 by Drawplate's own layers.
+rounded, as Drawplate does (model/layer/frozen_product.py), it moves the rounding instead. SmolLM2-135M's real weights,
+some of the demo's documents, LoRA r=16 on all linear layers; AdamW takes its steps in fp32, and each adapter on the way
+is measured in fp32, in bf16 with its output added after rounding (as PEFT does), and in bf16 by Drawplate's own layers.
 Left out: dropout, 4-bit weights, the gradients' own rounding.
 """
 
@@ -28,10 +28,10 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from bench.about import about  # noqa: E402
 from drawplate.data.batches import cut_padded  # noqa: E402
-from drawplate.model.adapter import lora_config  # noqa: E402
-from drawplate.model.assemble import assemble  # noqa: E402
+from drawplate.model.base.precision import Storage  # noqa: E402
 from drawplate.model.causal_lm import CausalLM, Placement  # noqa: E402
-from drawplate.model.storage import Storage  # noqa: E402
+from drawplate.model.layer.adapter import lora_config  # noqa: E402
+from drawplate.model.load.assemble import assemble  # noqa: E402
 from drawplate.recipe import LoraSection  # noqa: E402
 
 RANK, SCALE, DOCUMENTS = 16, 2.0, 6
@@ -127,8 +127,8 @@ def first_steps(prepared: Any, rate: float, steps: int) -> list[dict[str, float]
 
 def main() -> None:
     """Write the JSON after each rate, print a line a point."""
-    from drawplate.prepare import prepare
     from drawplate.recipe import load_recipe
+    from drawplate.run.prepare import prepare
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path)

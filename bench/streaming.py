@@ -43,7 +43,7 @@ def weights_of(weights: str) -> str | tuple[str, ...]:
     """A case's tiers, as in Placement; `20host` of `12device+20host` are spread evenly, as a plan's."""
     from types import SimpleNamespace
 
-    from drawplate.prepare import tiers_of
+    from drawplate.run.prepare import tiers_of
 
     counts = {f"{tier}_layers": int(count) for count, tier in re.findall(r"(\d+)([a-z]+)", weights)}
     none = dict.fromkeys(("dequantized_layers", "device_layers", "host_layers"), 0)
@@ -55,10 +55,10 @@ def load_case(case: str) -> tuple[Any, list[str]]:
     import torch
 
     from bench.shapes import random_checkpoint
-    from drawplate.model.adapter import lora_config
-    from drawplate.model.assemble import assemble
+    from drawplate.model.base.precision import Storage
     from drawplate.model.causal_lm import Placement
-    from drawplate.model.storage import Storage
+    from drawplate.model.layer.adapter import lora_config
+    from drawplate.model.load.assemble import assemble
     from drawplate.recipe import LoraSection
 
     shape, precision, weights, activations, sizes, *options = case.split(":")
@@ -96,8 +96,8 @@ def measure(case: str) -> Iterator[dict[str, object]]:
     """One case in this process; a size like 1x512,1x1024 measures several micro-batches of one loaded model in turn."""
     import torch
 
-    import drawplate.model.assemble  # noqa: F401
-    from drawplate.memory import memory_sample
+    import drawplate.model.load.assemble  # noqa: F401
+    from drawplate.machine.memory import memory_sample
 
     torch.zeros(1, device="cuda")
     began = time.monotonic()
@@ -137,7 +137,7 @@ def _train_steps(model: Any, size: str, steps: int, *, profiled: bool) -> dict[s
     import torch._dynamo.utils as dynamo
 
     from drawplate.recipe import TrainSection
-    from drawplate.train import make_optimizer
+    from drawplate.train.loop import make_optimizer
 
     batch = train_batch(model, size)
     model.forget_graphs()

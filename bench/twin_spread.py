@@ -25,7 +25,7 @@ def main() -> None:
     from bench.streaming import record
     from drawplate.data.batches import cut_packed, cut_padded
     from tests.model.conftest import random_sequences
-    from tests.model.test_streaming_gpu import build, error, gradients
+    from tests.model.stream.test_streaming_gpu import build, error, gradients
 
     checkpoint, rng = random_checkpoint("1b", layers=5), random.Random(0)
     sequences, results = random_sequences([300, 120, 511, 77, 256, 400]), []

@@ -75,10 +75,10 @@ def _cache_with_speeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _typical_speeds() -> dict[str, str]:
     import torch
 
-    from drawplate.device import machine
-    from drawplate.plan.gpus import typical_speed
+    from drawplate.machine.device import machine
+    from drawplate.machine.speed import speed_path
+    from drawplate.planner.seconds.gpus import typical_speed
     from drawplate.records import to_json
-    from drawplate.speed import speed_path
 
     here, text = machine(torch.device("cpu")), json.dumps(to_json(typical_speed("cpu")))
     return {speed_path(here, dtype).name: text for dtype in (torch.float32, torch.bfloat16, torch.float16)}

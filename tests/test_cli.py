@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import drawplate
 from drawplate import cli, ending, errors
-from drawplate.doctor import Check
+from drawplate.machine.doctor import Check
 from drawplate.recipe import Recipe, known_keys, load_recipe
 from drawplate.records import ModelScore
 
@@ -210,7 +210,7 @@ def test_eval_takes_several_files_and_prints_only_json(monkeypatch):
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("absent", 0), ("missing", 3)])
 def test_doctor_exits_3_only_if_something_needed_is_missing(monkeypatch, status, code):
     row = Check(name="torch", status=status, found="2.13.0", mend="pip install torch")
-    monkeypatch.setattr("drawplate.doctor.examine", lambda network: [row])
+    monkeypatch.setattr("drawplate.machine.doctor.examine", lambda network: [row])
     done = invoke("doctor")
     assert done.exit_code == code
     assert "pip install torch" in done.stdout
@@ -238,11 +238,11 @@ def test_a_command_that_cannot_be_meant_exits_2(arguments):
 
 def test_the_public_door_keeps_its_names_beside_the_submodules():
     code = (
-        "import drawplate, drawplate.plan.ledger, drawplate.run, types\n"
+        "import drawplate, drawplate.planner.bytes.ledger, drawplate.run.tune, types\n"
         "assert drawplate.__all__ == ['__version__', 'evaluate', 'plan', 'prepare_model', 'resume', 'tune']\n"
         "for name in ('tune', 'resume', 'plan', 'evaluate', 'prepare_model'):\n"
         "    assert isinstance(getattr(drawplate, name), types.FunctionType), name\n"
-        "from drawplate.evaluate import total\n"
+        "from drawplate.evaluation.score import total\n"
         "assert isinstance(drawplate.evaluate, types.FunctionType)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -15,13 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from drawplate.journal import Journal
-from drawplate.model.adapter import lora_config
-from drawplate.model.assemble import assemble
+from drawplate.model.base.precision import Storage
+from drawplate.model.base.weights import Checkpoint, open_checkpoint
 from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.storage import Storage
-from drawplate.model.weights import Checkpoint, open_checkpoint
+from drawplate.model.layer.adapter import lora_config
+from drawplate.model.load.assemble import assemble
 from drawplate.recipe import LoraSection, ModelSection, Recipe, load_recipe
+from drawplate.run.journal import Journal
 
 WORDS = (  # noqa: SIM905
     "the a rising sea level ice melts warm water climate heat carbon ocean air rain drought forest fire wind sun cloud "

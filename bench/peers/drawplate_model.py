@@ -23,16 +23,16 @@ from bench.peers.material import load_lora
 from bench.peers.memory import cap_allocator
 from bench.peers.stepping import Documents, Scale
 from drawplate.data.batches import Batch, cut_packed, cut_padded
-from drawplate.model.adapter import lora_config
-from drawplate.model.assemble import assemble
+from drawplate.model.base.precision import Storage
+from drawplate.model.base.weights import open_checkpoint
 from drawplate.model.causal_lm import CausalLM, Placement
 from drawplate.model.device_batch import ShapeBounds
-from drawplate.model.storage import Storage
-from drawplate.model.weights import open_checkpoint
-from drawplate.plan.choose import CorpusShape
-from drawplate.prepare import placement_of, plan_for_lengths
+from drawplate.model.layer.adapter import lora_config
+from drawplate.model.load.assemble import assemble
+from drawplate.planner.choose import CorpusShape
 from drawplate.recipe import LoraSection, load_recipe
 from drawplate.records import Plan, Sequence
+from drawplate.run.prepare import placement_of, plan_for_lengths
 
 PAD_MULTIPLE = 16
 
@@ -96,7 +96,7 @@ class DrawplatePeer:
         return {"decided": words_of(chosen)}
 
     def _plan(self, case: Case) -> Plan:
-        from drawplate.model.anatomy import build_anatomy
+        from drawplate.model.layer.anatomy import build_anatomy
 
         lengths = tuple(n for group in case.micro_batches for n in group)
         recipe = recipe_of(self.folder, self.setting, case)

@@ -54,8 +54,8 @@ def measure_device() -> None:
 
     Beside it the rate of large products, the best of some rounds, for bench/peers/ceiling.py.
     """
+    from drawplate.machine.speed import measured_speed
     from drawplate.recipe import cache_folder
-    from drawplate.speed import measured_speed
 
     measured_speed(torch.device("cuda", 0), torch.bfloat16)
     (cache_folder() / PRODUCTS).write_text(f"{product_rate():.4g}\n")

@@ -70,7 +70,9 @@ class Run:
         with ThreadPoolExecutor() as pool, ThreadPoolExecutor(1) as maker:
             self._import(pool, self.groups[0])
             if any(process.setting.options.get("plan") for process in self.everyone):
-                self.probe = call_material(self.task.work, "import drawplate.speed; sys.stdin.read(); measure_device()")
+                self.probe = call_material(
+                    self.task.work, "import drawplate.machine.speed; sys.stdin.read(); measure_device()"
+                )
             self._make(maker)
             self.told("material made")
             for group, following in zip(self.groups, [*self.groups[1:], []], strict=True):

@@ -2,16 +2,11 @@
 
 `tune`, `resume`, `plan`, `evaluate` and `prepare_model` are the public door. What is behind them is imported on first
 use, because it imports torch and this module must not: `drawplate --help` reads it too.
-
-Two of them share their name with a submodule. `drawplate.plan` and `drawplate.evaluate` are always the functions;
-the modules are reached with `from drawplate.plan import ...`, as everywhere in this tree.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +17,7 @@ if TYPE_CHECKING:
     from drawplate.integrations.prepare_model import prepare_model
     from drawplate.recipe import Recipe
     from drawplate.records import Plan, Progress, RunRecord
-    from drawplate.run import evaluate
+    from drawplate.run.tune import evaluate
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "plan", "prepare_model", "resume", "tune"]
@@ -79,7 +74,7 @@ def _as_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
     return source if isinstance(source, Recipe) else load_recipe(source)
 
 
-def _behind_the_door(name: str, module: str = "drawplate.run") -> Any:
+def _behind_the_door(name: str, module: str = "drawplate.run.tune") -> Any:
     hush_libraries()
     return getattr(importlib.import_module(module), name)
 
@@ -90,14 +85,3 @@ def __getattr__(name: str) -> Any:
     if name == "prepare_model":
         return _behind_the_door(name, "drawplate.integrations.prepare_model")
     raise AttributeError(f"module 'drawplate' has no attribute {name!r}")
-
-
-class _Door(types.ModuleType):
-    """Keeps the import system from putting the submodules `plan` and `evaluate` in the functions' place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in __all__ or not isinstance(value, types.ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Door

@@ -20,8 +20,8 @@ from drawplate.quiet import hush_libraries
 from drawplate.screen import open_standard_streams
 
 if TYPE_CHECKING:
-    from drawplate.caches import Cache
-    from drawplate.doctor import Check
+    from drawplate.machine.caches import Cache
+    from drawplate.machine.doctor import Check
     from drawplate.recipe import Recipe
 
 app = typer.Typer(
@@ -106,7 +106,7 @@ def resume(
 
 def _print_proof(run: str) -> None:
     from drawplate.report.live import LiveDisplay
-    from drawplate.run import prove
+    from drawplate.run.tune import prove
 
     with LiveDisplay() as display:
         proof = prove(run, display)
@@ -168,7 +168,7 @@ def doctor(
 ) -> None:
     """Say what this machine has, what is missing, and the line that mends it."""
     with ending():
-        from drawplate.doctor import examine
+        from drawplate.machine.doctor import examine
 
         checks = examine(network)
         if as_json:
@@ -191,7 +191,7 @@ def cache(
 ) -> None:
     """List the caches with their sizes; empty Drawplate's own, or limit them."""
     with ending():
-        from drawplate import caches
+        from drawplate.machine import caches
 
         if limit is not None:
             caches.set_limit(caches.parse_limit(limit, "--limit"))

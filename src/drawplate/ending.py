@@ -131,7 +131,7 @@ def _last_checkpoint(run: Run) -> Path | None:
     if run.folder is None or not run.wrote("recipe.yaml"):
         return None
     try:
-        from drawplate.checkpoint import good
+        from drawplate.checkpoint.write import good
 
         return next(iter(good(run.folder / "checkpoints", 1)), None)
     except Exception:  # it is asked on the way out of another failure, which is the one to tell of

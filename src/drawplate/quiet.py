@@ -33,7 +33,7 @@ _QUIET_SCREEN = {
 
 
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""torch asks for huge pages for large blocks of host memory. It reads this when it first takes some; see heap.py."""
+"""torch asks for huge pages for large blocks of host memory. Read at the first of them; see machine/heap.py."""
 
 
 def forbid_hub_code() -> None:

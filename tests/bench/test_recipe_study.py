@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bench.recipe_study import Adapters, Base, Group, Variant, score, train_group
-from drawplate.evaluate import score_documents, total
+from drawplate.evaluation.score import score_documents, total
 from drawplate.recipe import LoraSection, TrainSection
 from drawplate.records import Sequence
-from drawplate.train import Cutting, TrainState, TrainTask, train
-from drawplate.train_task import Schedule
+from drawplate.train.loop import Cutting, TrainState, TrainTask, train
+from drawplate.train.task import Schedule
 from tests.tiny import Notes, tiny_model, write_base
 
 VARIANTS = (

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from drawplate.data.cautions import cautions
-from drawplate.data.chat import chat_renderer
+from drawplate.data.chat.template import chat_renderer
 from drawplate.data.tokens import tokenize
 from drawplate.records import Document
 

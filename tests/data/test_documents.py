@@ -11,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from drawplate.data import formats, hub
-from drawplate.data.chat import chat_renderer
+from drawplate.data.chat.template import chat_renderer
 from drawplate.data.documents import read_documents
-from drawplate.data.files import printable
+from drawplate.data.readers import formats, hub
+from drawplate.data.readers.files import printable
 from drawplate.errors import DataError, NeedsNetwork, UsageError
 from drawplate.recipe import DataSection, cache_folder, expand
 
@@ -288,7 +288,7 @@ def test_a_sparse_terabyte_is_skipped_unopened(tmp_path, monkeypatch):
             file.truncate(2**40)
         except OSError:
             file.truncate(1000)
-            monkeypatch.setattr("drawplate.data.files.MAX_FILE_BYTES", 999)
+            monkeypatch.setattr("drawplate.data.readers.files.MAX_FILE_BYTES", 999)
     (tmp_path / "b.txt").write_text("text")
     assert "split it" in lines(read(tmp_path))[f"{tmp_path.name}/a.txt"][1]
 

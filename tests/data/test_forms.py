@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from drawplate.data.chat import chat_renderer
+from drawplate.data.chat.template import chat_renderer
 from drawplate.data.documents import Corpus, read_documents
 from drawplate.errors import DataError
 from drawplate.recipe import DataSection, load_recipe

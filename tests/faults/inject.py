@@ -20,10 +20,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import drawplate.ending as ending
-import drawplate.guards as guards
-from drawplate.journal import Journal
+import drawplate.train.guards as guards
 from drawplate.model.causal_lm import CausalLM
-from drawplate.saving import Saving
+from drawplate.run.journal import Journal
+from drawplate.run.saving import Saving
 
 CALLS = ("write", "fsync", "rename")
 
@@ -113,9 +113,9 @@ def signals_at(step: int, names: list[str]) -> None:
 
 def no_short_steps() -> None:
     """Every step counts as long, so that a stop does not wait for its end."""
-    import drawplate.accumulate
+    import drawplate.train.step
 
-    drawplate.accumulate.FINISH_SECONDS = -1.0
+    drawplate.train.step.FINISH_SECONDS = -1.0
 
 
 def hang_at(step: int, seconds: float, least_seconds: float) -> None:
@@ -171,7 +171,7 @@ def libraries_on_the_screen() -> None:
 
 def write_in_place() -> None:
     """A checkpoint is written under its final name, file by file, and nobody verifies it."""
-    import drawplate.checkpoint as checkpoint
+    import drawplate.checkpoint.write as checkpoint
 
     def publish(target: Path, fill: Callable[[Path], None]) -> None:
         target.mkdir(parents=True, exist_ok=True)
@@ -185,14 +185,14 @@ def write_in_place() -> None:
 
 def believe_everything() -> None:
     """No checkpoint is verified."""
-    import drawplate.checkpoint as checkpoint
+    import drawplate.checkpoint.write as checkpoint
 
     checkpoint.problem_of = lambda folder, from_disk=False: None
 
 
 def forget(what: str) -> None:
     """Leave something out when a checkpoint is restored: the data position, the schedule, or one Adam moment."""
-    import drawplate.saving as saving
+    import drawplate.run.saving as saving
 
     real = saving.restore
 
@@ -203,7 +203,7 @@ def forget(what: str) -> None:
         elif what == "position":
             state.step = max(0, state.step - 1)
         else:
-            import drawplate.train_task as train_task
+            import drawplate.train.task as train_task
 
             rate = train_task.Schedule.rate
             train_task.Schedule.rate = lambda self, step, seconds: rate(self, step - state.step, seconds)
@@ -254,7 +254,7 @@ class SmallDisk:
 def nan_at(monkeypatch: Any, steps: Callable[[int], bool], where: str = "loss") -> None:
     """The loss, or one gradient alone, of the steps that a function names is not a number."""
     sum_nats, current = CausalLM.sum_nats, [0]
-    take_step = __import__("drawplate.train", fromlist=["x"])._take_step
+    take_step = __import__("drawplate.train.loop", fromlist=["x"])._take_step
 
     def taking(task: Any, optimizer: Any, state: Any, listener: Any) -> None:
         current[0] = state.step + 1
@@ -266,7 +266,7 @@ def nan_at(monkeypatch: Any, steps: Callable[[int], bool], where: str = "loss") 
             return (loss * math.nan, nats * math.nan if where == "loss" else nats)
         return loss, nats
 
-    monkeypatch.setattr("drawplate.train._take_step", taking)
+    monkeypatch.setattr("drawplate.train.loop._take_step", taking)
     monkeypatch.setattr(CausalLM, "sum_nats", spoiled)
 
 
@@ -275,10 +275,10 @@ def random_faults(seed: int, kinds: list[str], chance: float) -> None:
 
     A line `fault: KIND` is printed for each.
     """
-    import drawplate.run as story
-    import drawplate.saving as saving
+    import drawplate.run.saving as saving
+    import drawplate.run.tune as story
     from drawplate.errors import DiskFull
-    from drawplate.integrations.trackers import Trackers
+    from drawplate.run.trackers import Trackers
 
     rng, full = random.Random(seed), [False]
     sudden = [kind for kind in kinds if kind != "tracker"]

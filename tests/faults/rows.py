@@ -240,7 +240,7 @@ HELD_ELSEWHERE: dict[int, tuple[tuple[str, str], ...]] = {
     ),
     37: (
         ("tests/data/test_tokens.py", "control_tokens_inside_a_document_are_text"),
-        ("tests/data/test_chat.py", "control_tokens_written_by_a_person_stay_text"),
+        ("tests/data/chat/test_template.py", "control_tokens_written_by_a_person_stay_text"),
     ),
 }
 """Row -> (file, test without its `test_`); row 38 waits for an export."""

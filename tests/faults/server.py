@@ -21,7 +21,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import drawplate.run  # noqa: F401
+    import drawplate.run.tune  # noqa: F401
     from drawplate import cli
     from tests.faults import inject
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drawplate.errors import UserError
-from drawplate.model.adapter_base import AdapterBase, other_base
-from drawplate.model.adapter_config import read_adapter_config
-from drawplate.model.weights import open_checkpoint
+from drawplate.model.base.adapter_base import AdapterBase, other_base
+from drawplate.model.base.adapter_config import read_adapter_config
+from drawplate.model.base.weights import open_checkpoint
 from drawplate.recipe import ModelSection
 from tests.faults.rows import shows
 from tests.tiny import open_base, tiny_model

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import drawplate
-import drawplate.run as story
+import drawplate.run.tune as story
 from drawplate import cli
 from drawplate.errors import NeedsNetwork, UsageError
 from drawplate.hub_answers import unanswered

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import drawplate.run as story
+import drawplate.run.tune as story
 from drawplate import cli
 from drawplate.errors import IntegrityError, UsageError
 from drawplate.recipe import load_recipe
@@ -80,7 +80,7 @@ def test_row_09_control_unverified_a_flipped_bit_is_trained_on(
     run: Path, clean: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip(run / "checkpoints" / "step-000006" / "optimizer.safetensors")
-    monkeypatch.setattr("drawplate.checkpoint.problem_of", lambda folder, from_disk=False: None)
+    monkeypatch.setattr("drawplate.checkpoint.write.problem_of", lambda folder, from_disk=False: None)
     record, _ = resume(run)
     assert record.resumed == ("after step 6",)
     assert not same_adapter(run, clean)
@@ -195,7 +195,7 @@ def test_row_12_a_key_to_accept_must_exist(run: Path) -> None:
 
 
 def test_row_13_another_machine_is_allowed_and_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import drawplate.reopen as module
+    import drawplate.run.resume as module
 
     real = module.machine
 

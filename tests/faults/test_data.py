@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from drawplate.data.cautions import cautions
-from drawplate.data.chat import chat_renderer
+from drawplate.data.chat.template import chat_renderer
 from drawplate.data.documents import Corpus, read_documents
 from drawplate.data.tokens import load_tokenizer, tokenize
 from drawplate.recipe import DataSection

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-import drawplate.run as story
-import drawplate.run_folder as run_folder
-import drawplate.saving as saving
-from drawplate.doctor import examine
+import drawplate.run.folder as run_folder
+import drawplate.run.saving as saving
+import drawplate.run.tune as story
 from drawplate.errors import DiskFull, StoppedSafely, StorageError, disk_refusal
+from drawplate.machine.doctor import examine
 from drawplate.recipe import load_recipe
 from drawplate.records import RunRecord
-from drawplate.run_folder import RunFolder
+from drawplate.run.folder import RunFolder
 from tests.faults.conftest import same_adapter, values_of
 from tests.faults.inject import SmallDisk
 from tests.faults.rows import shows
@@ -151,15 +151,15 @@ def test_row_07_control_an_error_that_nobody_looks_at_is_called_good(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: Any
 ) -> None:
     full_at({6}, errno.EIO)
-    monkeypatch.setattr("drawplate.checkpoint.flush_to_disk", lambda path: None)
-    write_file = __import__("drawplate.checkpoint", fromlist=["x"])._write_file
+    monkeypatch.setattr("drawplate.checkpoint.write.flush_to_disk", lambda path: None)
+    write_file = __import__("drawplate.checkpoint.write", fromlist=["x"])._write_file
 
     def careless(path: Path, pieces: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", lambda descriptor: None)
             return write_file(path, pieces)
 
-    monkeypatch.setattr("drawplate.checkpoint._write_file", careless)
+    monkeypatch.setattr("drawplate.checkpoint.write._write_file", careless)
     tune(small, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "step-000006").is_dir()
 
@@ -170,7 +170,7 @@ def test_row_08_a_folder_that_is_not_ours_is_refused_before_the_model_is_opened(
     monkeypatch.setattr(story, "prepare", lambda recipe: pytest.fail("the model was opened"))
     (tmp_path / "locked").mkdir(mode=0o555)
     if os.geteuid() == 0:  # root may write anywhere, so the question is answered as for a person
-        monkeypatch.setattr("drawplate.run_folder.os.access", lambda path, mode: False)
+        monkeypatch.setattr("drawplate.run.folder.os.access", lambda path, mode: False)
     with pytest.raises(StorageError) as error:
         tune(small, tmp_path / "locked" / "run")
     assert error.value.exit_code == 7
@@ -186,7 +186,7 @@ def test_row_08_control_without_the_question_the_model_is_opened(
 
     monkeypatch.setattr(story, "prepare", opened)
     monkeypatch.setattr(RunFolder, "check_free", lambda self: None)
-    monkeypatch.setattr("drawplate.run_folder.os.access", lambda path, mode: False)
+    monkeypatch.setattr("drawplate.run.folder.os.access", lambda path, mode: False)
     with pytest.raises(ZeroDivisionError):
         tune(small, tmp_path / "run")
 

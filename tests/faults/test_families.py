@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 
-import drawplate.run as story
+import drawplate.run.tune as story
 from bench.families import write
 from drawplate.errors import UsageError
-from drawplate.model import adapter
-from drawplate.model.adapter import require_adapter_loads
+from drawplate.model.layer import adapter
+from drawplate.model.layer.adapter import require_adapter_loads
 from tests.faults.rows import shows
 from tests.tiny import tiny_model, tiny_recipe, write_texts, write_tokenizer
 

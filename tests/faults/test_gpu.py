@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-import drawplate.run as story
-from drawplate.accumulate import _contradicted
-from drawplate.memory import PeakMeter
+import drawplate.run.tune as story
+from drawplate.machine.memory import PeakMeter
 from drawplate.model.causal_lm import CausalLM
 from drawplate.recipe import load_recipe
 from drawplate.records import LedgerLine
+from drawplate.train.step import _contradicted
 from tests.faults.conftest import values_of
 from tests.faults.rows import shows
 

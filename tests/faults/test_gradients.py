@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from drawplate.errors import NumericError
-from drawplate.model import assemble as assembling
-from drawplate.model import self_check as module
-from drawplate.model import twin
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.frozen import FrozenLinear
-from drawplate.model.layers import _RecomputedLayer
-from drawplate.model.self_check import check_bytes, self_check, warnings_of
-from drawplate.model.side_doors import Watched
-from drawplate.model.twin import Twin
+from drawplate.model.layer.frozen_linear import FrozenLinear
+from drawplate.model.layer.runner import _RecomputedLayer
+from drawplate.model.load import assemble as assembling
+from drawplate.model.load import self_check as module
+from drawplate.model.load import twin
+from drawplate.model.load.self_check import check_bytes, self_check, warnings_of
+from drawplate.model.load.twin import Twin
+from drawplate.model.support.side_doors import Watched
 from drawplate.records import SelfCheck
 from tests.faults.rows import shows
 from tests.model.conftest import random_sequences, write_model

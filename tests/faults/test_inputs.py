@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-import drawplate.run as story
+import drawplate.run.tune as story
 from drawplate.errors import DataError, EnvironmentProblem, IntegrityError, NeedsNetwork, StorageError
 from drawplate.recipe import load_recipe
-from drawplate.run_folder import RunFolder
+from drawplate.run.folder import RunFolder
 from tests.faults.conftest import values_of
 from tests.faults.hub import REPOSITORY, Hub, serving
 from tests.faults.rows import shows
@@ -107,8 +107,8 @@ def test_row_26_a_missing_gpu_is_named_with_its_cure_before_anything_is_loaded(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("drawplate.device.nvidia_driver", lambda: None)
-    monkeypatch.setattr("drawplate.prepare.open_checkpoint", lambda section: pytest.fail("the model was opened"))
+    monkeypatch.setattr("drawplate.machine.device.nvidia_driver", lambda: None)
+    monkeypatch.setattr("drawplate.run.prepare.open_checkpoint", lambda section: pytest.fail("the model was opened"))
     with pytest.raises(EnvironmentProblem) as error:
         plan(small, model={"device_map": "cuda"})
     assert error.value.exit_code == 3

@@ -15,7 +15,7 @@ import pytest
 from drawplate.records import RunRecord, from_json
 from tests.faults.conftest import STEPS, Server, Tally, same_adapter, write_recipe
 from tests.faults.rows import shows
-from tests.test_run import stable
+from tests.run.test_tune import stable
 
 RANDOM_KILLS = 100
 CHUNKS = 4

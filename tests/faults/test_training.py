@@ -12,18 +12,18 @@ from typing import Any, cast
 import pytest
 import torch
 
-import drawplate.accumulate as accumulate
-import drawplate.guards as guards
-import drawplate.measure as measure
-import drawplate.run as story
+import drawplate.run.heldout as measure
+import drawplate.run.tune as story
+import drawplate.train.guards as guards
+import drawplate.train.step as accumulate
 from drawplate.data.batches import cut_padded
 from drawplate.errors import DoesNotFit, IntegrityError, NumericError, StoppedSafely
-from drawplate.integrations.trackers import Trackers
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.frozen import FrozenLinear
+from drawplate.model.layer.frozen_linear import FrozenLinear
 from drawplate.recipe import load_recipe
 from drawplate.records import LedgerLine, MemorySample, Progress, RunRecord
 from drawplate.report.wording import verdict
+from drawplate.run.trackers import Trackers
 from tests.faults.conftest import same_adapter, values_of
 from tests.faults.inject import nan_at
 from tests.faults.rows import shows
@@ -224,7 +224,7 @@ def test_row_18_control_without_the_guard_the_adapter_is_ruined(
     small: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nan_at(monkeypatch, lambda step: step == 5, where="gradient")
-    monkeypatch.setattr("drawplate.train.math", SimpleNamespace(isfinite=lambda _: True))
+    monkeypatch.setattr("drawplate.train.loop.math", SimpleNamespace(isfinite=lambda _: True))
     with pytest.raises(NumericError, match=r"finite|not a number"):
         tune(small, tmp_path / "run")
 
@@ -277,7 +277,7 @@ def test_row_20_a_lost_device_is_asked_nothing_more(
     small: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost: list[bool] = []
-    monkeypatch.setattr("drawplate.device._LOST", lost)
+    monkeypatch.setattr("drawplate.machine.device._LOST", lost)
     lose_device(monkeypatch)
     asked = [False]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: asked.__setitem__(0, asked[0] or bool(lost)))

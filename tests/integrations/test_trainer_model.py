@@ -19,12 +19,12 @@ import drawplate
 from drawplate.data.batches import cut_padded
 from drawplate.errors import IntegrityError, UsageError
 from drawplate.integrations.trainer_model import STATE_NAME, DrawplateForCausalLM
-from drawplate.model.adapter import lora_config
-from drawplate.model.assemble import assemble
+from drawplate.model.base.precision import Storage
+from drawplate.model.base.weights import Checkpoint
 from drawplate.model.causal_lm import Placement
-from drawplate.model.storage import Storage
-from drawplate.model.weights import Checkpoint
-from drawplate.plan.advise import advised_adapter
+from drawplate.model.layer.adapter import lora_config
+from drawplate.model.load.assemble import assemble
+from drawplate.planner.advise import advised_adapter
 from drawplate.recipe import USUAL_RANK, LoraSection, MemorySection
 from tests.model.conftest import VOCAB, random_sequences, write_model
 from tests.tiny import open_base, texts, write_base

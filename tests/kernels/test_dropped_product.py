@@ -31,7 +31,7 @@ def tensors(
 
 def test_the_ledger_knows_the_kernels_parts() -> None:
     from drawplate.kernels import dropped_product_triton
-    from drawplate.model import compiled_nodes
+    from drawplate.model.footprint import compiled_nodes
 
     assert compiled_nodes.GRADIENT_PARTS == dropped_product_triton.PARTS
 

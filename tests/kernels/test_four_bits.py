@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drawplate.kernels.four_bits import dequantize
-from drawplate.model.storage import Storage
+from drawplate.model.base.precision import Storage
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -36,7 +36,7 @@ def test_a_table_that_it_cannot_read_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_a_captured_graph_reads_the_rows_of_new_ids() -> None:
-    from drawplate.model.arena import private_bytes
+    from drawplate.model.base.arena import private_bytes
 
     table_VH = private_bytes(1000 * 256 * 2, pinned=True).view(torch.bfloat16).view(1000, 256)
     table_VH.copy_(torch.randn(1000, 256))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from drawplate.model.weights import Checkpoint, open_checkpoint
+from drawplate.model.base.weights import Checkpoint, open_checkpoint
 from drawplate.recipe import ModelSection
 from drawplate.records import Sequence
 

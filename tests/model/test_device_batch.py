@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from drawplate.data.batches import NOT_COUNTED, cut_packed, cut_padded
 from drawplate.model.device_batch import WIDTHS, DeviceBatch, ShapeBounds
-from drawplate.plan.batching import WIDTHS_OF_ROWS
+from drawplate.planner.batching import WIDTHS_OF_ROWS
 from tests.model.conftest import random_sequences
 
 

@@ -15,15 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from drawplate.data.chat import ChatRenderer
-from drawplate.data.conversations import COLUMNS
-from drawplate.data.files import ENDINGS, HTML_ENDINGS, Found, find_files
-from drawplate.data.formats import read_html, read_text, row_reader
-from drawplate.data.hub import dataset_rows
+from drawplate.data.chat.conversations import COLUMNS
+from drawplate.data.chat.template import ChatRenderer
 from drawplate.data.left_out import LeftOut
-from drawplate.data.row_counts import RowCounts, cut_out, mended
-from drawplate.data.rows import Text, plain_text, row_text, words_sha256
-from drawplate.data.table import FileRefused, Row, Table
+from drawplate.data.readers.files import ENDINGS, HTML_ENDINGS, Found, find_files
+from drawplate.data.readers.formats import read_html, read_text, row_reader
+from drawplate.data.readers.hub import dataset_rows
+from drawplate.data.readers.row_counts import RowCounts, cut_out, mended
+from drawplate.data.readers.rows import Text, plain_text, row_text, words_sha256
+from drawplate.data.readers.table import FileRefused, Row, Table
 from drawplate.errors import DataError, UsageError
 from drawplate.recipe import DataSection
 from drawplate.records import Document, Intake

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
-from drawplate.data.chat import ChatRenderer
+from drawplate.data.chat.template import ChatRenderer
 from drawplate.data.documents import Corpus, read_documents
 from drawplate.recipe import DataSection
 from drawplate.records import Document, Sequence

@@ -31,7 +31,7 @@ import xxhash
 
 from drawplate.data.leaks import longest_shared_run
 from drawplate.data.near_duplicates import clusters, similar_across
-from drawplate.data.rows import words_sha256
+from drawplate.data.readers.rows import words_sha256
 from drawplate.data.words import shingles, word_hashes
 from drawplate.errors import DataError
 from drawplate.recipe import DataSection

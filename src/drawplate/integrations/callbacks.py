@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drawplate.errors import UsageError
-from drawplate.memory import memory_sample
+from drawplate.machine.memory import memory_sample
 from drawplate.records import MemoryPoint
 
 

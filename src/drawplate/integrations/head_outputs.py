@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput
 
 from drawplate.kernels.vocabulary_tile import finish_logits
-from drawplate.model.head import Head, HeadRows
-from drawplate.model.loss import IGNORED, head_cross_entropy
+from drawplate.model.ends.head import Head, HeadRows
+from drawplate.model.ends.loss import IGNORED, head_cross_entropy
 
 TILE_TOKENS, TILE_COLUMNS = 1024, 8192
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from drawplate.device import pick_device
 from drawplate.integrations.trainer_model import DrawplateForCausalLM
-from drawplate.model.adapter import lora_config
-from drawplate.model.anatomy import build_anatomy
-from drawplate.model.assemble import assemble
-from drawplate.model.weights import open_checkpoint
-from drawplate.plan.advise import advised_adapter
-from drawplate.plan.choose import CorpusShape, choose_max_length
-from drawplate.prepare import max_positions, placement_of, plan_for_lengths
+from drawplate.machine.device import pick_device
+from drawplate.model.base.weights import open_checkpoint
+from drawplate.model.layer.adapter import lora_config
+from drawplate.model.layer.anatomy import build_anatomy
+from drawplate.model.load.assemble import assemble
+from drawplate.planner.advise import advised_adapter
+from drawplate.planner.choose import CorpusShape, choose_max_length
 from drawplate.recipe import Recipe, Section, load_recipe
+from drawplate.run.prepare import max_positions, placement_of, plan_for_lengths
 
 Keys = Mapping[str, Any] | Section | None
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drawplate.data.batches import NOT_COUNTED, PADDING_SEQUENCE, Batch
-from drawplate.model.attention import refuse_left_padding
+from drawplate.model.layer.attention import refuse_left_padding
 
 
 def batch_of(

@@ -31,10 +31,10 @@ from drawplate.errors import IntegrityError, UsageError
 from drawplate.integrations.generation import generate
 from drawplate.integrations.head_outputs import TokenScores, entropy_and_top1, head_logits, token_nats
 from drawplate.integrations.trainer_inputs import batch_of
-from drawplate.model.adapter import read_adapter
-from drawplate.model.anatomy import build_anatomy
+from drawplate.model.base.weights import Checkpoint
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.weights import Checkpoint
+from drawplate.model.layer.adapter import read_adapter
+from drawplate.model.layer.anatomy import build_anatomy
 
 ADAPTER = "default"
 STATE_NAME = "drawplate_state.json"

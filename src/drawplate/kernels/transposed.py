@@ -1,7 +1,7 @@
 """A matrix of one-byte elements -> its transpose, at the memory's speed; torch's own copy takes seven times as long.
 
 fp8 units want both operands of a product with the summed dimension last, so backward multiplies by the transpose of
-what forward multiplies by (model/frozen_product.py).
+what forward multiplies by (model/layer/frozen_product.py).
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     ids -> embedding -> transformers' own body, whose decoder layers are ExecutedLayers -> last hidden state
                                                                     -> frozen head and cross-entropy -> nats
 
-Training, evaluation and `prepare_model` all use it; `model/assemble.py` makes it.
+Training, evaluation and `prepare_model` all use it; `model/load/assemble.py` makes it.
 
 Left out: dropout that a configuration asks for inside the layers (residual, attention). The modules stay in evaluation
-mode, so that the only noise is the adapter's own dropout, which is a function of the token (model/dropout.py).
+mode, so that the only noise is the adapter's own dropout, which is a function of the token (model/layer/dropout.py).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from drawplate.data.batches import Batch
 from drawplate.errors import UsageError
-from drawplate.model.adapter import Adapter
-from drawplate.model.anatomy import Anatomy
+from drawplate.model.base.precision import Storage
+from drawplate.model.base.rotary import longest_text
+from drawplate.model.cuda_graphs import GraphedSteps
 from drawplate.model.device_batch import DeviceBatch, ShapeBounds, sent
-from drawplate.model.dropout import token_keys
-from drawplate.model.embedding import embedded
-from drawplate.model.graphed import GraphedSteps
-from drawplate.model.head import Head
-from drawplate.model.layers import LayerRunner
-from drawplate.model.loss import head_cross_entropy
-from drawplate.model.residency import Residency
-from drawplate.model.rotary import longest_text
-from drawplate.model.storage import Storage
+from drawplate.model.ends.embedding import embedded
+from drawplate.model.ends.head import Head
+from drawplate.model.ends.loss import head_cross_entropy
+from drawplate.model.layer.adapter import Adapter
+from drawplate.model.layer.anatomy import Anatomy
+from drawplate.model.layer.dropout import token_keys
+from drawplate.model.layer.runner import LayerRunner
+from drawplate.model.stream.weight_ring import Residency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Placement:
         """Whether micro-steps are captured as CUDA graphs, the layers' activations having these policies.
 
         Where layers, head or inputs cross the bus only if some layer keeps its activations: a plan that keeps none has
-        no room for what a graph holds beside them. By plan/shape.py, `Choice.captured`."""
+        no room for what a graph holds beside them. By planner/shape.py, `Choice.captured`."""
         crosses = self.head_rows > 0 or "host" in self.tiers(len(policies)) or "offload" in policies
         able = self.graphs and self.device.type == "cuda" and self.adapter == "device"
         return able and (not crosses or "keep" in policies)

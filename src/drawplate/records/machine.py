@@ -9,7 +9,7 @@ from drawplate.units import MIB
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySample:
-    """Bytes at one moment; memory.py says what they mean. Device fields are 0 on a machine without a GPU.
+    """Bytes at one moment; machine/memory.py says what they mean. Device fields are 0 on a machine without a GPU.
 
     Attributes:
         process_bytes: host memory that this process holds and the system cannot take back.
@@ -55,7 +55,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSpeed:
-    """How fast a device is: what the plan's cost divides by. Measured by drawplate/speed.py, or published figures.
+    """How fast a device is: what the plan's cost divides by. Measured by machine/speed.py, or published figures.
 
     Attributes:
         name: of the device.

@@ -35,7 +35,7 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SelfCheck:
-    """Loss and gradient of short texts before training, against a reference (model/self_check.py).
+    """Loss and gradient of short texts before training, against a reference (model/load/self_check.py).
 
     Attributes:
         loss_difference: relative, from transformers' own loss; None where that was not compared.
@@ -196,7 +196,7 @@ class TrainingFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFacts:
-    """Predicted and measured peaks, in the meaning that memory.py gives the words.
+    """Predicted and measured peaks, in the meaning that machine/memory.py gives the words.
 
     Attributes:
         device_peak_predicted_bytes, device_peak_bytes: what the driver counts for the process, CUDA's context included.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from drawplate.compare import Change, percent_of
+from drawplate.evaluation.interval import Change, percent_of
 from drawplate.records import AdapterFacts, DocumentChange, Evaluation, RunRecord
 
 BITS = {"nf4": 4, "fp4": 4, "int8": 8, "fp8": 8}

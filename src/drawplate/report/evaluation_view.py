@@ -1,7 +1,7 @@
 """The page's changes: held-out documents, general text and the quantization tax, drawn as intervals and as a table.
 
 Then what training and held-out documents have in common, and where every token went. Only formatting; what a change is
-called is compare.py's business.
+called is evaluation/interval.py's business.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from drawplate.compare import Change
+from drawplate.evaluation.interval import Change
 from drawplate.records import Evaluation, LeakReport, RunRecord
 from drawplate.report.chart import value_axis
 from drawplate.report.comparisons import (

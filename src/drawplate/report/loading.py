@@ -1,6 +1,6 @@
 """The lines of Python that load an adapter with transformers and PEFT, given in the folder that holds it.
 
-tests/test_deployed.py runs them. Names from outside appear as string literals alone.
+tests/run/test_deployed.py runs them. Names from outside appear as string literals alone.
 """
 
 from __future__ import annotations

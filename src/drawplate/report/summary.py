@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from drawplate.compare import Change
+from drawplate.evaluation.interval import Change
 from drawplate.records import ModelScore, RunRecord
 from drawplate.report.comparisons import measured
 from drawplate.report.next_command import NextCommand, next_commands

@@ -1,7 +1,7 @@
 """A run in words and in labelled figures, shared by the page, the terminal and the model card.
 
 Every figure is the record's own, only rounded; where the record does not hold one, the line is left out. What a change
-is called, better, worse or neither, is compare.py's business.
+is called, better, worse or neither, is evaluation/interval.py's business.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from drawplate.compare import Word
+from drawplate.evaluation.interval import Word
 from drawplate.records import Evaluation, RunRecord
 from drawplate.report.comparisons import (
     ADAPTER,
@@ -59,7 +59,7 @@ def format_figure(value: float | None, decimals: int = 2) -> str:
 
 
 def verdict(record: RunRecord) -> Verdict:
-    """Whether it helped, in compare.py's words; a run that was stopped or failed says so first.
+    """Whether it helped, in evaluation/interval.py's words; a run that was stopped or failed says so first.
 
     It is about the base model that a person has: as released, where that was measured, and named where it was not.
     """

@@ -1,0 +1,1 @@
+"""Losses of documents, and intervals over them."""

@@ -1,0 +1,1 @@
+"""The base model's files and what they hold, before any layer is built."""

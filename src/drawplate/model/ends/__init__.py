@@ -1,0 +1,1 @@
+"""What lies before the first layer and after the last: embedding, output head, loss."""

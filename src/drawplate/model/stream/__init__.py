@@ -1,0 +1,1 @@
+"""What moves between host memory and the device while layers run."""

@@ -1,0 +1,1 @@
+"""How much memory a choice needs: the ledger, its replay, and a fast estimate."""

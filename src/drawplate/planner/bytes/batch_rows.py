@@ -1,0 +1,45 @@
+"""Micro-batches in the few numbers that memory depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from drawplate.planner.shape import Choice, ModelShape
+
+COUNTED_PARTS = 8
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Micro-batches as attention and loss see them."""
+
+    tokens: int
+    rows: int
+    documents: int
+    packing: bool
+    roomy: bool = False
+
+    @property
+    def borders(self) -> int:
+        """Of a packed row, rounded up as model/causal_lm.py does; without the first."""
+        return max(64, 1 << (self.documents + 1).bit_length()) - 1 if self.packing else 0
+
+    @property
+    def counted(self) -> int:
+        """Tokens that the loss counts, at most: none counts the first of a document. Where micro-steps are captured
+        they are rounded up to an eighth (model/device_batch.py)."""
+        counted = max(1, self.tokens - (self.documents if self.packing else self.rows))
+        part = -(-self.tokens // COUNTED_PARTS) if self.roomy else 1
+        return min(self.tokens, -(-counted // part) * part)
+
+
+def train_rows_of(choice: Choice, model: ModelShape) -> Rows:
+    """Training micro-batches."""
+    rows = Rows(choice.micro_batch_tokens, choice.rows, choice.documents, choice.packing)
+    return replace(rows, roomy=choice.captured(model))
+
+
+def eval_rows_of(choice: Choice) -> Rows:
+    """Evaluation micro-batches."""
+    tokens, rows = choice.eval_tokens or choice.micro_batch_tokens, choice.eval_rows or choice.rows
+    return Rows(tokens, rows, choice.documents, choice.packing)

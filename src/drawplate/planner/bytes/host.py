@@ -1,0 +1,93 @@
+"""What a run holds of host memory beside the blocks of the replay: lines for each phase."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from drawplate.planner.bytes.batch_rows import train_rows_of
+from drawplate.planner.bytes.host_kept import locked_bytes
+from drawplate.planner.bytes.stage import TRAINED_BYTES
+from drawplate.planner.bytes.storage import Storage, layer_bytes
+from drawplate.planner.shape import DTYPE_BYTES, Choice, ModelShape, Surroundings
+from drawplate.records.overheads import COMPILED_ADAPTER_HOST_BYTES, COMPILER_HOST_BYTES, ROWS_ATTENTION_HOST_BYTES
+
+LANDINGS = 2
+RUNTIME = "libraries"
+Row = tuple[str, int, str]
+"""Name, bytes, formula."""
+
+
+@dataclass(frozen=True)
+class HostLines:
+    """What a run holds of host memory beside the blocks of the replay."""
+
+    model: ModelShape
+    choice: Choice
+    around: Surroundings
+
+    def load(self) -> list[Row]:
+        """A weight on its way, and the head twice while it is page-locked."""
+        size = DTYPE_BYTES[self.choice.compute_dtype]
+        largest = max(linear.out_features * linear.in_features for kind in self.model.kinds for linear in kind.linears)
+        table = self.model.vocab * self.model.hidden * size
+        runtime = self.around.loading_host_bytes
+        return [*self._held(runtime), ("a tensor on its way", max(largest * 2, table), "largest tensor as read")]
+
+    def evaluation(self) -> list[Row]:
+        """What is held throughout."""
+        return [*self._held(self.around.runtime_host_bytes), *self._kernels()]
+
+    def training(self) -> list[Row]:
+        """Offloaded inputs and activations besides, each in a page-locked block of its own."""
+        rows, choice = self.evaluation(), self.choice
+        layers = self.model.layers
+        away = layers - choice.kept_layers - choice.on_host(layers) if choice.policy == "offload" else 0
+        each = choice.micro_batch_tokens * self.model.hidden * DTYPE_BYTES[choice.compute_dtype]
+        rows.append(("offloaded layer inputs", away * each, "layers x tokens x hidden x bytes"))
+        sent = locked_bytes(self.model, choice, train_rows_of(choice, self.model))
+        rows.append(
+            ("activations kept in host memory", sent, "layers x blocks from 1 MiB on that autograd saves of one")
+        )
+        if choice.adapter == "host":
+            sizes = [sum(self.model.kinds[k].trained) for k in self.model.kind_of_layer]
+            held = (4 * sum(sizes) + LANDINGS * max(sizes)) * TRAINED_BYTES
+            rows.append(("adapter, gradients and moments", held, "4 x trained parameters x 4 bytes, and 2 landings"))
+        return rows
+
+    def checkpoint(self) -> list[Row]:
+        """The adapter is copied to be written."""
+        copy = self.model.trained_parameters * TRAINED_BYTES
+        return [*self.training(), ("copy of the adapter", copy, "trained parameters x 4 bytes")]
+
+    def phases(self) -> list[list[Row]]:
+        """In the run's order."""
+        return [self.load(), self.evaluation(), self.training(), self.checkpoint(), self.evaluation()]
+
+    def _kernels(self) -> list[Row]:
+        """On a GPU, what comes with the kernels of a layer: the compiler's graphs, and a library."""
+        choice = self.choice
+        if choice.device != "cuda":
+            return []
+        adapted = max(sum(linear.rank > 0 for linear in kind.linears) for kind in self.model.kinds)
+        compiler = (COMPILER_HOST_BYTES + adapted * COMPILED_ADAPTER_HOST_BYTES) * choice.compiled
+        return [
+            ("compiler", compiler, "30 MiB, and 6 for each adapted linear layer of a decoder layer"),
+            ("attention over padded rows", ROWS_ATTENTION_HOST_BYTES * (not choice.packing), "a library, 50 MiB"),
+        ]
+
+    def _held(self, runtime_bytes: int) -> list[Row]:
+        model, choice, around = self.model, self.choice, self.around
+        size = DTYPE_BYTES[choice.compute_dtype]
+        tiers = Counter(model.kind_of_layer[i] for i in range(model.layers) if choice.tier(i) == "host")
+        stored = sum(n * layer_bytes(model.kinds[k], Storage.of(choice, "host"), size) for k, n in tiers.items())
+        rows = [("process before the model", around.base_bytes, "measured")]
+        rows.append((RUNTIME, runtime_bytes, "measured, or typical until a run has"))
+        rows.append(("token windows", around.dataset_bytes, "5 bytes a token"))
+        rows.append(("frozen weights on the host", stored, "layers x stored tensors, each rounded to 256 bytes"))
+        table, formula = model.vocab * model.hidden * size, "vocabulary x hidden x bytes"
+        if choice.head_rows:
+            rows.append(("head, page-locked", table, formula))
+        if choice.table_on_host(model) and not model.tied:
+            rows.append(("embedding, page-locked", table, formula))
+        return rows

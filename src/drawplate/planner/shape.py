@@ -1,0 +1,199 @@
+"""The words in which the plan speaks of a model, a choice and what surrounds them. Numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from drawplate.layout.footprint import Footprint, LayerShape, Mode
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+STORED_BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "fp8": 8.0}
+PLAIN = {"bf16": 2, "fp16": 2, "fp32": 4}
+BLOCK, SCALE_BLOCK = 64, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The numbers of a base model that memory and time depend on.
+
+    Attributes:
+        parameters: all, tied ones once.
+        layers: decoder layers.
+        linear_parameters: in the linear layers of all decoder layers; these are quantized.
+        outside_parameters: embedding, head, norms and whatever else is not a linear layer of the decoder.
+        hidden, intermediate, vocab: sizes.
+        attention_width: query, key and value features of a layer together.
+        trained_parameters: of the adapter.
+        max_positions: longest input that the model was made for.
+        kinds: the different decoder layers; none where only the numbers above are known.
+        kind_of_layer: for each layer, which of `kinds` it is.
+        opening: rotary tables and whatever the body makes before its first layer, by mode; `out` is what all layers
+            share.
+        closing: the norm after the last layer, by mode.
+        tied: the head's weight is the embedding's.
+        softcap: the head's logits are capped.
+        one_by_one: a GPU attends to packed documents one by one, by borders that the host must know.
+    """
+
+    parameters: int
+    layers: int
+    linear_parameters: int
+    outside_parameters: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    attention_width: int
+    trained_parameters: int
+    max_positions: int
+    kinds: tuple[LayerShape, ...] = ()
+    kind_of_layer: tuple[int, ...] = ()
+    opening: Mapping[Mode, Footprint] = field(default_factory=dict)
+    closing: Mapping[Mode, Footprint] = field(default_factory=dict)
+    tied: bool = True
+    softcap: bool = False
+    one_by_one: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A plan in the ledger's words.
+
+    The first `dequantized_layers` live on the device in the compute dtype (in fp8: with their transposes), the next
+    `device_layers` on the device as stored, the rest on the host. The last `kept_layers` keep their activations on
+    the device (backward lets go of them before it recomputes anything), the first `on_host` in host memory between
+    forward and backward; those between follow `policy`.
+
+    Attributes:
+        precision, double_quant: of the linear weights as stored.
+        compute_dtype: bfloat16, float16 or float32.
+        device: where layers are computed; on cpu every byte is the host's.
+        micro_batch_tokens: positions of a micro-batch, padding included.
+        rows, longest: padded, its rows and their length; packed, 1 and the longest document.
+        packing: several documents share a row.
+        documents: packed, the most in a row.
+        micro_batches: of an optimizer step; from 2 on, gradients are there from forward to backward.
+        slots: of the ring.
+        head_rows: rows of a slot of the streamed head; 0 for a head on the device.
+        embedding: device or host. A tied one is where the head is; beside a streamed head it is on the host.
+        compiled, dequantize: how layers are computed (`layer`: dequantized whole before they are called).
+        dropout: of the adapter.
+        eval_tokens, eval_rows: positions and rows of an evaluation micro-batch; None for those of training.
+        optimizer: adamw or adamw_8bit.
+        adapter: where trained tensors, their gradients and the optimizer live.
+        host_kept_layers: at most so many of the first layers keep their activations in host memory.
+        launched: micro-steps are launched kernel by kernel even where they could be captured.
+    """
+
+    precision: str
+    double_quant: bool
+    compute_dtype: str
+    device: Literal["cpu", "cuda"]
+    dequantized_layers: int
+    device_layers: int
+    kept_layers: int
+    policy: Literal["recompute", "offload"]
+    micro_batch_tokens: int
+    rows: int = 1
+    longest: int | None = None
+    packing: bool = True
+    documents: int = 1
+    micro_batches: int = 2
+    slots: int = 2
+    head_rows: int = 0
+    embedding: Literal["device", "host"] = "device"
+    compiled: bool = False
+    dequantize: Literal["layer", "product"] = "product"
+    dropout: float = 0.0
+    eval_tokens: int | None = None
+    eval_rows: int | None = None
+    optimizer: str = "adamw"
+    adapter: Literal["device", "host"] = "device"
+    launched: bool = False
+    host_kept_layers: int = 0
+
+    @classmethod
+    def in_words(cls, layers: int, *, weights: str, activations: str, **others: Any) -> Choice:
+        """A choice that is the same for all layers, in the recipe's words."""
+        return cls(
+            dequantized_layers=layers if weights == "dequantized" else 0,
+            device_layers=layers if weights == "device" else 0,
+            kept_layers=layers if activations == "keep" else 0,
+            policy="offload" if activations == "offload" else "recompute",
+            **others,
+        )
+
+    def host_layers(self, layers: int) -> int:
+        """Layers that are streamed."""
+        return max(0, layers - self.dequantized_layers - self.device_layers)
+
+    def on_host(self, layers: int) -> int:
+        """Layers that keep their activations in host memory: none of those that keep them on the device."""
+        return min(self.host_kept_layers, layers - self.kept_layers)
+
+    def table_on_host(self, model: ModelShape) -> bool:
+        """Whether the embedding's table is in host memory."""
+        return self.head_rows > 0 or (self.embedding == "host" and not model.tied)
+
+    def captured(self, model: ModelShape) -> bool:
+        """Whether micro-steps are replayed as CUDA graphs (model/cuda_graphs.py): where layers, head or inputs cross
+        the bus only if some layer keeps its activations, because what a graph holds takes room too.
+
+        In float32 too, packed documents are attended to one by one (model/layer/attention.py)."""
+        one_by_one = self.packing and (model.one_by_one or self.compute_dtype == "float32")
+        offloads = self.policy == "offload" and self.kept_layers < model.layers
+        crosses = self.host_layers(model.layers) or self.head_rows or offloads
+        able = self.device == "cuda" and self.adapter == "device" and not (one_by_one or self.launched)
+        return able and (not crosses or self.kept_layers > 0)
+
+    def tier(self, layer: int) -> str:
+        """dequantized, device or host."""
+        if layer < self.dequantized_layers:
+            return "dequantized"
+        return "device" if layer < self.dequantized_layers + self.device_layers else "host"
+
+    def mode(self, tier: str, *, kept: bool = False) -> Mode:
+        """How a layer of a tier is run. Kept layers are dequantized weight by weight, or autograd would keep that."""
+        stored = "" if tier == "dequantized" or self.precision in PLAIN else self.precision
+        if tier == "dequantized" and self.precision == "fp8":
+            stored = "fp8_both"
+        return Mode(
+            device=self.device,
+            compute_dtype=self.compute_dtype,
+            compiled=self.compiled,
+            stored=stored,
+            whole=stored not in ("", "fp8", "fp8_both") and self.dequantize == "layer" and not kept,
+            dropout=self.dropout > 0,
+            packing=self.packing,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the ledger cannot compute, measured.
+
+    Attributes:
+        base_bytes: resident bytes of the process before the model is loaded.
+        context_bytes: of the device, taken by the CUDA context and loaded libraries.
+        dataset_bytes: token windows in host memory.
+        product_workspace_bytes: cuBLAS keeps for itself in each of the two threads that multiply; 32 MiB on Hopper.
+        trial_bytes: of the device, taken by the compiler while it tries variants of a kernel: the size of the L2 cache.
+        loading_host_bytes: of host memory that CUDA's libraries take by the end of loading.
+        runtime_host_bytes: the same by the end of the first step, without the compiler's share.
+    """
+
+    base_bytes: int = 0
+    context_bytes: int = 0
+    dataset_bytes: int = 0
+    product_workspace_bytes: int = 32 * 2**20
+    trial_bytes: int = 50 * 2**20
+    loading_host_bytes: int = 0
+    runtime_host_bytes: int = 0
+
+
+def stored_bits(precision: str, double_quant: bool) -> float:
+    """Bits per frozen weight: 4 + 32/64 for a float32 scale a block, or 4 + 8/64 + 32/(64*256) doubly quantized."""
+    if precision in STORED_BITS:
+        return STORED_BITS[precision]
+    return 4 + (8 / BLOCK + 32 / (BLOCK * SCALE_BLOCK) if double_quant else 32 / BLOCK)

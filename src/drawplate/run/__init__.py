@@ -1,0 +1,1 @@
+"""The commands: a run from its recipe to its adapter, record and report."""

@@ -1,0 +1,1 @@
+"""Optimizer steps: what is trained, in which order, with which guards."""
