@@ -91,9 +91,9 @@ def _ways(checkpoint: Any, where: str, whole: Any, windows: Any, truth: dict[str
     """Each way to cut, with the layers on the device or streamed through two slots."""
     from drawplate.data.batches import cut_packed, cut_padded
     from drawplate.model.base.precision import Storage
-    from drawplate.model.causal_lm import Placement
-    from drawplate.model.layer.adapter import lora_config
     from drawplate.model.load.assemble import assemble
+    from drawplate.model.placement import Placement
+    from drawplate.model.support.targets import lora_config
     from drawplate.recipe import LoraSection
 
     placement = Placement(

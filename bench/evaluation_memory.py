@@ -52,7 +52,7 @@ def build(shape: str, precision: str, r: int) -> Any:
 
     from bench.random_models import random_model
     from drawplate.model.base.precision import Storage
-    from drawplate.model.causal_lm import Placement
+    from drawplate.model.placement import Placement
 
     placement = Placement(
         device=torch.device("cuda", 0),

@@ -39,12 +39,13 @@ from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.errors import UserError
 from drawplate.model.base.precision import Storage
 from drawplate.model.base.weights import Checkpoint, open_checkpoint
-from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.layer.adapter import lora_config
+from drawplate.model.causal_lm import CausalLM
 from drawplate.model.layer.adapter_home import require_loadable
 from drawplate.model.layer.anatomy import build_anatomy
 from drawplate.model.load.assemble import assemble
-from drawplate.planner.choose import CorpusShape
+from drawplate.model.placement import Placement
+from drawplate.model.support.targets import lora_config
+from drawplate.planner.situation import CorpusShape
 from drawplate.recipe import LoraSection, ModelSection, Recipe, load_recipe
 from drawplate.run.prepare import plan_for_lengths
 

@@ -41,9 +41,10 @@ from bench.random_models import random_model, random_sequences  # noqa: E402
 from drawplate.checkpoint.snapshot import OPTIMIZER_NAME, restore, snapshot_files  # noqa: E402
 from drawplate.checkpoint.write import MANIFEST_NAME, Position, good, keep_only, write_checkpoint  # noqa: E402
 from drawplate.errors import StoppedSafely  # noqa: E402
+from drawplate.model.base.adapter_config import WEIGHTS_NAME  # noqa: E402
 from drawplate.model.base.precision import Storage  # noqa: E402
-from drawplate.model.causal_lm import CausalLM, Placement  # noqa: E402
-from drawplate.model.layer.adapter import WEIGHTS_NAME  # noqa: E402
+from drawplate.model.causal_lm import CausalLM  # noqa: E402
+from drawplate.model.placement import Placement  # noqa: E402
 from drawplate.recipe import TrainSection  # noqa: E402
 from drawplate.train.loop import make_optimizer, train  # noqa: E402
 from drawplate.train.task import Cutting, Schedule, TrainState, TrainTask  # noqa: E402

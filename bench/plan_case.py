@@ -42,9 +42,9 @@ def load(case: str) -> tuple[Any, dict[str, Any]]:
 
     from bench.shapes import random_checkpoint, shape_config
     from drawplate.model.base.precision import Storage
-    from drawplate.model.causal_lm import Placement
-    from drawplate.model.layer.adapter import lora_config
     from drawplate.model.load.assemble import assemble
+    from drawplate.model.placement import Placement
+    from drawplate.model.support.targets import lora_config
     from drawplate.recipe import LoraSection
 
     facts = parse(case)
@@ -200,7 +200,7 @@ def shape_of(facts: dict[str, Any]) -> Any:
 
 def choice_of(facts: dict[str, Any], layers: int) -> Any:
     """The case as the ledger says it."""
-    from drawplate.planner.bytes.ledger import Choice
+    from drawplate.planner.shape import Choice
 
     options, policies = facts["options"], policies_of(facts, layers)
     rows, length = (int(n) for n in facts["sizes"].split("x"))
@@ -232,7 +232,8 @@ def choice_of(facts: dict[str, Any], layers: int) -> Any:
 
 def predict(case: str, around: dict[str, int]) -> dict[str, Any]:
     """The ledger of a case: peaks by phase and place, and the lines of the largest phase."""
-    from drawplate.planner.bytes.ledger import Surroundings, ledger
+    from drawplate.planner.bytes.ledger import ledger
+    from drawplate.planner.shape import Surroundings
 
     facts = parse(case)
     shape = shape_of(facts)

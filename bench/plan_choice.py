@@ -84,8 +84,7 @@ def placement_of(choice: Any, model: Any) -> Any:
     import torch
 
     from drawplate.model.base.precision import Storage
-    from drawplate.model.causal_lm import Placement
-    from drawplate.run.prepare import policies_of, tiers_of
+    from drawplate.model.placement import Placement, policies_of, tiers_of
 
     layers = model.layers
     counts = SimpleNamespace(
@@ -205,7 +204,7 @@ def predict_again(chosen: Path, out: Path, other: Path | None) -> None:
 
 def choice_of(result: dict[str, Any], layers: int) -> Any:
     """The choice that a result describes."""
-    from drawplate.planner.bytes.ledger import Choice
+    from drawplate.planner.shape import Choice
 
     host = result["host_layers"]
     return Choice(

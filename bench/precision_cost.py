@@ -33,9 +33,9 @@ def main() -> None:
     from drawplate.evaluation.score import score_documents, total
     from drawplate.model.base.precision import Storage
     from drawplate.model.base.weights import open_checkpoint
-    from drawplate.model.causal_lm import Placement
-    from drawplate.model.layer.adapter import lora_config
     from drawplate.model.load.assemble import assemble
+    from drawplate.model.placement import Placement
+    from drawplate.model.support.targets import lora_config
     from drawplate.recipe import load_recipe
 
     out, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 100

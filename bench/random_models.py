@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from bench.shapes import random_checkpoint
-from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.layer.adapter import lora_config
+from drawplate.model.causal_lm import CausalLM
 from drawplate.model.load.assemble import assemble
+from drawplate.model.placement import Placement
+from drawplate.model.support.targets import lora_config
 from drawplate.recipe import LoraSection
 from drawplate.records import Sequence
 

@@ -144,7 +144,7 @@ class Variant:
 
     def factor(self, step: int, steps: int) -> float:
         """Of the peak rate, at the step about to be taken; Drawplate's own where it has the schedule."""
-        from drawplate.train.loop import Schedule
+        from drawplate.train.task import Schedule
 
         if self.schedule == "constant then decay":  # constant until the last fifth, then linear to zero
             warm = min(1.0, (step + 1) / max(1.0, self.warmup * steps))

@@ -29,9 +29,10 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 from bench.about import about  # noqa: E402
 from drawplate.data.batches import cut_padded  # noqa: E402
 from drawplate.model.base.precision import Storage  # noqa: E402
-from drawplate.model.causal_lm import CausalLM, Placement  # noqa: E402
-from drawplate.model.layer.adapter import lora_config  # noqa: E402
+from drawplate.model.causal_lm import CausalLM  # noqa: E402
 from drawplate.model.load.assemble import assemble  # noqa: E402
+from drawplate.model.placement import Placement  # noqa: E402
+from drawplate.model.support.targets import lora_config  # noqa: E402
 from drawplate.recipe import LoraSection  # noqa: E402
 
 RANK, SCALE, DOCUMENTS = 16, 2.0, 6

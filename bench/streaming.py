@@ -43,7 +43,7 @@ def weights_of(weights: str) -> str | tuple[str, ...]:
     """A case's tiers, as in Placement; `20host` of `12device+20host` are spread evenly, as a plan's."""
     from types import SimpleNamespace
 
-    from drawplate.run.prepare import tiers_of
+    from drawplate.model.placement import tiers_of
 
     counts = {f"{tier}_layers": int(count) for count, tier in re.findall(r"(\d+)([a-z]+)", weights)}
     none = dict.fromkeys(("dequantized_layers", "device_layers", "host_layers"), 0)
@@ -56,9 +56,9 @@ def load_case(case: str) -> tuple[Any, list[str]]:
 
     from bench.shapes import random_checkpoint
     from drawplate.model.base.precision import Storage
-    from drawplate.model.causal_lm import Placement
-    from drawplate.model.layer.adapter import lora_config
     from drawplate.model.load.assemble import assemble
+    from drawplate.model.placement import Placement
+    from drawplate.model.support.targets import lora_config
     from drawplate.recipe import LoraSection
 
     shape, precision, weights, activations, sizes, *options = case.split(":")

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from drawplate.model.base.precision import Storage
 from drawplate.model.base.weights import Checkpoint, open_checkpoint
-from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.layer.adapter import lora_config
+from drawplate.model.causal_lm import CausalLM
 from drawplate.model.load.assemble import assemble
+from drawplate.model.placement import Placement
+from drawplate.model.support.targets import lora_config
 from drawplate.recipe import LoraSection, ModelSection, Recipe, load_recipe
 from drawplate.run.journal import Journal
 

@@ -25,14 +25,15 @@ from bench.peers.stepping import Documents, Scale
 from drawplate.data.batches import Batch, cut_packed, cut_padded
 from drawplate.model.base.precision import Storage
 from drawplate.model.base.weights import open_checkpoint
-from drawplate.model.causal_lm import CausalLM, Placement
+from drawplate.model.causal_lm import CausalLM
 from drawplate.model.device_batch import ShapeBounds
-from drawplate.model.layer.adapter import lora_config
 from drawplate.model.load.assemble import assemble
-from drawplate.planner.choose import CorpusShape
+from drawplate.model.placement import Placement, placement_of
+from drawplate.model.support.targets import lora_config
+from drawplate.planner.situation import CorpusShape
 from drawplate.recipe import LoraSection, load_recipe
 from drawplate.records import Plan, Sequence
-from drawplate.run.prepare import placement_of, plan_for_lengths
+from drawplate.run.prepare import plan_for_lengths
 
 PAD_MULTIPLE = 16
 

@@ -13,8 +13,8 @@ from bench.recipe_study import Adapters, Base, Group, Variant, score, train_grou
 from drawplate.evaluation.score import score_documents, total
 from drawplate.recipe import LoraSection, TrainSection
 from drawplate.records import Sequence
-from drawplate.train.loop import Cutting, TrainState, TrainTask, train
-from drawplate.train.task import Schedule
+from drawplate.train.loop import train
+from drawplate.train.task import Cutting, Schedule, TrainState, TrainTask
 from tests.tiny import Notes, tiny_model, write_base
 
 VARIANTS = (

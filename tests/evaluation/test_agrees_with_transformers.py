@@ -13,9 +13,9 @@ from bench.evaluation_agrees import TOLERANCE, document_nats, reference_nats
 from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.data.tokens import Tokenizer, load_tokenizer, tokenize
 from drawplate.model.base.precision import Storage
-from drawplate.model.causal_lm import Placement
-from drawplate.model.layer.adapter import lora_config
 from drawplate.model.load.assemble import assemble
+from drawplate.model.placement import Placement
+from drawplate.model.support.targets import lora_config
 from drawplate.recipe import LoraSection
 from drawplate.records import Document
 from tests.model.conftest import write_model

@@ -21,9 +21,9 @@ from drawplate.errors import IntegrityError, UsageError
 from drawplate.integrations.trainer_model import STATE_NAME, DrawplateForCausalLM
 from drawplate.model.base.precision import Storage
 from drawplate.model.base.weights import Checkpoint
-from drawplate.model.causal_lm import Placement
-from drawplate.model.layer.adapter import lora_config
 from drawplate.model.load.assemble import assemble
+from drawplate.model.placement import Placement
+from drawplate.model.support.targets import lora_config
 from drawplate.planner.advise import advised_adapter
 from drawplate.recipe import USUAL_RANK, LoraSection, MemorySection
 from tests.model.conftest import VOCAB, random_sequences, write_model

@@ -19,13 +19,14 @@ from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.errors import UsageError
 from drawplate.model.base.precision import Storage
 from drawplate.model.base.weights import Checkpoint
-from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.layer.adapter import lora_config
+from drawplate.model.causal_lm import CausalLM
 from drawplate.model.layer.anatomy import build_anatomy
 from drawplate.model.layer.functions import RECOMPILE_LIMIT
 from drawplate.model.load.assemble import assemble
+from drawplate.model.placement import Placement
 from drawplate.model.stream import host_activations
 from drawplate.model.stream.weight_ring import Residency
+from drawplate.model.support.targets import lora_config
 from drawplate.recipe import LoraSection
 from drawplate.records import Sequence
 from tests.model.conftest import ARCHITECTURES, random_sequences, write_model

@@ -17,11 +17,12 @@ from drawplate.data.batches import Batch, cut_packed, cut_padded
 from drawplate.errors import EnvironmentProblem
 from drawplate.model.base.precision import Storage
 from drawplate.model.base.weights import Checkpoint
-from drawplate.model.causal_lm import CausalLM, Placement
+from drawplate.model.causal_lm import CausalLM
 from drawplate.model.cuda_graphs import GraphedSteps
 from drawplate.model.device_batch import DeviceBatch
-from drawplate.model.layer.adapter import lora_config
 from drawplate.model.load.assemble import assemble
+from drawplate.model.placement import Placement
+from drawplate.model.support.targets import lora_config
 from drawplate.planner.shape import Choice, ModelShape
 from drawplate.recipe import LoraSection
 from tests.model.conftest import random_sequences

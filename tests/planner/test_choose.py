@@ -13,22 +13,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from drawplate.errors import DoesNotFit, UsageError
+from drawplate.model.placement import policies_of, tiers_of
 from drawplate.planner.advise import SHORT
 from drawplate.planner.budget import DEVICE_MARGIN, HOST_MARGIN
-from drawplate.planner.bytes.ledger import ModelShape
-from drawplate.planner.choose import (
-    PRECISION_TOLERANCE,
-    CorpusShape,
-    Obstacles,
-    Situation,
-    choose,
-    choose_compute_dtype,
-    choose_max_length,
-)
+from drawplate.planner.choose import PRECISION_TOLERANCE, choose
 from drawplate.planner.seconds.gpus import gpu_named
+from drawplate.planner.shape import ModelShape
+from drawplate.planner.situation import CorpusShape, Obstacles, Situation, choose_compute_dtype, choose_max_length
 from drawplate.recipe import Recipe, load_recipe
 from drawplate.records import Machine, Plan, from_json, to_json
-from drawplate.run.prepare import policies_of, tiers_of
 from drawplate.units import GIB
 
 LLAMA_3B = ModelShape(

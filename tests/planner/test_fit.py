@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from drawplate.planner import fit as fit_module
-from drawplate.planner.bytes.ledger import Choice, Surroundings
-from drawplate.planner.choose import CorpusShape, Situation, choose
+from drawplate.planner.choose import choose
 from drawplate.planner.fit import Fit
 from drawplate.planner.seconds.gpus import gpu_named
+from drawplate.planner.shape import Choice, Surroundings
+from drawplate.planner.situation import CorpusShape, Situation
 from tests.planner.test_choose import LLAMA_3B, machine_of, recipe_of
 
 CHOICE = Choice(

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from drawplate.planner.bytes.ledger import Choice, ModelShape, Surroundings, ledger
+from drawplate.planner.bytes.ledger import ledger
+from drawplate.planner.shape import Choice, ModelShape, Surroundings
 from drawplate.planner.tax import DEPLOYED_PHASE, PHASE, plan_quantization_tax, sample_tokens
 from drawplate.records import LedgerLine, PhaseLedger, Plan
 from drawplate.units import GIB

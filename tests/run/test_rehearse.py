@@ -16,10 +16,11 @@ import drawplate.run.tune as story
 from drawplate.errors import DoesNotFit
 from drawplate.machine.memory import DeviceContext
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.layer.adapter import lora_config
 from drawplate.model.load.assemble import assemble
+from drawplate.model.placement import placement_of
+from drawplate.model.support.targets import lora_config
 from drawplate.records import RehearsedPhase
-from drawplate.run.prepare import Prepared, placement_of, prepare, train_cutting
+from drawplate.run.prepare import Prepared, prepare, train_cutting
 from drawplate.units import GIB
 from tests.tiny import Notes, tiny_recipe
 

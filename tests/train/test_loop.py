@@ -23,7 +23,8 @@ from drawplate.model.layer.frozen_linear import FrozenLinear
 from drawplate.recipe import LoraSection, TrainSection
 from drawplate.records import Evaluation, Sequence, StepRecord
 from drawplate.train.guards import StopSignals
-from drawplate.train.loop import Cutting, Schedule, TrainState, TrainTask, train
+from drawplate.train.loop import train
+from drawplate.train.task import Cutting, Schedule, TrainState, TrainTask
 from tests.model.conftest import random_sequences
 from tests.tiny import Notes, tiny_model, write_base
 

@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 
 from drawplate.checkpoint.write import Pieces, json_pieces, safetensors_pieces
 from drawplate.errors import IntegrityError
+from drawplate.model.base.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.layer.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from drawplate.model.layer.adapter import Adapter
 from drawplate.records import to_json
 from drawplate.train.task import Cutting, TrainState
 

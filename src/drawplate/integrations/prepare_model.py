@@ -8,13 +8,14 @@ from typing import Any
 from drawplate.integrations.trainer_model import DrawplateForCausalLM
 from drawplate.machine.device import pick_device
 from drawplate.model.base.weights import open_checkpoint
-from drawplate.model.layer.adapter import lora_config
 from drawplate.model.layer.anatomy import build_anatomy
 from drawplate.model.load.assemble import assemble
+from drawplate.model.placement import placement_of
+from drawplate.model.support.targets import lora_config
 from drawplate.planner.advise import advised_adapter
-from drawplate.planner.choose import CorpusShape, choose_max_length
+from drawplate.planner.situation import CorpusShape, choose_max_length
 from drawplate.recipe import Recipe, Section, load_recipe
-from drawplate.run.prepare import max_positions, placement_of, plan_for_lengths
+from drawplate.run.prepare import max_positions, plan_for_lengths
 
 Keys = Mapping[str, Any] | Section | None
 

@@ -11,8 +11,6 @@ mode, so that the only noise is the adapter's own dropout, which is a function o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 
 from drawplate.data.batches import Batch
 from drawplate.errors import UsageError
-from drawplate.model.base.precision import Storage
 from drawplate.model.base.rotary import longest_text
 from drawplate.model.cuda_graphs import GraphedSteps
 from drawplate.model.device_batch import DeviceBatch, ShapeBounds, sent
@@ -31,66 +28,8 @@ from drawplate.model.layer.adapter import Adapter
 from drawplate.model.layer.anatomy import Anatomy
 from drawplate.model.layer.dropout import token_keys
 from drawplate.model.layer.runner import LayerRunner
+from drawplate.model.placement import Placement
 from drawplate.model.stream.weight_ring import Residency
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where everything lives and how it is computed: the part of a plan that the model needs.
-
-    Attributes:
-        device: where layers are computed.
-        storage: precision of the frozen linear weights.
-        compute_dtype: of activations and of everything frozen that is not a linear weight.
-        weights: tier of each layer: device, dequantized (on the device, in compute_dtype; fp8 with its transpose) or
-            host; one word for all.
-        activations: policy of each layer: keep, host, recompute or offload; one word for all.
-        adapter: where trained tensors, their gradients and the optimizer live: device or host.
-        slots: of the ring for host layers.
-        head_rows: rows of a slot of the streamed head; 0 keeps the head on the device.
-        embedding: device or host. A tied one is where the head is; beside a streamed head it is on the host.
-        compiled: compile the layer function.
-        dequantize: weight by weight inside its product, or a whole layer at once: faster to launch, more memory.
-        graphs: replay whole training micro-steps as CUDA graphs, where `captures` says so.
-        read_once: for one measurement, so that layers which are not quantized are not kept in the cache.
-        poison: fill slots with NaN between uses (tests).
-    """
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    storage: Storage = field(default_factory=lambda: Storage("bf16"))
-    compute_dtype: torch.dtype = torch.bfloat16
-    weights: str | tuple[str, ...] = "device"
-    activations: str | tuple[str, ...] = "keep"
-    adapter: str = "device"
-    slots: int = 2
-    head_rows: int = 0
-    embedding: str = "device"
-    compiled: bool = False
-    dequantize: str = "product"
-    graphs: bool = False
-    read_once: bool = False
-    poison: bool = False
-
-    def tiers(self, layers: int) -> list[str]:
-        """The weights' tier of each layer."""
-        return [self.weights] * layers if isinstance(self.weights, str) else list(self.weights)
-
-    def table_on_host(self, *, tied: bool) -> bool:
-        """Whether the embedding's table is in host memory."""
-        return self.head_rows > 0 or (self.embedding == "host" and not tied)
-
-    def captures(self, policies: Sequence[str]) -> bool:
-        """Whether micro-steps are captured as CUDA graphs, the layers' activations having these policies.
-
-        Where layers, head or inputs cross the bus only if some layer keeps its activations: a plan that keeps none has
-        no room for what a graph holds beside them. By planner/shape.py, `Choice.captured`."""
-        crosses = self.head_rows > 0 or "host" in self.tiers(len(policies)) or "offload" in policies
-        able = self.graphs and self.device.type == "cuda" and self.adapter == "device"
-        return able and (not crosses or "keep" in policies)
-
-    def policies(self, layers: int) -> list[str]:
-        """The activations' policy of each layer."""
-        return [self.activations] * layers if isinstance(self.activations, str) else list(self.activations)
 
 
 class CausalLM:

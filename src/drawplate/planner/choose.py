@@ -15,36 +15,23 @@ from drawplate.errors import UsageError
 from drawplate.planner.advise import Advice, Learner, advise
 from drawplate.planner.batching import StepBatch, accumulation, batch_of, given, micro_batches_of, row_multiple
 from drawplate.planner.budget import Budget
-from drawplate.planner.bytes.ledger import Choice, ModelShape, Surroundings
 from drawplate.planner.explain import activation_words, explain, weight_words
 from drawplate.planner.fit import Fit
 from drawplate.planner.frontier import does_not_fit, frontier_of
 from drawplate.planner.search import Found, Search, Won
 from drawplate.planner.seconds.cost import evaluation_seconds
 from drawplate.planner.seconds.work import Cut, step_work
+from drawplate.planner.shape import Choice, ModelShape, Surroundings
 from drawplate.planner.situation import (
     CorpusShape,
-    Obstacles,
     Situation,
     attends_one_by_one,
     choose_compute_dtype,
-    choose_max_length,
     precisions_of,
 )
 from drawplate.planner.space import Space
 from drawplate.recipe import Recipe
 from drawplate.records import FrontierPoint, Plan, PlanTimes
-
-__all__ = [
-    "CorpusShape",
-    "Obstacles",
-    "Situation",
-    "choose",
-    "choose_compute_dtype",
-    "choose_max_length",
-    "fastest",
-    "search_of",
-]
 
 PRECISION_TOLERANCE = 1.03
 """Times the fastest's predicted seconds that a better precision may take. Predictions are good to two percent (the

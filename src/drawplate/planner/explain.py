@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from drawplate.planner.budget import Budget
-from drawplate.planner.bytes.ledger import Choice
 from drawplate.planner.search import Found, Search
 from drawplate.planner.seconds.cost import step_cost
 from drawplate.planner.seconds.unit_cost import QUANTIZED
+from drawplate.planner.shape import Choice
 from drawplate.recipe import Recipe
 from drawplate.units import format_bytes, format_count
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from drawplate.planner.budget import Need
 from drawplate.planner.bytes.estimate import estimate
-from drawplate.planner.bytes.ledger import Choice, Ledger, ModelShape, Surroundings, ledger
+from drawplate.planner.bytes.ledger import Ledger, ledger
+from drawplate.planner.shape import Choice, ModelShape, Surroundings
 
 _Pattern = tuple[tuple[int, int], str, str, str, int, str, int, int]
 """Tiers as (dequantized, on the device), precision, policy, where the embedding is, rows of a head's slot,

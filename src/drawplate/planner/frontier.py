@@ -15,7 +15,7 @@ from drawplate.records import FrontierPoint
 from drawplate.units import GIB, MIB, format_bytes, format_count
 
 if TYPE_CHECKING:
-    from drawplate.planner.choose import Situation
+    from drawplate.planner.situation import Situation
 
 POINTS = 12
 CARD_GIB = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 180)

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from drawplate.planner.budget import Budget, Need
-from drawplate.planner.bytes.ledger import Choice, Ledger, ModelShape, Surroundings
+from drawplate.planner.bytes.ledger import Ledger
 from drawplate.planner.fit import Fit
 from drawplate.planner.seconds.cost import Cost, Walk, carried_layers, step_cost, step_seconds
 from drawplate.planner.seconds.unit_cost import Units, sending, units_of
+from drawplate.planner.shape import Choice, ModelShape, Surroundings
 from drawplate.planner.space import (
     FEWEST_KEPT,
     FEWEST_LAYERS,

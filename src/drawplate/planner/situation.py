@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from drawplate.errors import UsageError
 from drawplate.planner.budget import Budget
-from drawplate.planner.bytes.ledger import ModelShape
 from drawplate.planner.seconds.gpus import typical_speed
+from drawplate.planner.shape import ModelShape
 from drawplate.recipe import Recipe
 from drawplate.records import DeviceSpeed, Machine
 

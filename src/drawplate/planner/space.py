@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from drawplate.planner.bytes.ledger import Choice, ModelShape
 from drawplate.planner.seconds.unit_cost import QUANTIZED
 from drawplate.planner.seconds.work import StepWork
+from drawplate.planner.shape import Choice, ModelShape
 from drawplate.units import GIB
 
 HEAD_SLOT_ROWS = 8192

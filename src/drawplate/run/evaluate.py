@@ -26,10 +26,12 @@ from drawplate.evaluation.score import total
 from drawplate.machine.device import pick_device
 from drawplate.model.base.adapter_base import base_of, other_base, other_precision
 from drawplate.model.base.weights import Checkpoint, open_checkpoint
-from drawplate.model.layer.adapter import lora_config, read_adapter, require_fit
+from drawplate.model.layer.adapter import read_adapter
 from drawplate.model.layer.anatomy import build_anatomy
 from drawplate.model.load.assemble import assemble
-from drawplate.planner.choose import choose_max_length
+from drawplate.model.placement import placement_of
+from drawplate.model.support.targets import lora_config, require_fit
+from drawplate.planner.situation import choose_max_length
 from drawplate.recipe import LoraSection, Recipe, expand, load_recipe
 from drawplate.records import ModelScore
 from drawplate.run.folder import UNQUANTIZED_NAME
@@ -40,12 +42,11 @@ from drawplate.run.prepare import (
     corpus_shape,
     max_positions,
     pad_id,
-    placement_of,
     plan_for_lengths,
     renderer_of,
     require_predictable,
 )
-from drawplate.train.loop import Cutting
+from drawplate.train.task import Cutting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,9 @@ from drawplate.machine.device import machine, pick_device
 from drawplate.machine.memory import memory_sample
 from drawplate.model.base.weights import Checkpoint, open_configuration
 from drawplate.model.layer.anatomy import build_anatomy
-from drawplate.planner.choose import CorpusShape, Situation, choose, choose_compute_dtype, choose_max_length
+from drawplate.planner.choose import choose
 from drawplate.planner.seconds.gpus import gpu_named
+from drawplate.planner.situation import CorpusShape, Situation, choose_compute_dtype, choose_max_length
 from drawplate.recipe import Recipe
 from drawplate.records import Plan
 from drawplate.run.prepare import (

@@ -21,16 +21,18 @@ from drawplate.evaluation.interval import Change, perplexity_change
 from drawplate.evaluation.score import score_documents, total
 from drawplate.machine import device
 from drawplate.model.base.precision import Storage
-from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.layer.adapter import lora_config, read_adapter
+from drawplate.model.causal_lm import CausalLM
+from drawplate.model.layer.adapter import read_adapter
 from drawplate.model.load.assemble import assemble
 from drawplate.model.load.lora_init import Start, quantization_error_start
+from drawplate.model.placement import Placement, placement_of
+from drawplate.model.support.targets import lora_config
 from drawplate.planner.tax import CALIBRATION_TOKENS, HEAD_ROWS, PLAIN_PRECISION, sample_tokens, window_tokens
 from drawplate.recipe import LoraSection, Recipe
 from drawplate.records import DocumentScore, EvaluationFacts, Sequence
 from drawplate.run.journal import Journal
-from drawplate.run.prepare import Prepared, choose_context_tokens, evaluation_cutting, pad_id, placement_of
-from drawplate.train.loop import Cutting
+from drawplate.run.prepare import Prepared, choose_context_tokens, evaluation_cutting, pad_id
+from drawplate.train.task import Cutting
 
 Scores = tuple[DocumentScore, ...]
 Measured = dict[str, Scores]

@@ -46,7 +46,7 @@ from drawplate.run.heldout import Measured, evaluation_facts
 from drawplate.run.journal import Journal
 from drawplate.run.prepare import Prepared
 from drawplate.train.guards import Clock, StopSignals
-from drawplate.train.loop import TrainState
+from drawplate.train.task import TrainState
 
 VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
 

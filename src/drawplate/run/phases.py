@@ -17,22 +17,25 @@ from drawplate.evaluation.score import total
 from drawplate.machine.memory import memory_sample
 from drawplate.machine.speed import forget_if_disturbed
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.layer.adapter import lora_config, read_adapter, save_adapter
+from drawplate.model.layer.adapter import read_adapter, save_adapter
 from drawplate.model.load.assemble import assemble
 from drawplate.model.load.self_check import check_bytes, in_words, self_check, warnings_of
+from drawplate.model.placement import placement_of
+from drawplate.model.support.targets import lora_config
 from drawplate.recipe import expand
 from drawplate.records import Evaluation, Sequence
 from drawplate.run.folder import CHECKPOINTS_NAME, START_NAME, RunFolder
 from drawplate.run.heldout import Scores, forgetting_warning, give_back_memory, score, score_deployed, score_general
 from drawplate.run.journal import Journal
 from drawplate.run.outcome import Outcome
-from drawplate.run.prepare import Prepared, evaluation_cutting, placement_of, train_cutting
+from drawplate.run.prepare import Prepared, evaluation_cutting, train_cutting
 from drawplate.run.rehearse import learn_overheads, rehearsed, room_for_check
 from drawplate.run.resume import Reopened
 from drawplate.run.saving import Saving, where
 from drawplate.screen import screen
 from drawplate.train.guards import StopRequested, Watchdog, leave_at_once, write_stacks
-from drawplate.train.loop import INITIAL_LOSS_SCALE, TrainTask, make_optimizer, rate_groups, schedule_of, train
+from drawplate.train.loop import INITIAL_LOSS_SCALE, make_optimizer, rate_groups, train
+from drawplate.train.task import TrainTask, schedule_of
 
 SELF_CHECK_TOKENS = 48, 16
 """Of the longest held-out window, and of the longest that is trained on."""

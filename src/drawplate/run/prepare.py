@@ -27,17 +27,16 @@ from drawplate.machine.device import machine, pick_device
 from drawplate.machine.memory import memory_sample
 from drawplate.machine.speed import measured_speed
 from drawplate.model.base.foreign import refusing
-from drawplate.model.base.precision import Storage
 from drawplate.model.base.weights import Checkpoint, open_checkpoint
-from drawplate.model.causal_lm import Placement
 from drawplate.model.footprint.measure import layer_shapes, outer_footprints
-from drawplate.model.layer.adapter import left_out, lora_config, target_names
 from drawplate.model.layer.anatomy import Anatomy, build_anatomy
+from drawplate.model.support.targets import left_out, lora_config, target_names
 from drawplate.model.support.walk import require_practical, walk
 from drawplate.planner.advise import Learner, advise, advised_adapter
-from drawplate.planner.bytes.ledger import ModelShape
-from drawplate.planner.choose import CorpusShape, Obstacles, Situation, choose, choose_compute_dtype, choose_max_length
+from drawplate.planner.choose import choose
 from drawplate.planner.disk import RunFiles, disk_warning, with_disk_lines
+from drawplate.planner.shape import ModelShape
+from drawplate.planner.situation import CorpusShape, Obstacles, Situation, choose_compute_dtype, choose_max_length
 from drawplate.planner.tax import plan_quantization_tax
 from drawplate.recipe import FOUR_BITS, Recipe, expand
 from drawplate.records import Plan, Sequence
@@ -234,46 +233,6 @@ def with_template_date(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
         return recipe
     today = datetime.now().replace(microsecond=0)
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"template_date": today})})
-
-
-def placement_of(chosen: Plan, device: torch.device) -> Placement:
-    """The model's part of a plan."""
-    return Placement(
-        device=device,
-        storage=Storage(chosen.precision, chosen.double_quant),
-        compute_dtype=getattr(torch, chosen.compute_dtype),
-        weights=_one_word(tiers_of(chosen)),
-        activations=_one_word(policies_of(chosen)),
-        slots=chosen.slots,
-        head_rows=chosen.head_rows,
-        embedding=chosen.embedding,
-        adapter=chosen.adapter,
-        compiled=chosen.compiled,
-        dequantize=chosen.dequantize,
-        graphs=chosen.graphs,
-    )
-
-
-def _one_word(words: tuple[str, ...]) -> str | tuple[str, ...]:
-    return words[0] if len(set(words)) == 1 else words
-
-
-def tiers_of(chosen: Plan) -> tuple[str, ...]:
-    """The tier of each layer: the dequantized first, and the streamed spread evenly over the others.
-
-    A streamed layer's copy then hides behind all the layers since the streamed one before it.
-    """
-    first, others = chosen.dequantized_layers, chosen.device_layers + chosen.host_layers
-    host = chosen.host_layers
-    spread = ("host" if (i + 1) * host // others > i * host // others else "device" for i in range(others))
-    return ("dequantized",) * first + tuple(spread)
-
-
-def policies_of(chosen: Plan) -> tuple[str, ...]:
-    """The policy of each layer: the first keep their activations in host memory, the last on the device, where backward
-    lets go of them before it recomputes."""
-    host, kept = chosen.host_kept_layers, chosen.kept_layers
-    return ("host",) * host + (chosen.policy,) * (chosen.layers - host - kept) + ("keep",) * kept
 
 
 def train_cutting(prepared: Prepared) -> Cutting:

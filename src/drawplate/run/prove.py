@@ -17,8 +17,8 @@ from pathlib import Path
 from drawplate.checkpoint.snapshot import GRADIENT_NAME, OPTIMIZER_NAME, read_about, restore, snapshot_files
 from drawplate.checkpoint.write import MANIFEST_NAME, Pieces, Position, require_good
 from drawplate.errors import IntegrityError, UsageError
+from drawplate.model.base.adapter_config import WEIGHTS_NAME
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.layer.adapter import WEIGHTS_NAME
 from drawplate.recipe import Recipe
 from drawplate.records import Plan, from_json
 from drawplate.run.folder import RunFolder

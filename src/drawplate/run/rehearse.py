@@ -34,8 +34,9 @@ from drawplate.planner.bytes.host import RUNTIME
 from drawplate.records import Plan, RehearsedPhase, Sequence
 from drawplate.run.journal import Journal
 from drawplate.run.prepare import Prepared, corpus_shape, evaluation_cutting, plan_for_lengths, train_cutting
-from drawplate.train.loop import Cutting, make_optimizer
+from drawplate.train.loop import make_optimizer
 from drawplate.train.step import is_out_of_memory
+from drawplate.train.task import Cutting
 from drawplate.units import MIB, format_bytes, format_percent
 
 CHECKED_ABOVE_BYTES = 256 * MIB

@@ -22,7 +22,8 @@ from drawplate.errors import StoppedSafely, UserError
 from drawplate.machine.device import is_lost
 from drawplate.machine.memory import PeakMeter
 from drawplate.model.base.adapter_base import AdapterBase, write_base
-from drawplate.model.layer.adapter import CONFIG_NAME, require_adapter_loads, save_adapter
+from drawplate.model.base.adapter_config import CONFIG_NAME
+from drawplate.model.layer.adapter import require_adapter_loads, save_adapter
 from drawplate.model.load.lora_init import without_start
 from drawplate.recipe import Recipe, expand
 from drawplate.records import AdapterFacts, ModelScore, Plan, RunRecord

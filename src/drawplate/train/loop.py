@@ -26,9 +26,7 @@ from drawplate.recipe import TrainSection
 from drawplate.records import Evaluation, StepRecord
 from drawplate.train.guards import StopRequested, is_spike
 from drawplate.train.step import StepOutcome, StepStopped, gradient_within_memory
-from drawplate.train.task import Cutting, Listener, Schedule, TrainState, TrainTask, schedule_of
-
-__all__ = ["Cutting", "Listener", "Schedule", "TrainState", "TrainTask", "make_optimizer", "schedule_of", "train"]
+from drawplate.train.task import Listener, TrainState, TrainTask
 
 INITIAL_LOSS_SCALE = 2.0**12
 SMALLEST_LOSS_SCALE = 2.0**-8

@@ -16,10 +16,11 @@ from drawplate.data.batches import cut_packed
 from drawplate.errors import IntegrityError, UsageError, UserError
 from drawplate.model.base.adapter_config import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from drawplate.model.base.weights import Checkpoint
-from drawplate.model.causal_lm import Placement
-from drawplate.model.layer.adapter import read_adapter, require_fit
+from drawplate.model.layer.adapter import read_adapter
 from drawplate.model.layer.anatomy import build_anatomy
 from drawplate.model.load.assemble import assemble
+from drawplate.model.placement import Placement
+from drawplate.model.support.targets import require_fit
 from tests.model.test_causal_lm import FP32, nats, transformers_nats
 
 TARGETS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]}

@@ -27,12 +27,13 @@ from drawplate.errors import DoesNotFit, EnvironmentProblem
 from drawplate.model.base import arena, arena_file
 from drawplate.model.base.arena import Arena, HostMemory, is_worth_keeping, kept_arena, private_memory
 from drawplate.model.base.arena_file import ArenaFile, ArenaKey
+from drawplate.model.base.layer_layout import LayerLayout
 from drawplate.model.base.precision import Storage
 from drawplate.model.base.weights import Checkpoint
-from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.layer.adapter import lora_config
+from drawplate.model.causal_lm import CausalLM
 from drawplate.model.load.assemble import assemble
-from drawplate.model.stream.weight_ring import LayerLayout
+from drawplate.model.placement import Placement
+from drawplate.model.support.targets import lora_config
 from drawplate.recipe import LoraSection, cache_folder
 from drawplate.units import MIB
 from tests.model.conftest import random_sequences

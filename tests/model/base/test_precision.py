@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from drawplate.errors import EnvironmentProblem, UsageError
 from drawplate.kernels.fp8_rows import fp8_rows
 from drawplate.model.base.precision import Storage
-from drawplate.model.causal_lm import Placement
 from drawplate.model.load.assemble import require_fp8_units
-from drawplate.planner.bytes.ledger import stored_bits
+from drawplate.model.placement import Placement
+from drawplate.planner.shape import stored_bits
 from tests.tiny import a_weight
 
 FOUR_BITS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]

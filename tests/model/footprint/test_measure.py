@@ -15,8 +15,8 @@ from drawplate.model.footprint import recorder, trial
 from drawplate.model.footprint.compiled_kernels import kernels_of
 from drawplate.model.footprint.compiled_nodes import same_places
 from drawplate.model.footprint.measure import layer_shapes, outer_footprints
-from drawplate.model.layer.adapter import lora_config
 from drawplate.model.layer.anatomy import Anatomy, build_anatomy
+from drawplate.model.support.targets import lora_config
 from drawplate.model.support.walk import walk
 from drawplate.recipe import LoraSection
 from tests.model.conftest import ARCHITECTURES, COMMON

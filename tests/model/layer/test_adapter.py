@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from drawplate.data.batches import cut_packed
 from drawplate.errors import IntegrityError, UsageError
-from drawplate.model.layer.adapter import WEIGHTS_NAME, Adapter, lora_config, read_adapter
+from drawplate.model.base.adapter_config import WEIGHTS_NAME
+from drawplate.model.layer.adapter import Adapter, read_adapter
 from drawplate.model.layer.anatomy import build_anatomy
+from drawplate.model.support.targets import lora_config
 from drawplate.recipe import LoraSection
 from tests.model.conftest import write_model
 from tests.model.test_causal_lm import build, nats, transformers_nats

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.model.base.precision import Storage
 from drawplate.model.causal_lm import CausalLM
-from drawplate.model.layer.adapter import lora_config, save_adapter
+from drawplate.model.layer.adapter import save_adapter
 from drawplate.model.layer.anatomy import build_anatomy
 from drawplate.model.load.lora_init import Start, leading_factors, quantization_error_start, without_start
+from drawplate.model.support.targets import lora_config
 from drawplate.recipe import LoraSection
 from drawplate.records import Sequence
 from tests.model.conftest import random_sequences

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from bench.shapes import RandomCheckpoint, random_checkpoint
 from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.model.base.precision import Storage
-from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.layer.adapter import lora_config
+from drawplate.model.causal_lm import CausalLM
 from drawplate.model.load.assemble import assemble
+from drawplate.model.placement import Placement
 from drawplate.model.stream.host_activations import HostActivations
 from drawplate.model.stream.weight_ring import Residency
+from drawplate.model.support.targets import lora_config
 from drawplate.recipe import LoraSection
 from tests.model.conftest import random_sequences
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drawplate.model.stream.weight_ring import LayerLayout, Residency
+from drawplate.model.base.layer_layout import LayerLayout
+from drawplate.model.stream.weight_ring import Residency
 
 LAYERS = 6
 

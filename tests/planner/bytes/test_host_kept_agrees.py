@@ -9,10 +9,10 @@ import pytest
 from drawplate.data.batches import cut_padded
 from drawplate.layout.footprint import Mode
 from drawplate.model.footprint.measure import layer_shapes
-from drawplate.model.layer.adapter import lora_config
 from drawplate.model.layer.anatomy import build_anatomy
 from drawplate.model.stream import host_activations
 from drawplate.model.stream.host_activations import HostActivations
+from drawplate.model.support.targets import lora_config
 from drawplate.planner.bytes import host_kept
 from drawplate.recipe import LoraSection
 from tests.model.conftest import random_sequences, write_model

@@ -11,19 +11,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from drawplate.planner.bytes.estimate import estimate
-from drawplate.planner.bytes.ledger import (
-    PHASES,
-    Choice,
-    Ledger,
-    ModelShape,
-    Surroundings,
-    kept_bytes_per_token_and_layer,
-    ledger,
-    stored_bits,
-)
+from drawplate.planner.bytes.ledger import PHASES, Ledger, ledger
 from drawplate.planner.bytes.replay import Replay
-from drawplate.planner.bytes.sketch import sketched
+from drawplate.planner.bytes.sketch import kept_bytes_per_token_and_layer, sketched
 from drawplate.planner.bytes.stage import Stage
+from drawplate.planner.shape import Choice, ModelShape, Surroundings, stored_bits
 from drawplate.records import LedgerLine
 from drawplate.units import MIB
 

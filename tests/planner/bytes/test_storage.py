@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from drawplate.layout.footprint import LayerShape, LinearShape
 from drawplate.model.base import precision as storage
+from drawplate.model.base.layer_layout import LayerLayout
 from drawplate.model.ends.loss_tile import LossShape, Tile
-from drawplate.model.stream.weight_ring import LayerLayout
-from drawplate.planner.bytes.ledger import Choice, ModelShape
 from drawplate.planner.bytes.storage import Storage, layer_bytes, loss_tile
+from drawplate.planner.shape import Choice, ModelShape
 
 PRECISIONS = ["nf4", "fp4", "int8", "fp8", "fp8_both", "bf16", "fp16", "fp32"]
 

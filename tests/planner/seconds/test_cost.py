@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from drawplate.data.batches import cut_packed, cut_padded
 from drawplate.errors import UsageError
 from drawplate.planner.bytes.host_kept import due_back
-from drawplate.planner.bytes.ledger import Choice
 from drawplate.planner.seconds.cost import BESIDE_STREAMED, Cost, Walk, carried_layers, step_cost, step_seconds
 from drawplate.planner.seconds.gpus import GPUS, gpu_named, typical_speed
 from drawplate.planner.seconds.unit_cost import head_copy_seconds, layer_copy_seconds, product_seconds, units_of
 from drawplate.planner.seconds.work import Cut, StepWork, step_work
+from drawplate.planner.shape import Choice
 from drawplate.records import DeviceSpeed, Sequence
 from tests.planner.bytes.test_ledger import shape
 

@@ -39,9 +39,9 @@ from drawplate.machine.cgroups import available_ram_bytes
 from drawplate.machine.device import is_lost
 from drawplate.machine.memory import count_mapped
 from drawplate.model.base.arena_file import ArenaFile, ArenaKey, Damaged, Fill, Progress
+from drawplate.model.base.layer_layout import LayerLayout
 from drawplate.model.base.precision import Storage
 from drawplate.model.base.weights import Checkpoint
-from drawplate.model.stream.weight_ring import LayerLayout
 from drawplate.units import MIB, format_bytes
 
 SMALLEST_BYTES = 16 * MIB

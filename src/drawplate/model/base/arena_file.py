@@ -35,7 +35,7 @@ from torch import Tensor
 
 from drawplate.durable import flush_to_disk
 from drawplate.machine.caches import hold
-from drawplate.model.stream.weight_ring import LayerLayout
+from drawplate.model.base.layer_layout import LayerLayout
 from drawplate.units import MIB
 
 try:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
@@ -22,17 +22,7 @@ from drawplate.layout.footprint import Footprint, Mode, Trace
 from drawplate.model.footprint.recorder import TRACED_BORDERS, TRACED_TOKENS, Recorder, Watch
 from drawplate.model.layer import attention
 from drawplate.model.layer.anatomy import Anatomy
-from drawplate.model.support.walk import Walk, walk
-
-_walks: weakref.WeakKeyDictionary[nn.Module, Walk] = weakref.WeakKeyDictionary()
-
-
-def walked(anatomy: Anatomy) -> Walk:
-    """What one walk through the body has shown, remembered."""
-    if anatomy.body not in _walks:
-        with unset_fake_temporarily():
-            _walks[anatomy.body] = walk(anatomy)
-    return _walks[anatomy.body]
+from drawplate.model.support.walk import walked
 
 
 def device_of(mode: Mode) -> str:

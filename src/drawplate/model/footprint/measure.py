@@ -35,11 +35,11 @@ from drawplate.model.footprint.compiled import Graphs, compiled_footprint
 from drawplate.model.footprint.recorder import Recorder, Watch
 from drawplate.model.footprint.trial import Trial, frozen_layer, unused_of
 from drawplate.model.layer import attention
-from drawplate.model.layer.adapter import target_names
 from drawplate.model.layer.anatomy import Anatomy
 from drawplate.model.layer.frozen_linear import FrozenLinear
 from drawplate.model.layer.functions import kind_of
 from drawplate.model.load.fill_layer import trained_shapes
+from drawplate.model.support.targets import target_names
 
 PLAIN_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in PLAIN_DTYPES.items()}
 

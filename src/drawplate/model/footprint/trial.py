@@ -14,13 +14,14 @@ from torch.func import functional_call
 
 from drawplate.layout.footprint import Mode
 from drawplate.model.base.precision import Storage
-from drawplate.model.footprint.body import arguments_of, device_of, walked
+from drawplate.model.footprint.body import arguments_of, device_of
 from drawplate.model.footprint.recorder import TRACED_TOKENS
 from drawplate.model.layer import attention
-from drawplate.model.layer.adapter import target_names
 from drawplate.model.layer.anatomy import Anatomy
 from drawplate.model.layer.frozen_linear import WHOLE, FrozenLinear
 from drawplate.model.load.fill_layer import freeze_linears, stored_specs, trained_shapes
+from drawplate.model.support.targets import target_names
+from drawplate.model.support.walk import walked
 
 
 @dataclass

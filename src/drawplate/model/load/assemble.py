@@ -23,10 +23,11 @@ from drawplate.model.base.arena import (
     private_memory,
     require_host_memory,
 )
+from drawplate.model.base.layer_layout import LayerLayout
 from drawplate.model.base.precision import FP8_CAPABILITY, FP8_MULTIPLE, PLAIN_DTYPES, Storage
 from drawplate.model.base.weights import Checkpoint
-from drawplate.model.causal_lm import CausalLM, Placement
-from drawplate.model.layer.adapter import Adapter, target_names
+from drawplate.model.causal_lm import CausalLM
+from drawplate.model.layer.adapter import Adapter
 from drawplate.model.layer.anatomy import Anatomy, build_anatomy
 from drawplate.model.layer.runner import ExecutedLayer
 from drawplate.model.load.fill_ends import fill_outside
@@ -39,7 +40,9 @@ from drawplate.model.load.fill_layer import (
     trained_shapes,
 )
 from drawplate.model.load.names import CheckpointNames, wanted_names
-from drawplate.model.stream.weight_ring import LayerLayout, Residency
+from drawplate.model.placement import Placement
+from drawplate.model.stream.weight_ring import Residency
+from drawplate.model.support.targets import target_names
 from drawplate.model.support.walk import require_practical, require_streamable, walk
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from drawplate.model.base.adapter_config import ranks_of, scaling_of
 from drawplate.model.base.precision import Storage
 from drawplate.model.base.tables import computed_tables
-from drawplate.model.causal_lm import Placement
 from drawplate.model.layer.frozen_linear import WHOLE, FrozenLinear, Group
 from drawplate.model.load.names import CheckpointNames
+from drawplate.model.placement import Placement
 
 DROPOUT_KEY = "dropout_key"
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -29,8 +29,9 @@ from torch import Tensor
 from drawplate.layout.even_pace import LEAVING_LAYERS, BlockAt, EvenPace
 from drawplate.layout.footprint import SENT_FROM_BYTES
 from drawplate.model.base.arena import private_bytes
+from drawplate.model.base.layer_layout import ALIGNMENT
 from drawplate.model.stream.layer_inputs import WITHOUT
-from drawplate.model.stream.weight_ring import ALIGNMENT, POISON
+from drawplate.model.stream.weight_ring import POISON
 from drawplate.units import MIB
 
 PIECE_BYTES = 16 * MIB

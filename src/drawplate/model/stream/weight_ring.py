@@ -25,49 +25,14 @@ before each load and after the last release, so that a stale read cannot pass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from drawplate.errors import DoesNotFit
+from drawplate.model.base.layer_layout import LayerLayout
 
-ALIGNMENT = 256
 POISON = 0xFF
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """Where one tensor lies in its layer's run of bytes."""
-
-    offset: int
-    bytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class LayerLayout:
-    """The places of all stored tensors of a layer, in a run of `bytes` bytes; offsets are multiples of 256."""
-
-    places: dict[str, TensorPlace]
-    bytes: int
-
-    @classmethod
-    def of(cls, specs: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> LayerLayout:
-        """A layout for tensors given as name -> (shape, dtype)."""
-        places, offset = {}, 0
-        for name, (shape, dtype) in specs.items():
-            size = dtype.itemsize * torch.Size(shape).numel()
-            places[name] = TensorPlace(offset, size, tuple(shape), dtype)
-            offset += -(-size // ALIGNMENT) * ALIGNMENT
-        return cls(places, offset)
-
-    def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The tensors as views of a uint8 buffer of at least `bytes` bytes."""
-        return {
-            name: buffer[p.offset : p.offset + p.bytes].view(p.dtype).view(p.shape) for name, p in self.places.items()
-        }
 
 
 class _Slot:

@@ -15,6 +15,7 @@ layers stay on the device with their activations, and documents do not share a r
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_map_only
 
 from drawplate.errors import UsageError
@@ -154,6 +156,17 @@ def walk(anatomy: Anatomy) -> Walk:
     extras = tuple(recorder.extras for recorder in recorders)
     obstacle = side_door or _shared_tensors(templates)
     return Walk(extras, obstacle, unpackable, () if obstacle else _unused(templates, recorders), idle)
+
+
+_walks: weakref.WeakKeyDictionary[nn.Module, Walk] = weakref.WeakKeyDictionary()
+
+
+def walked(anatomy: Anatomy) -> Walk:
+    """What one walk through the body has shown, remembered."""
+    if anatomy.body not in _walks:
+        with unset_fake_temporarily():
+            _walks[anatomy.body] = walk(anatomy)
+    return _walks[anatomy.body]
 
 
 def _watched_walk(anatomy: Anatomy, templates: Sequence[nn.Module]) -> tuple[list[_Recorder], dict[str, Tensor], str]:

@@ -14,34 +14,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from drawplate.layout.footprint import Footprint, LayerShape, Line, LinearShape, Mode
 from drawplate.planner.bytes.blocks import Moment
 from drawplate.planner.bytes.host import HostLines, Row
 from drawplate.planner.bytes.host_kept import LINE
 from drawplate.planner.bytes.replay import Replay
-from drawplate.planner.bytes.sketch import kept_bytes_per_token_and_layer, sketched
+from drawplate.planner.bytes.sketch import sketched
 from drawplate.planner.bytes.storage import Storage, layer_bytes
-from drawplate.planner.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings, stored_bits
+from drawplate.planner.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
 from drawplate.records import LedgerLine, PhaseLedger
 from drawplate.units import MIB
-
-__all__ = [
-    "DTYPE_BYTES",
-    "PHASES",
-    "PLAIN",
-    "Choice",
-    "Footprint",
-    "LayerShape",
-    "Ledger",
-    "Line",
-    "LinearShape",
-    "Mode",
-    "ModelShape",
-    "Surroundings",
-    "kept_bytes_per_token_and_layer",
-    "ledger",
-    "stored_bits",
-]
 
 PHASES = ("load", "baseline evaluation", "training", "checkpoint", "final evaluation")
 ARENA_ALIGNMENT = 2**16

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from drawplate.planner.bytes.host_kept import due_back
-from drawplate.planner.bytes.ledger import Choice, ModelShape
 from drawplate.planner.seconds.unit_cost import QUANTIZED, Units, head_copy_seconds, units_of
 from drawplate.planner.seconds.work import StepWork
+from drawplate.planner.shape import Choice, ModelShape
 from drawplate.records import CostLine, DeviceSpeed
 
 LAUNCHES = {True: (130.0, 125.0), False: (190.0, 240.0)}
