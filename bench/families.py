@@ -47,7 +47,7 @@ from drawplate.model.placement import Placement
 from drawplate.model.support.targets import lora_config
 from drawplate.planner.situation import CorpusShape
 from drawplate.recipe import LoraSection, ModelSection, Recipe, load_recipe
-from drawplate.run.prepare import plan_for_lengths
+from drawplate.run.planning import plan_for_lengths
 
 VOCAB = 97
 LENGTHS = [5, 23, 14]

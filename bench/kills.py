@@ -40,6 +40,7 @@ from bench.about import about  # noqa: E402
 from bench.random_models import random_model, random_sequences  # noqa: E402
 from drawplate.checkpoint.snapshot import OPTIMIZER_NAME, restore, snapshot_files  # noqa: E402
 from drawplate.checkpoint.write import MANIFEST_NAME, Position, good, keep_only, write_checkpoint  # noqa: E402
+from drawplate.data.batches import Cutting  # noqa: E402
 from drawplate.errors import StoppedSafely  # noqa: E402
 from drawplate.model.base.adapter_config import WEIGHTS_NAME  # noqa: E402
 from drawplate.model.base.precision import Storage  # noqa: E402
@@ -47,7 +48,7 @@ from drawplate.model.causal_lm import CausalLM  # noqa: E402
 from drawplate.model.placement import Placement  # noqa: E402
 from drawplate.recipe import TrainSection  # noqa: E402
 from drawplate.train.loop import make_optimizer, train  # noqa: E402
-from drawplate.train.task import Cutting, Schedule, TrainState, TrainTask  # noqa: E402
+from drawplate.train.task import Schedule, TrainState, TrainTask  # noqa: E402
 
 MOMENTS = {"forward": (1, 2, 5, 6), "backward": (1, 2, 5, 6), "optimizer": (1, 3), "write": (1, 2, 3)}
 """Where to kill, and at which occasions: none lies between a checkpoint and the end of the step after it, since that

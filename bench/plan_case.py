@@ -188,7 +188,7 @@ def shape_of(facts: dict[str, Any]) -> Any:
     from bench.shapes import shape_config
     from drawplate.model.layer.anatomy import build_anatomy
     from drawplate.recipe import load_recipe
-    from drawplate.run.prepare import model_shape
+    from drawplate.run.planning import model_shape
 
     anatomy = build_anatomy(shape_config(facts["shape"], layers=int(facts["options"].get("layers", 0)) or None))
     targets = "all-linear" if facts["targets"] == "all" else ["q_proj", "v_proj"]

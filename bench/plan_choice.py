@@ -49,7 +49,7 @@ def model_of(shape: str) -> tuple[Any, Any]:
     from bench.shapes import shape_config
     from drawplate.model.layer.anatomy import build_anatomy
     from drawplate.recipe import load_recipe
-    from drawplate.run.prepare import model_shape
+    from drawplate.run.planning import model_shape
 
     train = {"effective_batch_size": STEP_DOCUMENTS}
     values = {"model": {"name_or_path": "random"}, "data": {"files": ["random"]}, "lora": LORA, "train": train}

@@ -33,7 +33,7 @@ from drawplate.model.support.targets import lora_config
 from drawplate.planner.situation import CorpusShape
 from drawplate.recipe import LoraSection, load_recipe
 from drawplate.records import Plan, Sequence
-from drawplate.run.prepare import plan_for_lengths
+from drawplate.run.planning import plan_for_lengths
 
 PAD_MULTIPLE = 16
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from bench.recipe_study import Adapters, Base, Group, Variant, score, train_group
+from drawplate.data.batches import Cutting
 from drawplate.evaluation.score import score_documents, total
 from drawplate.recipe import LoraSection, TrainSection
 from drawplate.records import Sequence
 from drawplate.train.loop import train
-from drawplate.train.task import Cutting, Schedule, TrainState, TrainTask
+from drawplate.train.task import Schedule, TrainState, TrainTask
 from tests.tiny import Notes, tiny_model, write_base
 
 VARIANTS = (

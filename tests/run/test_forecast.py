@@ -19,7 +19,8 @@ from drawplate.errors import DataError, UsageError
 from drawplate.recipe import USUAL_RANK, Recipe, load_recipe
 from drawplate.records import Plan, from_json
 from drawplate.run.forecast import forecast
-from drawplate.run.prepare import model_shape, prepare
+from drawplate.run.planning import model_shape
+from drawplate.run.prepare import prepare
 from drawplate.units import GIB
 from tests.tiny import recipe_values, tiny_recipe
 

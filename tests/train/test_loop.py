@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import drawplate.train.loop as loop
-from drawplate.data.batches import cut_padded
+from drawplate.data.batches import Cutting, cut_padded
 from drawplate.errors import DoesNotFit, NumericError, StoppedSafely
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.layer.frozen_linear import FrozenLinear
@@ -24,7 +24,7 @@ from drawplate.recipe import LoraSection, TrainSection
 from drawplate.records import Evaluation, Sequence, StepRecord
 from drawplate.train.guards import StopSignals
 from drawplate.train.loop import train
-from drawplate.train.task import Cutting, Schedule, TrainState, TrainTask
+from drawplate.train.task import Schedule, TrainState, TrainTask
 from tests.model.conftest import random_sequences
 from tests.tiny import Notes, tiny_model, write_base
 

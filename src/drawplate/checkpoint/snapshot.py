@@ -23,12 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from drawplate.checkpoint.write import Pieces, json_pieces, safetensors_pieces
+from drawplate.data.batches import Cutting
 from drawplate.errors import IntegrityError
 from drawplate.model.base.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.layer.adapter import Adapter
 from drawplate.records import to_json
-from drawplate.train.task import Cutting, TrainState
+from drawplate.train.task import TrainState
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 BEST_NAME = "best_adapter.safetensors"

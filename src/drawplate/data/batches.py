@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -145,3 +145,31 @@ def _batch(rows: Seq[Seq[Sequence]], pad_to_multiple_of: int, pad_id: int, *, pa
         counted_tokens=int((targets != NOT_COUNTED).sum()),
         documents=tuple(dict.fromkeys(sequence.document for row in rows for sequence in row)),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutting:
+    """How sequences become micro-batches: packed rows of at most `tokens`, or padded rows of `sequences`."""
+
+    packing: bool
+    tokens: int
+    sequences: int = 1
+    pad_to_multiple_of: int = 16
+    pad_id: int = 0
+
+    def __call__(self, sequences: Seq[Sequence]) -> list[Batch]:
+        """The micro-batches of some sequences, in a fixed order."""
+        if self.packing:
+            return cut_packed(sequences, self.tokens, self.pad_to_multiple_of, self.pad_id)
+        return cut_padded(sequences, self.sequences, self.pad_to_multiple_of, self.pad_id)
+
+    def halved(self) -> Cutting | None:
+        """Micro-batches half as large, None where that is impossible."""
+        if self.packing:
+            return replace(self, tokens=self.tokens // 2) if self.tokens // 2 >= self.pad_to_multiple_of else None
+        return replace(self, sequences=self.sequences // 2) if self.sequences > 1 else None
+
+    @property
+    def size(self) -> str:
+        """Of a micro-batch, in words."""
+        return f"{self.tokens:,} tokens" if self.packing else f"{self.sequences} sequences"

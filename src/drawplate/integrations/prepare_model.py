@@ -15,7 +15,7 @@ from drawplate.model.support.targets import lora_config
 from drawplate.planner.advise import advised_adapter
 from drawplate.planner.situation import CorpusShape, choose_max_length
 from drawplate.recipe import Recipe, Section, load_recipe
-from drawplate.run.prepare import max_positions, plan_for_lengths
+from drawplate.run.planning import max_positions, plan_for_lengths
 
 Keys = Mapping[str, Any] | Section | None
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from drawplate.data.batches import Cutting
 from drawplate.data.cautions import not_read
 from drawplate.data.documents import Corpus, read_documents
 from drawplate.data.tokens import Tokenized, load_tokenizer, tokenize
@@ -37,16 +38,8 @@ from drawplate.records import ModelScore
 from drawplate.run.folder import UNQUANTIZED_NAME
 from drawplate.run.heldout import Scores, give_back_memory, paired, score
 from drawplate.run.journal import Journal
-from drawplate.run.prepare import (
-    choose_context_tokens,
-    corpus_shape,
-    max_positions,
-    pad_id,
-    plan_for_lengths,
-    renderer_of,
-    require_predictable,
-)
-from drawplate.train.task import Cutting
+from drawplate.run.planning import choose_context_tokens, corpus_shape, max_positions, plan_for_lengths
+from drawplate.run.prepare import pad_id, renderer_of, require_predictable
 
 
 @dataclass(frozen=True, kw_only=True)

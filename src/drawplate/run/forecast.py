@@ -23,19 +23,17 @@ from drawplate.planner.seconds.gpus import gpu_named
 from drawplate.planner.situation import CorpusShape, Situation, choose_compute_dtype, choose_max_length
 from drawplate.recipe import Recipe
 from drawplate.records import Plan
-from drawplate.run.prepare import (
+from drawplate.run.planning import (
     choose_context_tokens,
     corpus_shape,
     max_positions,
     model_shape,
     obstacles_of,
-    read_sides,
-    renderer_of,
-    require_predictable,
     situation_of,
     with_disk,
     with_quantization_tax,
 )
+from drawplate.run.prepare import read_sides, renderer_of, require_predictable
 from drawplate.units import format_bytes
 
 CHARACTERS_OF_A_TOKEN = 4

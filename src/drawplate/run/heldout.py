@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
+from drawplate.data.batches import Cutting
 from drawplate.data.general import SHIPPED_NAME, sample
 from drawplate.errors import DoesNotFit, EnvironmentProblem, UserError
 from drawplate.evaluation.interval import Change, perplexity_change
@@ -31,8 +32,8 @@ from drawplate.planner.tax import CALIBRATION_TOKENS, HEAD_ROWS, PLAIN_PRECISION
 from drawplate.recipe import LoraSection, Recipe
 from drawplate.records import DocumentScore, EvaluationFacts, Sequence
 from drawplate.run.journal import Journal
-from drawplate.run.prepare import Prepared, choose_context_tokens, evaluation_cutting, pad_id
-from drawplate.train.task import Cutting
+from drawplate.run.planning import choose_context_tokens
+from drawplate.run.prepare import Prepared, evaluation_cutting, pad_id
 
 Scores = tuple[DocumentScore, ...]
 Measured = dict[str, Scores]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from drawplate.data.batches import Batch
+from drawplate.data.batches import Batch, Cutting
 from drawplate.errors import DoesNotFit
 from drawplate.machine.memory import PeakMeter, measure_context
 from drawplate.machine.speed import keep_overheads
@@ -33,10 +33,10 @@ from drawplate.planner.budget import DEVICE_MARGIN, HOST_MARGIN
 from drawplate.planner.bytes.host import RUNTIME
 from drawplate.records import Plan, RehearsedPhase, Sequence
 from drawplate.run.journal import Journal
-from drawplate.run.prepare import Prepared, corpus_shape, evaluation_cutting, plan_for_lengths, train_cutting
+from drawplate.run.planning import corpus_shape, plan_for_lengths
+from drawplate.run.prepare import Prepared, evaluation_cutting, train_cutting
 from drawplate.train.loop import make_optimizer
 from drawplate.train.step import is_out_of_memory
-from drawplate.train.task import Cutting
 from drawplate.units import MIB, format_bytes, format_percent
 
 CHECKED_ABOVE_BYTES = 256 * MIB

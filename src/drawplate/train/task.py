@@ -10,46 +10,18 @@ import functools
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from drawplate.data.batches import Batch, cut_packed, cut_padded
+from drawplate.data.batches import Batch, Cutting
 from drawplate.data.steps import StepOrder, target_tokens_of
 from drawplate.errors import StoppedSafely
 from drawplate.model.causal_lm import CausalLM
 from drawplate.recipe import TrainSection
 from drawplate.records import Evaluation, LedgerLine, Plan, Sequence, StepRecord
 from drawplate.train.guards import Clock, StopSignals, Watchdog
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cutting:
-    """How sequences become micro-batches: packed rows of at most `tokens`, or padded rows of `sequences`."""
-
-    packing: bool
-    tokens: int
-    sequences: int = 1
-    pad_to_multiple_of: int = 16
-    pad_id: int = 0
-
-    def __call__(self, sequences: Seq[Sequence]) -> list[Batch]:
-        """The micro-batches of some sequences, in a fixed order."""
-        if self.packing:
-            return cut_packed(sequences, self.tokens, self.pad_to_multiple_of, self.pad_id)
-        return cut_padded(sequences, self.sequences, self.pad_to_multiple_of, self.pad_id)
-
-    def halved(self) -> Cutting | None:
-        """Micro-batches half as large, None where that is impossible."""
-        if self.packing:
-            return replace(self, tokens=self.tokens // 2) if self.tokens // 2 >= self.pad_to_multiple_of else None
-        return replace(self, sequences=self.sequences // 2) if self.sequences > 1 else None
-
-    @property
-    def size(self) -> str:
-        """Of a micro-batch, in words."""
-        return f"{self.tokens:,} tokens" if self.packing else f"{self.sequences} sequences"
 
 
 @dataclass(frozen=True, kw_only=True)
