@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from drawplate.kernels import Impl, uses_triton
-
-BLOCK = 64
-SCALE_BLOCK = 256
+from drawplate.layout.stored_linear import BLOCK, SCALE_BLOCK
 
 
 def dequantize(

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drawplate.data.batches import NOT_COUNTED, PADDING_SEQUENCE, Batch
+from drawplate.layout.widths import FEWEST_BORDERS, SHORTEST_BOUND, WIDTHS, power_of_two, roomier
 
-WIDTHS = 4
 WIDTH_MULTIPLE = 16
-COUNTED_PARTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +81,7 @@ class DeviceBatch:
 
     def roomier(self) -> DeviceBatch:
         """With `counted` rounded up to an eighth of the tokens, so that few shapes differ by it alone."""
-        part = -(-self.tokens // COUNTED_PARTS)
-        return replace(self, counted=min(self.tokens, -(-self.counted // part) * part))
+        return replace(self, counted=roomier(self.counted, self.tokens))
 
 
 @dataclass
@@ -97,16 +95,16 @@ class ShapeBounds:
     """
 
     width: int = 0
-    longest: int = 128
-    borders: int = 64
+    longest: int = SHORTEST_BOUND
+    borders: int = FEWEST_BORDERS
 
     def fit(self, batch: Batch) -> tuple[Batch, Tensor | None]:
         """-> (the micro-batch in one of few shapes, its borders in a tensor of one length; None for padded rows)."""
         wide = self._widened(batch)
         if wide.cu_seqlens is None:
             return wide, None
-        self.longest = max(self.longest, _power_of_two(wide.max_seqlen))
-        self.borders = max(self.borders, _power_of_two(len(wide.cu_seqlens)))
+        self.longest = max(self.longest, power_of_two(wide.max_seqlen))
+        self.borders = max(self.borders, power_of_two(len(wide.cu_seqlens)))
         empty = wide.cu_seqlens[-1:].expand(self.borders - len(wide.cu_seqlens))
         return replace(wide, max_seqlen=self.longest), torch.cat([wide.cu_seqlens, empty])
 
@@ -134,7 +132,3 @@ class ShapeBounds:
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """On its way to the device; through page-locked memory, from which a copy need not be waited for."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()

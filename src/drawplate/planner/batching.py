@@ -8,6 +8,7 @@ from typing import Any
 
 from drawplate.data.steps import filling
 from drawplate.errors import UsageError
+from drawplate.layout.widths import WIDTHS
 from drawplate.planner.seconds.work import Cut, step_work
 from drawplate.planner.situation import CorpusShape, Situation, attends_one_by_one
 from drawplate.planner.space import MicroBatch
@@ -20,7 +21,6 @@ ROW_TOKENS = {
 }
 SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 LARGEST_PADDED_TOKENS = {"cpu": 8192, "cuda": 32768}
-WIDTHS_OF_ROWS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def row_multiple(recipe: Recipe, device: str, tokens: int, batch: StepBatch) -> 
     if device != "cuda":
         return multiple
     widest = tokens if batch.packing else batch.row_tokens
-    return max(1, widest // WIDTHS_OF_ROWS // multiple) * multiple
+    return max(1, widest // WIDTHS // multiple) * multiple
 
 
 def accumulation(recipe: Recipe, batch: StepBatch, cut: MicroBatch, reasons: dict[str, str]) -> int:

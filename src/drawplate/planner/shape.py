@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from drawplate.layout.footprint import Footprint, LayerShape, Mode
+from drawplate.layout.stored_linear import BLOCK, PLAIN_DTYPES, SCALE_BLOCK
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STORED_BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "fp8": 8.0}
-PLAIN = {"bf16": 2, "fp16": 2, "fp32": 4}
-BLOCK, SCALE_BLOCK = 64, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +153,7 @@ class Choice:
 
     def mode(self, tier: str, *, kept: bool = False) -> Mode:
         """How a layer of a tier is run. Kept layers are dequantized weight by weight, or autograd would keep that."""
-        stored = "" if tier == "dequantized" or self.precision in PLAIN else self.precision
+        stored = "" if tier == "dequantized" or self.precision in PLAIN_DTYPES else self.precision
         if tier == "dequantized" and self.precision == "fp8":
             stored = "fp8_both"
         return Mode(

@@ -14,10 +14,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from drawplate.layout.stored_linear import DTYPE_BYTES
 from drawplate.planner.bytes.host import RUNTIME
 from drawplate.planner.bytes.ledger import Ledger
 from drawplate.planner.bytes.sketch import kept_bytes_per_token_and_layer
-from drawplate.planner.shape import DTYPE_BYTES, ModelShape
+from drawplate.planner.shape import ModelShape
 from drawplate.recipe import Auto
 from drawplate.records import LedgerLine, PhaseLedger, Plan
 from drawplate.units import MIB, format_bytes, format_count

@@ -13,7 +13,7 @@ from torch import Tensor
 from drawplate.model.ends import loss_tile
 from drawplate.model.ends.head import Head, ResidentRows, StreamedRows
 from drawplate.model.ends.loss import IGNORED, head_cross_entropy
-from drawplate.model.ends.loss_tile import LossShape, loss_workspace_bytes
+from drawplate.model.ends.loss_tile import LossShape, Tile
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 VARIANTS = {
@@ -310,6 +310,30 @@ def test_a_gpu_is_not_waited_for_and_the_workspace_is_as_planned(monkeypatch, ta
     planned = loss_workspace_bytes(LossShape.of(hidden_NH, head), 4096, counted=counted)
     assert 0.9 * planned < peak < 1.05 * planned
     loss.backward()
+
+
+def loss_workspace_bytes(shape: LossShape, tokens: int, *, counted: int | None = None) -> int:
+    """Peak bytes that `head_cross_entropy` allocates while it runs; the head itself and its slots are not among them.
+
+    One tile of logits and 11 numbers of 4 to 8 bytes for each token that counts. If some do not count, a copy of the
+    hidden states of those that do (C * H elements). In training also their float32 accumulator and their targets'
+    rows (C * H elements each), and where products cannot add to float32 (a CPU in bf16) one block's product (B * H
+    elements). Afterwards only the gradient stays until backward, which makes another N * H.
+    Blind to the allocator's rounding and to the workspace of cuBLAS and oneDNN.
+
+    Args:
+        shape: the numbers, from a head (`LossShape.of`) or from a configuration.
+        tokens: of the micro-batch.
+        counted: those whose target is not ignored; None for all.
+    """
+    counted = tokens if counted is None else counted
+    size, tile = shape.dtype.itemsize, Tile.of(shape, counted)
+    total = tile.bytes + counted * 11 * 4
+    if counted < tokens:
+        total += counted * shape.hidden * size
+    if shape.training:
+        total += counted * shape.hidden * (tile.sum_dtype.itemsize + size)
+    return total
 
 
 @pytest.fixture

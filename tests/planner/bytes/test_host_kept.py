@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 
 from drawplate.layout.footprint import INPUT, SENT_FROM_BYTES, Footprint, Line
+from drawplate.layout.stored_linear import DTYPE_BYTES
 from drawplate.planner.bytes.batch_rows import Rows, train_rows_of
 from drawplate.planner.bytes.host_kept import LINE, HostKept, leaving, most_back, sent_blocks
 from drawplate.planner.bytes.ledger import ledger
 from drawplate.planner.bytes.micro_batch import MicroBatch
 from drawplate.planner.bytes.sketch import kept_bytes_per_token_and_layer, sketched
 from drawplate.planner.bytes.stage import Stage
-from drawplate.planner.shape import DTYPE_BYTES, Choice, ModelShape, Surroundings
+from drawplate.planner.shape import Choice, ModelShape, Surroundings
 from tests.planner.bytes.test_ledger import AROUND, shape
 
 CHOICE = Choice(

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drawplate.layout.footprint import LayerShape, LinearShape
+from drawplate.layout.stored_linear import StoredLinear
 from drawplate.model.base import precision as storage
 from drawplate.model.base.layer_layout import LayerLayout
 from drawplate.model.ends.loss_tile import LossShape, Tile
-from drawplate.planner.bytes.storage import Storage, layer_bytes, loss_tile
+from drawplate.planner.bytes.storage import layer_bytes, loss_buffers
 from drawplate.planner.shape import Choice, ModelShape
 
 PRECISIONS = ["nf4", "fp4", "int8", "fp8", "fp8_both", "bf16", "fp16", "fp32"]
@@ -24,7 +25,7 @@ def test_a_layer_is_as_large_as_its_layout(precision: str, double_quant: bool, o
     specs = {f"w.{n}": s for n, s in storage.Storage(precision, double_quant).specs(out, inner).items()}
     layout = LayerLayout.of({**specs, "norm": ((inner,), torch.bfloat16)})
     kind = LayerShape(linears=(LinearShape(out_features=out, in_features=inner),), plain=(inner,))
-    assert layer_bytes(kind, Storage(precision, double_quant), 2) == layout.bytes
+    assert layer_bytes(kind, StoredLinear(precision, double_quant), 2) == layout.bytes
 
 
 MODEL = ModelShape(
@@ -49,4 +50,4 @@ def test_the_losses_tile_is_as_large_as_the_code_makes_it(
     )  # fmt: skip
     model = replace(MODEL, vocab=vocab, softcap=softcap)
     choice = replace(CHOICE, device=device, compute_dtype=dtype, head_rows=head_rows)  # type: ignore[arg-type]
-    assert sum(loss_tile(model, choice, counted, training=training)) == Tile.of(shape, counted).bytes
+    assert sum(loss_buffers(model, choice, counted, training=training)) == Tile.of(shape, counted).bytes

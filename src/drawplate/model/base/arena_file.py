@@ -34,6 +34,7 @@ import xxhash
 from torch import Tensor
 
 from drawplate.durable import flush_to_disk
+from drawplate.layout.stored_linear import LAYER_ALIGNMENT
 from drawplate.machine.caches import hold
 from drawplate.model.base.layer_layout import LayerLayout
 from drawplate.units import MIB
@@ -44,7 +45,6 @@ except ImportError:  # not a POSIX system: `lock` raises, so nothing is cached t
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1  # to be raised when the format, or what quantizing gives, changes
-LAYER_ALIGNMENT = 2**16
 READ_BYTES = MIB
 MOST_THREADS = 8
 _MAGIC = b"DP-ARENA"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ALIGNMENT = 256
+from drawplate.layout.stored_linear import aligned
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LayerLayout:
         for name, (shape, dtype) in specs.items():
             size = dtype.itemsize * torch.Size(shape).numel()
             places[name] = TensorPlace(offset, size, tuple(shape), dtype)
-            offset += -(-size // ALIGNMENT) * ALIGNMENT
+            offset += aligned(size)
         return cls(places, offset)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:

@@ -1,10 +1,9 @@
 """How a frozen weight matrix is stored: in which tensors, how a weight becomes them, and how it comes back.
 
-4-bit weights are in bitsandbytes' layout (blocks of 64; with double quantization, 8-bit scales in blocks of 256), so
-that its kernels serve on CPU and CUDA and its pre-quantized checkpoints load as they are. int8 is LLM.int8()'s storage
-(row-wise absmax) without its outlier path. fp8 is e4m3 with a scale a row; `fp8_both` stores the transpose beside it (2
-bytes a weight, as bf16), which saves backward the time to make it (model/layer/frozen_product.py). Both hold the same
-numbers.
+The tensors are those of layout/stored_linear.py. 4-bit weights are in bitsandbytes' layout, so that its kernels serve
+on CPU and CUDA and its pre-quantized checkpoints load as they are. int8 is without LLM.int8()'s outlier path.
+`fp8_both` (2 bytes a weight, as bf16) saves backward the time to make the transpose (model/layer/frozen_product.py);
+both kinds of fp8 hold the same numbers.
 """
 
 from __future__ import annotations
@@ -15,33 +14,19 @@ import torch
 from torch import Tensor
 
 from drawplate.kernels import four_bits
-from drawplate.kernels.fp8_rows import FP8, fp8_rows
+from drawplate.kernels.fp8_rows import fp8_rows
 from drawplate.kernels.transposed import transposed as transpose_of
+from drawplate.layout import stored_linear
+from drawplate.layout.stored_linear import BLOCK, FP8_KINDS, StoredLinear
 
-BLOCK = four_bits.BLOCK
-SCALE_BLOCK = four_bits.SCALE_BLOCK
-PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FP8_KINDS = ("fp8", "fp8_both")
 FP8_MULTIPLE = 16
 FP8_CAPABILITY = (8, 9)
+PLAIN_DTYPES = {name: getattr(torch, dtype) for name, dtype in stored_linear.PLAIN_DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Storage:
-    """How a frozen weight matrix is stored.
-
-    Attributes:
-        precision: nf4, fp4, int8, fp8, fp8_both, bf16, fp16 or fp32.
-        double_quant: for the 4-bit precisions, quantize the block scales as well.
-    """
-
-    precision: str
-    double_quant: bool = True
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the stored numbers are not the weight's own."""
-        return self.precision not in PLAIN_DTYPES
+class Storage(StoredLinear):
+    """A frozen weight matrix as it is stored: how it becomes the stored tensors, and how it comes back."""
 
     @property
     def native(self) -> bool:
@@ -57,31 +42,8 @@ class Storage:
 
     def specs(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Stored tensors of an O x I weight: name -> (shape, dtype)."""
-        if not self.quantized:
-            return {"weight": ((out_features, in_features), PLAIN_DTYPES[self.precision])}
-        if self.precision == "int8":
-            return {
-                "int8": ((out_features, in_features), torch.int8),
-                "row_scale": ((out_features,), torch.float32),
-            }
-        if self.precision in FP8_KINDS:
-            turned = {"fp8_transposed": ((in_features, out_features), FP8)} if self.precision == "fp8_both" else {}
-            return {
-                "fp8": ((out_features, in_features), FP8),
-                "row_scale": ((out_features,), torch.float32),
-                **turned,
-            }
-        count = out_features * in_features
-        blocks = -(-count // BLOCK)
-        packed = {"packed": ((-(-count // 2), 1), torch.uint8)}
-        if not self.double_quant:
-            return {**packed, "absmax": ((blocks,), torch.float32)}
-        return {
-            **packed,
-            "absmax": ((blocks,), torch.uint8),
-            "absmax_scale": ((-(-blocks // SCALE_BLOCK),), torch.float32),
-            "absmax_offset": ((), torch.float32),
-        }
+        stored = self.tensors(out_features, in_features)
+        return {name: (shape, getattr(torch, dtype)) for name, (shape, dtype) in stored.items()}
 
     def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
         """The stored tensors of a weight, on the weight's device."""

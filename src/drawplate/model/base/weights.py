@@ -25,9 +25,10 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drawplate.errors import IntegrityError, UsageError
+from drawplate.layout.stored_linear import BLOCK, SCALE_BLOCK
 from drawplate.model.base.gguf import converted_gguf, only_gguf
 from drawplate.model.base.hub import CONFIGURATION_PATTERNS, as_folder, complete, find_folder
-from drawplate.model.base.precision import BLOCK, SCALE_BLOCK, Storage
+from drawplate.model.base.precision import Storage
 from drawplate.model.base.weight_files import refuse_other_quantizations, tensor_files
 from drawplate.recipe import ModelSection, cache_folder
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drawplate.layout.buffers import LANDINGS
 from drawplate.model.base.arena import private_bytes
 
-LANDINGS = 2
 VALUE_BYTES = 4
 Trained = dict[str, nn.Parameter]
 

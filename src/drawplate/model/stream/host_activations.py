@@ -28,8 +28,8 @@ from torch import Tensor
 
 from drawplate.layout.even_pace import LEAVING_LAYERS, BlockAt, EvenPace
 from drawplate.layout.footprint import SENT_FROM_BYTES
+from drawplate.layout.stored_linear import aligned
 from drawplate.model.base.arena import private_bytes
-from drawplate.model.base.layer_layout import ALIGNMENT
 from drawplate.model.stream.layer_inputs import WITHOUT
 from drawplate.model.stream.weight_ring import POISON
 from drawplate.units import MIB
@@ -218,7 +218,7 @@ class HostActivations:
             block.arrived = None
 
     def _give_places(self, layer: int, blocks: Iterable[_Block]) -> None:
-        sizes = {block: -(-block.size // ALIGNMENT) * ALIGNMENT for block in blocks}
+        sizes = {block: aligned(block.size) for block in blocks}
         place = self._places.get(layer)
         if sizes and (place is None or place.numel() < sum(sizes.values())):
             if place is not None and self.device.type == "cuda":

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from drawplate.layout.buffers import RETURN_BUFFERS
 from drawplate.model.base.arena import private_bytes
 
-RETURN_BUFFERS = 2
 WITHOUT = "memory.activations: recompute"
 """What needs no page-locked memory for activations."""
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from drawplate.layout.widths import FEWEST_BORDERS, power_of_two, roomier
 from drawplate.planner.shape import Choice, ModelShape
-
-COUNTED_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -21,16 +20,15 @@ class Rows:
 
     @property
     def borders(self) -> int:
-        """Of a packed row, rounded up as model/causal_lm.py does; without the first."""
-        return max(64, 1 << (self.documents + 1).bit_length()) - 1 if self.packing else 0
+        """Of a packed row, rounded up as model/device_batch.py does; without the first."""
+        return max(FEWEST_BORDERS, power_of_two(self.documents + 2)) - 1 if self.packing else 0
 
     @property
     def counted(self) -> int:
         """Tokens that the loss counts, at most: none counts the first of a document. Where micro-steps are captured
         they are rounded up to an eighth (model/device_batch.py)."""
         counted = max(1, self.tokens - (self.documents if self.packing else self.rows))
-        part = -(-self.tokens // COUNTED_PARTS) if self.roomy else 1
-        return min(self.tokens, -(-counted // part) * part)
+        return roomier(counted, self.tokens) if self.roomy else min(self.tokens, counted)
 
 
 def train_rows_of(choice: Choice, model: ModelShape) -> Rows:

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from drawplate.layout.buffers import RETURN_BUFFERS
 from drawplate.layout.footprint import TRIAL, Footprint, Trace
+from drawplate.layout.stored_linear import DTYPE_BYTES, PLAIN_DTYPES
 from drawplate.planner.bytes.batch_rows import Rows, eval_rows_of, train_rows_of
 from drawplate.planner.bytes.host import HostLines, Row
 from drawplate.planner.bytes.host_kept import leaving, most_back, sent_blocks
-from drawplate.planner.bytes.micro_batch import RETURN_BUFFERS
 from drawplate.planner.bytes.sketch import sketched
 from drawplate.planner.bytes.stage import TRAINED_BYTES
-from drawplate.planner.bytes.storage import Storage, layer_bytes, loss_tile
-from drawplate.planner.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
+from drawplate.planner.bytes.storage import layer_bytes, loss_buffers, stored_linear
+from drawplate.planner.shape import Choice, ModelShape, Surroundings
 from drawplate.units import MIB
 
 _Way = Literal["keep", "host", "again"]
@@ -132,7 +133,7 @@ class _Moments:
     def _stored(self) -> int:
         model, choice = self.model, self.choice
         sizes = {
-            (k, tier): layer_bytes(model.kinds[k], Storage.of(choice, tier), self.size) for k, tier, _ in self.groups
+            (k, tier): layer_bytes(model.kinds[k], stored_linear(choice, tier), self.size) for k, tier, _ in self.groups
         }
         held = sum(n * sizes[k, tier] for (k, tier, _), n in self.groups.items() if tier != "host")
         away = [sizes[k, tier] for k, tier, _ in self.groups if tier == "host"]
@@ -148,7 +149,7 @@ class _Moments:
         """Everything stored, and a weight being quantized."""
         model = self.model
         largest = max(linear.out_features * linear.in_features for kind in model.kinds for linear in kind.linears)
-        encoded = 12.0 if self.choice.precision == "int8" else 0.0 if self.choice.precision in PLAIN else 0.6
+        encoded = 12.0 if self.choice.precision == "int8" else 0.0 if self.choice.precision in PLAIN_DTYPES else 0.6
         quantizing = int(largest * (self.size + max(encoded, 2.0 if self.size != 2 else 0.0)))
         return quantizing, self.stored + self.trained
 
@@ -224,6 +225,6 @@ class _Moments:
 
     def _loss(self, rows: Rows, *, training: bool) -> int:
         width = rows.counted * self.model.hidden
-        tile = sum(loss_tile(self.model, self.choice, rows.counted, training=training))
+        tile = sum(loss_buffers(self.model, self.choice, rows.counted, training=training))
         compact = width * self.size if rows.counted < rows.tokens else 0
         return tile + compact + (width * (4 + self.size) if training else 0) + 40 * rows.tokens

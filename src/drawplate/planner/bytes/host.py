@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from drawplate.layout.buffers import LANDINGS
+from drawplate.layout.stored_linear import DTYPE_BYTES
 from drawplate.planner.bytes.batch_rows import train_rows_of
 from drawplate.planner.bytes.host_kept import locked_bytes
 from drawplate.planner.bytes.stage import TRAINED_BYTES
-from drawplate.planner.bytes.storage import Storage, layer_bytes
-from drawplate.planner.shape import DTYPE_BYTES, Choice, ModelShape, Surroundings
+from drawplate.planner.bytes.storage import layer_bytes, stored_linear
+from drawplate.planner.shape import Choice, ModelShape, Surroundings
 from drawplate.records.overheads import COMPILED_ADAPTER_HOST_BYTES, COMPILER_HOST_BYTES, ROWS_ATTENTION_HOST_BYTES
 
-LANDINGS = 2
 RUNTIME = "libraries"
 Row = tuple[str, int, str]
 """Name, bytes, formula."""
@@ -80,7 +81,7 @@ class HostLines:
         model, choice, around = self.model, self.choice, self.around
         size = DTYPE_BYTES[choice.compute_dtype]
         tiers = Counter(model.kind_of_layer[i] for i in range(model.layers) if choice.tier(i) == "host")
-        stored = sum(n * layer_bytes(model.kinds[k], Storage.of(choice, "host"), size) for k, n in tiers.items())
+        stored = sum(n * layer_bytes(model.kinds[k], stored_linear(choice, "host"), size) for k, n in tiers.items())
         rows = [("process before the model", around.base_bytes, "measured")]
         rows.append((RUNTIME, runtime_bytes, "measured, or typical until a run has"))
         rows.append(("token windows", around.dataset_bytes, "5 bytes a token"))

@@ -15,11 +15,11 @@ from functools import lru_cache
 
 from drawplate.layout.even_pace import LEAVING_LAYERS, BlockAt, EvenPace
 from drawplate.layout.footprint import INPUT, SENT_FROM_BYTES, Footprint
+from drawplate.layout.stored_linear import DTYPE_BYTES, aligned
 from drawplate.planner.bytes.batch_rows import Rows
 from drawplate.planner.bytes.blocks import Name
 from drawplate.planner.bytes.stage import Stage, input_of
-from drawplate.planner.bytes.storage import ALIGNMENT
-from drawplate.planner.shape import DTYPE_BYTES, Choice, ModelShape
+from drawplate.planner.shape import Choice, ModelShape
 
 LINE = "activations on their way to host memory and back"
 
@@ -143,5 +143,5 @@ def locked_bytes(model: ModelShape, choice: Choice, rows: Rows) -> int:
     for layer in range(choice.on_host(model.layers)):
         part = model.kinds[model.kind_of_layer[layer]].footprints[choice.mode(choice.tier(layer), kept=True)]
         sizes = sent_blocks(part, rows.tokens, rows.borders, hidden if layer else 0).values()
-        total += sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+        total += sum(aligned(size) for size in sizes)
     return total

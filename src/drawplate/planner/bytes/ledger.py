@@ -14,18 +14,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from drawplate.layout.stored_linear import DTYPE_BYTES, LAYER_ALIGNMENT, PLAIN_DTYPES, StoredLinear
 from drawplate.planner.bytes.blocks import Moment
 from drawplate.planner.bytes.host import HostLines, Row
 from drawplate.planner.bytes.host_kept import LINE
 from drawplate.planner.bytes.replay import Replay
 from drawplate.planner.bytes.sketch import sketched
-from drawplate.planner.bytes.storage import Storage, layer_bytes
-from drawplate.planner.shape import DTYPE_BYTES, PLAIN, Choice, ModelShape, Surroundings
+from drawplate.planner.bytes.storage import layer_bytes
+from drawplate.planner.shape import Choice, ModelShape, Surroundings
 from drawplate.records import LedgerLine, PhaseLedger
 from drawplate.units import MIB
 
 PHASES = ("load", "baseline evaluation", "training", "checkpoint", "final evaluation")
-ARENA_ALIGNMENT = 2**16
 SMALLEST_ARENA_BYTES = 16 * MIB
 DEVICE_FORMULAS = {
     "frozen weights, dequantized": "layers x parameters x bytes of the compute dtype",
@@ -130,11 +130,11 @@ def _host_lines(rows: list[Row]) -> tuple[LedgerLine, ...]:
 
 def _disk_lines(model: ModelShape, choice: Choice) -> tuple[LedgerLine, ...]:
     """The cache's part, where there is one; the run folder's is that of planner/disk.py."""
-    size, storage = DTYPE_BYTES[choice.compute_dtype], Storage(choice.precision, choice.double_quant)
+    size, storage = DTYPE_BYTES[choice.compute_dtype], StoredLinear(choice.precision, choice.double_quant)
     rows: list[Row] = []
-    if choice.precision not in PLAIN or choice.host_layers(model.layers):
+    if choice.precision not in PLAIN_DTYPES or choice.host_layers(model.layers):
         layers = [layer_bytes(model.kinds[k], storage, size) for k in model.kind_of_layer]
-        arena = sum(math.ceil(each / ARENA_ALIGNMENT) * ARENA_ALIGNMENT for each in layers) + ARENA_ALIGNMENT
+        arena = sum(math.ceil(each / LAYER_ALIGNMENT) * LAYER_ALIGNMENT for each in layers) + LAYER_ALIGNMENT
         if sum(layers) >= SMALLEST_ARENA_BYTES:
             rows.append(("cache of prepared weights", arena, "layers as stored, each rounded up to 64 KiB"))
     return tuple(LedgerLine(name=n, where="disk", bytes=b, formula=f) for n, b, f in rows)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from drawplate.layout.stored_linear import PLAIN_DTYPES
 from drawplate.planner.bytes.blocks import Name
 from drawplate.planner.bytes.stage import TRAINED_BYTES, Stage
-from drawplate.planner.bytes.storage import Storage, layer_bytes
-from drawplate.planner.shape import PLAIN
+from drawplate.planner.bytes.storage import layer_bytes, stored_linear
 
 IN_FLOAT32 = ("int8", "fp8")
 VISITS = 2
@@ -24,7 +24,7 @@ class Loading:
         """Weights, adapter, embedding and head."""
         device, choice, model = self.device, self.choice, self.model
         device.now = "quantizing the first layer"
-        storages = [Storage.of(choice, choice.tier(i)) for i in range(model.layers)]
+        storages = [stored_linear(choice, choice.tier(i)) for i in range(model.layers)]
         sizes = [
             layer_bytes(kind, storage, self.size) for kind, storage in zip(self.stage.kinds, storages, strict=True)
         ]
@@ -62,7 +62,7 @@ class Loading:
             device.take(line, ("cast",), count * self.size)
             device.give(names.pop())
             names.append(("cast",))
-        encoded = names if self.choice.precision in PLAIN else self._encode(count, names)
+        encoded = names if self.choice.precision in PLAIN_DTYPES else self._encode(count, names)
         device.give_all(name for i in range(3) if device.has(name := ("before", i)))
         for i, block in enumerate(encoded):
             device.rename(block, ("before", i))

@@ -9,14 +9,13 @@ planner/bytes/host_kept.py's.
 
 from __future__ import annotations
 
+from drawplate.layout.buffers import RETURN_BUFFERS
 from drawplate.layout.footprint import Footprint
 from drawplate.planner.bytes.batch_rows import Rows
 from drawplate.planner.bytes.blocks import Name
 from drawplate.planner.bytes.host_kept import LINE, HostKept
 from drawplate.planner.bytes.stage import Stage, input_of
-from drawplate.planner.bytes.storage import loss_tile
-
-RETURN_BUFFERS = 2
+from drawplate.planner.bytes.storage import loss_buffers
 
 
 class MicroBatch:
@@ -229,7 +228,7 @@ class MicroBatch:
     def _loss(self, rows: Rows, hidden: Name, *, training: bool) -> None:
         """model/ends/loss.py: the tokens that count, their sums, a tile of logits; the gradient stays."""
         device, counted, width, line = self.device, rows.counted, self.model.hidden, "loss"
-        tile = loss_tile(self.model, self.choice, counted, training=training)
+        tile = loss_buffers(self.model, self.choice, counted, training=training)
         parts = {"targets": 16 * rows.tokens, "counted": 8 * rows.tokens}
         if counted < rows.tokens:
             parts["compact"] = counted * width * self.size

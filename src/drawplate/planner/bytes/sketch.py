@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from drawplate.layout.footprint import TRIAL, Footprint, LayerShape, Line, LinearShape, Mode, Trace
-from drawplate.planner.shape import DTYPE_BYTES, ModelShape
+from drawplate.layout.stored_linear import DTYPE_BYTES
+from drawplate.planner.shape import ModelShape
 
 
 def kept_bytes_per_token_and_layer(model: ModelShape, dtype_bytes: int) -> int:

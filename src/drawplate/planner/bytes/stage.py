@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from drawplate.layout.footprint import TRIAL, WEIGHT, Trace
+from drawplate.layout.stored_linear import DTYPE_BYTES
 from drawplate.planner.bytes.allocator import CachingAllocator, ProcessMemory
 from drawplate.planner.bytes.batch_rows import Rows
 from drawplate.planner.bytes.blocks import Device, Name
-from drawplate.planner.shape import DTYPE_BYTES, Choice, ModelShape, Surroundings
+from drawplate.planner.shape import Choice, ModelShape, Surroundings
 
 TRIED_VARIANTS = 2
 """Of a kernel, at least: what they take does not grow with their number."""

@@ -17,11 +17,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from drawplate.layout.footprint import LinearShape
+from drawplate.layout.stored_linear import DTYPE_BYTES
 from drawplate.planner.bytes.batch_rows import train_rows_of
 from drawplate.planner.bytes.host_kept import sent_blocks
 from drawplate.planner.bytes.sketch import sketched
 from drawplate.planner.seconds.work import StepWork
-from drawplate.planner.shape import DTYPE_BYTES, Choice, ModelShape, stored_bits
+from drawplate.planner.shape import Choice, ModelShape, stored_bits
 from drawplate.records import DeviceSpeed
 
 QUANTIZED = ("nf4", "fp4", "int8")
