@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from drawplate import __version__
-from drawplate.errors import StoppedSafely, UserError
+from drawplate.errors import StoppedSafely, StorageError, UserError
 from drawplate.screen import LOG_NAME, LibraryOutput, library_output, screen
 from drawplate.unexpected import raised_in, unexpected
 
@@ -63,6 +63,7 @@ def ending() -> Iterator[Run]:
     with library_output() as output:
         try:
             yield run
+            sys.stdout.flush()  # a disk that refuses says so here, not when Python has ended
         except (typer.Exit, SystemExit, GeneratorExit):
             raise
         except UserError as error:
@@ -70,9 +71,23 @@ def ending() -> Iterator[Run]:
         except KeyboardInterrupt:
             _end_with(_stopped(run))
         except BaseException as error:  # a panic of a library in Rust is no Exception
-            if isinstance(error, BrokenPipeError) and raised_in(error).startswith(PRINTING):
-                raise  # whoever read standard output has gone
+            if isinstance(error, OSError) and raised_in(error).startswith(PRINTING):
+                if isinstance(error, BrokenPipeError):
+                    raise  # whoever read standard output has gone
+                _end_with(_unprinted(error, run))
             _end_with(_unexpected(error, run, output))
+
+
+def _unprinted(error: OSError, run: Run) -> UserError:
+    """Standard output refuses the result, which is all that is lost of a run."""
+    what = f"The result could not be printed: standard output refuses it ({error.strerror})."
+    if run.folder is not None and run.wrote("report.html"):
+        return StorageError(
+            what,
+            safe=f"The run is finished; its adapter, record and report are in {run.folder}.",
+            next_step=f"Read {run.folder / 'report.html'}",
+        )
+    return StorageError(what, next_step="Send standard output elsewhere, then give the same command again.")
 
 
 def _end_with(error: UserError) -> NoReturn:

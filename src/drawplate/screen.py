@@ -63,9 +63,9 @@ class LibraryOutput:
         self._file = _nameless_file()
         self.screen: TextIO = self._before
         if self._real:
-            self.screen = _text_file(self._saved, "w", self._before.encoding)
+            self.screen = _Unfailing(self._saved, self._before.encoding)
         self._flush()
-        self._log = _Log(os.dup(self._file))
+        self._log = _Unfailing(os.dup(self._file), "utf-8")
         if self._real:
             os.dup2(self._file, STANDARD_ERROR)
         sys.stderr = self._log
@@ -110,12 +110,15 @@ class LibraryOutput:
         os.close(self._file)
 
 
-class _Log(io.TextIOWrapper):
-    """A text file that swallows what the disk refuses: nothing may fail because a library's warning was not kept."""
+class _Unfailing(io.TextIOWrapper):
+    """A text file that swallows what is refused: by a full disk, a terminal that has gone, a descriptor open to read.
 
-    def __init__(self, descriptor: int) -> None:
+    Nothing may fail because a library's warning was not kept, or because nobody could be told how far a run is.
+    """
+
+    def __init__(self, descriptor: int, encoding: str) -> None:
         raw = io.FileIO(descriptor, "w")
-        super().__init__(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", write_through=True)
+        super().__init__(io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace", write_through=True)
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):

@@ -51,7 +51,7 @@ FAULTS: dict[int, str] = {
     81: "a chat template that closes no answer, a tokenizer without an end",
     82: "a prompt longer than a window",
     91: "an exception that is not ours, of Python, torch, its compiler or safetensors",
-    92: "standard error closed; a compiler's cache that cannot be made",
+    92: "standard error closed, or standard streams that refuse; a compiler's cache that cannot be made",
     93: "one of several processes under torchrun, accelerate or MPI",
     94: "a hub that answers 429 or 500, forbids, or is the login page of a network",
     95: "resume from another folder; a change of the recipe that is accepted",
@@ -187,6 +187,9 @@ SEES: dict[int, tuple[str, ...]] = {
     92: (
         "The cache of torch's compiler cannot be written (<error>).",
         "Set TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR to folders that you may write to",
+        "The result could not be printed: standard output refuses it (<error>).",
+        "Send standard output elsewhere, then give the same command again.",
+        "The run is finished; its adapter, record and report are in <run>.",
     ),
     93: ("Drawplate runs as one process on one GPU, and this is one of <n> processes (WORLD_SIZE=<n>).",),
     94: (

@@ -125,6 +125,33 @@ def test_row_92_a_closed_standard_error_changes_nothing(tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
+@pytest.mark.parametrize("refusing", ["2>/dev/full", "2</dev/null"])
+def test_row_92_a_standard_error_that_refuses_changes_no_exit_code(refusing: str, tmp_path: Path) -> None:
+    command = ["/bin/sh", "-c", f'exec "$@" {refusing}', "-", sys.executable, "-m", "drawplate.cli"]
+    for arguments, code in ((["recipe"], 0), (["plan", str(tmp_path / "none.yaml")], 2)):
+        done = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, timeout=60, check=False)
+        assert done.returncode == code
+
+
+def test_row_92_a_standard_output_that_refuses_is_said_and_costs_no_run(small: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = write_recipe(small, run, train={"max_steps": 1}, evaluation={"forgetting": False})
+    command = [
+        "/bin/sh",
+        "-c",
+        'exec "$@" >/dev/full',
+        "-",
+        sys.executable,
+        "-c",
+        "from drawplate import cli; cli.main()",
+    ]
+    for arguments, sentence in ((["recipe"], 3), (["tune", str(recipe)], 4)):
+        done = subprocess.run([*command, *arguments], stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+        assert done.returncode == 7
+        shows(92, done.stderr, 2)
+        shows(92, done.stderr, sentence)
+
+
 def test_row_92_a_compilers_cache_that_cannot_be_made_is_named(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
