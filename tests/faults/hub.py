@@ -21,6 +21,8 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         cut_after: of a .safetensors file an answer sends this many bytes and hangs up; None sends all.
         ranges: first bytes of the .safetensors file that were asked for, in order.
+        unknown: status and error code that other repositories get. The real hub tells nobody which private ones there
+            are: who has not logged in gets 401 for those and for what does not exist.
     """
 
     daemon_threads = True
@@ -30,6 +32,7 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
         self.cut_after: int | None = None
         self.ranges: list[int] = []
+        self.unknown: tuple[int, str] = (404, "RepoNotFound")
 
     @property
     def url(self) -> str:
@@ -59,7 +62,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = re.fullmatch(rf"/{REPOSITORY}/resolve/\w+/([\w.]+)", path)
         file = self.server.folder / found[1] if found else None
         if file is None or not file.is_file():
-            self._send(404, b"", {})
+            status, code = (404, "EntryNotFound") if found else self.server.unknown
+            self._send(status, b"", {"X-Error-Code": code})
             return
         data = file.read_bytes()
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}

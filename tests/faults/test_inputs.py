@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import drawplate.run.tune as story
-from drawplate.errors import DataError, EnvironmentProblem, IntegrityError, NeedsNetwork, StorageError
+from drawplate.errors import DataError, EnvironmentProblem, IntegrityError, NeedsNetwork, StorageError, UserError
 from drawplate.recipe import load_recipe
 from drawplate.run.folder import RunFolder
 from tests.faults.conftest import values_of
@@ -77,10 +77,33 @@ def own_hub(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
             f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
         monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(cache))
-        monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+        for module in (constants, "datasets.config"):
+            monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
         monkeypatch.setattr(f"{constants}.DOWNLOAD_CHUNK_SIZE", 4096)
         monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
         yield hub
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "which"),
+    [
+        ((404, "RepoNotFound"), 4, 2),
+        ((401, "RepoNotFound"), 4, 2),
+        ((401, "GatedRepo"), 9, 3),
+        ((403, "GatedRepo"), 9, 3),
+    ],
+    ids=["missing", "missing, for who has not logged in", "gated, for who has not logged in", "gated"],
+)
+def test_row_25_a_dataset_that_does_not_exist_is_no_fault_of_the_network(
+    answer: tuple[int, str], code: int, which: int, own_hub: Hub, small: Path
+) -> None:
+    own_hub.unknown = answer
+    values = {**values_of(small, Path("unused")), "data": {"dataset": "nobody/no-set"}}
+    with pytest.raises(UserError) as error:
+        story.plan(load_recipe(values))
+    assert error.value.exit_code == code
+    shows(25, str(error.value), which)
 
 
 def test_row_25_a_download_that_is_cut_is_taken_up_where_it_ended(own_hub: Hub, small: Path, tmp_path: Path) -> None:

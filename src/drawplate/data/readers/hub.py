@@ -22,6 +22,9 @@ PROBE_SECONDS = 3.0
 CHOICES = re.compile(r"(?:available configs|Available): \[([^\]]*)\]")
 """What `datasets` says where a configuration is missing, or is not known."""
 
+GATED = "is a gated dataset"
+"""What it says of one whose owner lets accounts in one by one; the hub's own answer is no longer in the exception."""
+
 
 def dataset_rows(section: DataSection) -> Iterator[RowOrProblem]:
     """The rows of the section's dataset, configuration and split, numbered from 1.
@@ -51,6 +54,12 @@ def _refusal(name: str, split: str, error: Exception) -> DataError | NeedsNetwor
         return _unreadable(name, error)
     if answered := unanswered(f"The dataset {name} is not on this machine and", error, fetch):
         return answered
+    if _is_not_found(error) and GATED in str(error):
+        return NeedsNetwork(
+            f"The dataset {name} is gated: its owner grants access to each account.",
+            safe="Nothing was loaded or written.",
+            next_step=f"Accept its terms on its page, then run `hf auth login`; then {fetch}",
+        )
     if _is_not_found(error) and _hub_answers():
         return DataError(
             f"There is no public dataset {name} on the hub.",
