@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,13 @@ def test_prepare_model_takes_the_parts_of_a_recipe(base: Checkpoint) -> None:
     again = drawplate.prepare_model(str(base.folder), lora={"r": 2, "target_modules": ["q_proj"]}, train={"seed": 3})
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert model(**padded_inputs()).loss.isfinite()
+
+
+def test_prepare_model_warns_of_weight_files_that_it_leaves_out(base: Checkpoint, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(base.folder, tmp_path / "copy"))
+    shutil.copy(copy / "model.safetensors", copy / "old.safetensors")
+    with pytest.warns(UserWarning, match=r"model\.safetensors is read; left out: old\.safetensors"):
+        drawplate.prepare_model(str(copy), model={"device_map": "cpu"})
 
 
 def test_prepare_model_takes_the_rank_that_a_run_would(base: Checkpoint) -> None:

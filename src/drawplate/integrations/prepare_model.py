@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from drawplate.model.support.targets import lora_config
 from drawplate.planner.advise import advised_adapter
 from drawplate.planner.situation import CorpusShape, choose_max_length
 from drawplate.recipe import Recipe, Section, load_recipe
-from drawplate.run.planning import max_positions, plan_for_lengths
+from drawplate.run.planning import left_out_of, max_positions, plan_for_lengths
 
 Keys = Mapping[str, Any] | Section | None
 
@@ -35,7 +36,8 @@ def prepare_model(  # noqa: PLR0913 - one keyword a section of the recipe
     The keywords take a recipe's sections, as mappings or as the recipe's own objects, checked alike. What is left open
     is planned as `drawplate plan` would for full windows, with steps that are launched kernel by kernel. Of `train`,
     only seed, fp16, bf16, gradient_checkpointing and per_device_train_batch_size are read, and of `memory` all but
-    log_frequency: the rest is the outer loop's to decide.
+    log_frequency: the rest is the outer loop's to decide. What a person should know of the model's files, of the
+    adapter's layers or of the plan is a Python warning.
 
     Args:
         name_or_path: a model folder or repository name.
@@ -54,18 +56,16 @@ def prepare_model(  # noqa: PLR0913 - one keyword a section of the recipe
     seed = recipe.train.seed if seed is None else seed
     checkpoint = open_checkpoint(recipe.model)
     length = choose_max_length(recipe, max_positions(checkpoint))
-    chosen = plan_for_lengths(
-        recipe, checkpoint, build_anatomy(checkpoint.config), CorpusShape(lengths=(length,)), length, launched=True
-    )
+    anatomy = build_anatomy(checkpoint.config)
+    lora_section = advised_adapter(recipe.lora, anatomy.config.hidden_size)[0]
+    advised = recipe.model_copy(update={"lora": lora_section})
+    chosen = plan_for_lengths(recipe, checkpoint, anatomy, CorpusShape(lengths=(length,)), length, launched=True)
+    for line in (*checkpoint.remarks, *left_out_of(advised, anatomy), *chosen.warnings):
+        warnings.warn(line, stacklevel=2)  # what `drawplate tune` says on screen and in its record
     assembled = assemble(
         checkpoint,
         placement_of(chosen, pick_device(recipe.model.device_map)),
-        lambda anatomy: lora_config(
-            advised_adapter(recipe.lora, anatomy.config.hidden_size)[0],
-            anatomy,
-            checkpoint.loadable_name,
-            checkpoint.revision,
-        ),
+        lambda anatomy: lora_config(lora_section, anatomy, checkpoint.loadable_name, checkpoint.revision),
         seed=seed,
     )
     return DrawplateForCausalLM(assembled, checkpoint, seed=seed)
