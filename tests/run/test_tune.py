@@ -411,6 +411,9 @@ def test_a_nan_that_does_not_go_away_ends_the_run_with_the_adapter_before_it(
     assert record["evaluation"]["baseline"]["tokens"] > 0
     assert record["evaluation"]["final"] is None
     assert (tmp_path / "run" / "report.html").is_file()
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "**The run failed after 2 of " in card
+    assert ".txt" not in card, "who publishes the adapter does not publish the names of documents"
     monkeypatch.undo()
     short = story.tune(tiny_recipe(base, corpus, tmp_path / "short", train={**train, "max_steps": 2}))
     assert short.training.optimizer_steps == 2
@@ -429,6 +432,9 @@ def test_an_interrupt_in_training_keeps_record_and_adapter(
     assert (record["status"], record["error"]) == ("stopped", "interrupted")
     assert record["training"]["optimizer_steps"] == 2
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run" / "adapter")
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "**The run was stopped after 2 of " in card.split("## Measured")[0]
+    assert str(tmp_path) not in card
     assert not list((tmp_path / "run").glob("*.lock"))
 
 

@@ -8,6 +8,7 @@ not publish what is in someone's folders; a base model that is a local folder is
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def _cell(text: object) -> str:
 def _opening(record: RunRecord, adapter: AdapterFacts) -> str:
     own = _own_first(record, adapter)
     ruling = verdict_of(record, own[0]) if own and record.status == "finished" else verdict(record)
+    if record.status != "finished":  # its detail is for the person at this machine: reasons and paths
+        ruling = replace(ruling, detail="The adapter holds what was learnt until then.")
     scores = f" ({ruling.scores})" if ruling.scores else ""
     others = [each for each in adapters(record) if each != adapter]
     beside = "".join(f" Beside it the run left {_code(each.folder)}, {purpose(record, each)}." for each in others)

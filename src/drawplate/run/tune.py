@@ -243,9 +243,10 @@ def _break_off(outcome: Outcome, folder: RunFolder, error: BaseException) -> Non
     except Exception as second:  # the error that ended the run is the one to tell of
         journal.on_warning(f"The adapter could not be written: {' '.join(str(second).splitlines())}")
     try:
-        _write(outcome.record("stopped" if stopped else "failed", error=what), folder)
+        record = _write(outcome.record("stopped" if stopped else "failed", error=what), folder)
+        _write_cards(record, folder)
     except Exception as second:
-        journal.message(f"The record of this run could not be written: {second}")
+        journal.message(f"The record or the model card of this run could not be written: {second}")
 
 
 def _save_adapter(outcome: Outcome, folder: RunFolder, state: dict[str, torch.Tensor] | None = None) -> None:
