@@ -145,11 +145,11 @@ def test_row_92_a_standard_output_that_refuses_is_said_and_costs_no_run(small: P
         "-c",
         "from drawplate import cli; cli.main()",
     ]
-    for arguments, sentence in ((["recipe"], 3), (["tune", str(recipe)], 4)):
+    for arguments, which in ((["recipe"], 3), (["tune", str(recipe)], 4)):
         done = subprocess.run([*command, *arguments], stderr=subprocess.PIPE, text=True, timeout=120, check=False)
         assert done.returncode == 7
         shows(92, done.stderr, 2)
-        shows(92, done.stderr, sentence)
+        shows(92, done.stderr, which)
 
 
 def test_row_92_a_compilers_cache_that_cannot_be_made_is_named(
