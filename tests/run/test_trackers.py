@@ -152,6 +152,40 @@ def test_a_missing_extra_is_refused_with_the_line_that_installs_it(tmp_path, mon
     assert f'pip install "drawplate[{name}]"' in error.value.next_step
 
 
+@pytest.fixture
+def without_login(tmp_path, monkeypatch):
+    """W&B seems to be installed, and nobody is logged in; gives the file that a login is kept in."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path / "netrc"
+
+
+def test_wandb_without_a_login_is_refused_before_it_could_ask(tmp_path, without_login):
+    with pytest.raises(UsageError, match="not logged in") as error:
+        open_trackers(recipe_for(tmp_path, "wandb"), print)
+    assert "wandb login" in error.value.next_step
+    assert "WANDB_MODE=offline" in error.value.next_step
+    without_login.write_text("machine elsewhere.example login user password x\n")
+    with pytest.raises(UsageError, match="not logged in"):
+        open_trackers(recipe_for(tmp_path, "wandb"), print)
+
+
+@pytest.mark.parametrize("way", ["offline", "key", "netrc", "own server"])
+def test_wandb_with_a_login_or_offline_is_taken(tmp_path, without_login, monkeypatch, way):
+    host = "wandb.example" if way == "own server" else "api.wandb.ai"
+    if way == "own server":
+        monkeypatch.setenv("WANDB_BASE_URL", f"https://{host}")
+    if way in ("netrc", "own server"):
+        without_login.write_text(f"machine {host} login user password x\n")
+    if way == "offline":
+        monkeypatch.setenv("WANDB_MODE", "offline")
+    if way == "key":
+        monkeypatch.setenv("WANDB_API_KEY", "x")
+    open_trackers(recipe_for(tmp_path, "wandb"), print)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_can_read_what_was_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import netrc
 import os
 import queue
 import threading
@@ -19,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from drawplate.errors import UsageError
 from drawplate.recipe import Recipe, expand
@@ -90,9 +92,12 @@ def open_trackers(recipe: Recipe, warn: Callable[[str], None]) -> Trackers:
     """The trackers that `tracking.report_to` names; those that write files write them in the run's folder.
 
     Raises:
-        UsageError: a tracker is named whose package is not installed.
+        UsageError: a tracker is named whose package is not installed, or W&B without a login.
     """
     folder = expand(recipe.output_dir)
+    require_installed(recipe.tracking.report_to)
+    if "wandb" in recipe.tracking.report_to:
+        _require_wandb_login()
     return Trackers(
         {name: _maker(name, recipe.tracking.project_name, folder) for name in recipe.tracking.report_to},
         _flat(recipe.model_dump(mode="json")),
@@ -113,6 +118,35 @@ def require_installed(names: Iterable[str]) -> None:
                 safe="Nothing was loaded or written.",
                 next_step=f'pip install "drawplate[{name}]", or leave {name} out: metrics.jsonl is always written.',
             )
+
+
+def _require_wandb_login() -> None:
+    """Without a login W&B asks for one on the terminal, in the middle of a run, where nobody sees the question.
+
+    Raises:
+        UsageError: naming the command and the setting that make it go on without a question.
+    """
+    if os.environ.get("WANDB_MODE", "online") != "online" or _has_wandb_login():
+        return
+    raise UsageError(
+        "tracking.report_to names wandb, and this machine is not logged in to W&B.",
+        safe="Nothing was loaded or written.",
+        next_step="Run `wandb login`, or set WANDB_MODE=offline to keep the figures in files, or leave wandb out: "
+        "metrics.jsonl is always written.",
+    )
+
+
+def _has_wandb_login() -> bool:
+    """Whether one of the places where W&B looks for a login has an entry; whether it is valid only the server knows."""
+    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        with suppress(OSError, ValueError, netrc.NetrcParseError):
+            if netrc.netrc(path).authenticators(host):
+                return True
+    return False
 
 
 def figures(event: Event) -> dict[str, float]:
@@ -143,8 +177,6 @@ def figures(event: Event) -> dict[str, float]:
 
 
 def _maker(name: str, project: str, folder: Path) -> Callable[[], Tracker]:
-    require_installed([name])
-
     def make() -> Tracker:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
