@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 import torch  # noqa: E402
 
-from drawplate.model.ends import loss_tile  # noqa: E402
+from drawplate.layout import loss_tile  # noqa: E402
 from drawplate.model.ends.head import Head, ResidentRows  # noqa: E402
 from drawplate.model.ends.loss import IGNORED, head_cross_entropy  # noqa: E402
 from drawplate.model.ends.loss_tile import LossShape, Tile  # noqa: E402
@@ -131,10 +131,10 @@ def loss_times(tokens: int, hidden: int) -> list[dict[str, Any]]:
 
     results: list[dict[str, Any]] = []
     shapes = {(min(tokens, t), w) for t in (4096, 7168, 14336) for w in (128, 256, 512)}
-    before = dict(loss_tile.TILE_TOKENS), dict(loss_tile.WORKSPACE_BYTES)
+    before = dict(loss_tile.TILE_TOKENS), dict(loss_tile.TILE_BYTES)
     common = {"kernel": "loss", "hidden": hidden, "tokens": tokens}
     for tile_tokens, workspace in sorted(shapes):
-        loss_tile.TILE_TOKENS["cuda"], loss_tile.WORKSPACE_BYTES["cuda"] = tile_tokens, workspace * MIB
+        loss_tile.TILE_TOKENS["cuda"], loss_tile.TILE_BYTES["cuda"] = tile_tokens, workspace * MIB
         tile = Tile.of(LossShape.of(hidden_NH, head), counted)
         times = {"triton_ms": milliseconds(call("triton")), "products_ms": products_alone(hidden_NH, head)}
         if (tile_tokens, workspace) == (min(tokens, 4096), 256):
@@ -148,7 +148,7 @@ def loss_times(tokens: int, hidden: int) -> list[dict[str, Any]]:
         results.append(common | facts | times | {"share_of_products": share})
         print(json.dumps(results[-1]), flush=True)
     loss_tile.TILE_TOKENS.update(before[0])
-    loss_tile.WORKSPACE_BYTES.update(before[1])
+    loss_tile.TILE_BYTES.update(before[1])
     return results
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drawplate.data.batches import NOT_COUNTED, cut_packed, cut_padded
-from drawplate.model.device_batch import WIDTHS, DeviceBatch, ShapeBounds
-from drawplate.planner.batching import WIDTHS_OF_ROWS
+from drawplate.layout.widths import WIDTHS
+from drawplate.model.device_batch import DeviceBatch, ShapeBounds
 from tests.model.conftest import random_sequences
 
 
@@ -60,7 +60,3 @@ def test_room_for_counted_tokens_is_in_eighths(counted: int) -> None:
     roomier = batch.roomier().counted
     assert counted <= roomier <= min(800, counted + 100)
     assert roomier % 100 == 0
-
-
-def test_the_plan_widens_rows_as_the_run_does():
-    assert WIDTHS_OF_ROWS == WIDTHS

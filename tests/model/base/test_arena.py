@@ -47,7 +47,7 @@ HELPER = f"""
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).resolve().parents[3])!r})
-from tests.model import test_arena as t
+from tests.model.base import test_arena as t
 """
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drawplate.model.ends import loss_tile
+from drawplate.layout import loss_tile
 from drawplate.model.ends.head import Head, ResidentRows, StreamedRows
 from drawplate.model.ends.loss import IGNORED, head_cross_entropy
 from drawplate.model.ends.loss_tile import LossShape, Tile
