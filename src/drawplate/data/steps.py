@@ -29,9 +29,15 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def filling(target_tokens: Seq[int] | np.ndarray, min_target_tokens: int) -> int:
-    """How many of these sequences fill a step; all of them where none has so many target tokens."""
-    return int((np.asarray(target_tokens) >= min_target_tokens).sum()) or len(target_tokens)
+def fills(target_tokens: Seq[int], min_target_tokens: int) -> np.ndarray:
+    """Which of these sequences fill a step, bool; all of them where none has so many target tokens."""
+    enough = np.asarray(target_tokens) >= min_target_tokens
+    return enough if enough.any() else ~enough
+
+
+def filling(target_tokens: Seq[int], min_target_tokens: int) -> int:
+    """How many of these sequences fill a step."""
+    return int(fills(target_tokens, min_target_tokens).sum())
 
 
 def target_tokens_of(sequences: Seq[Sequence]) -> tuple[int, ...]:
@@ -79,6 +85,5 @@ class StepOrder:
 
     def _borders(self, order: np.ndarray) -> np.ndarray:
         """Positions in an epoch's order at which its steps begin, and its end; what fills no step joins one."""
-        fills = np.array(self.target_tokens)[order] >= self.min_target_tokens
-        places = np.flatnonzero(fills if fills.any() else np.ones(len(order), dtype=bool))
+        places = np.flatnonzero(fills(self.target_tokens, self.min_target_tokens)[order])
         return np.concatenate([[0], places[self.effective_batch :: self.effective_batch], [len(order)]])

@@ -6,9 +6,9 @@ that may be stale by `MARGIN`: it only moves when a tile's largest logit exceeds
 accumulator, which has to shrink when the reference moves, is left alone nearly always (`scale_moved_rows` skips rows
 whose factor is 1). Floating point loses nothing by it: weights reach at most exp(MARGIN), about 3000.
 
-The kernels take one row of a tile into registers, so a tile may be `MAX_COLUMNS` wide; and since they have read all
-of a row before they write, the weights may lie in the first half of the very memory the logits are in. The twins in
-plain torch need another buffer.
+The kernels take one row of a tile into registers, so a tile may be `MAX_FUSED_COLUMNS` (layout/loss_tile.py) wide; and
+since they have read all of a row before they write, the weights may lie in the first half of the very memory the logits
+are in. The twins in plain torch need another buffer.
 
 Shapes: B tokens of a tile, V columns (rows of the head), H hidden size.
 """
@@ -27,8 +27,6 @@ from drawplate.kernels import Impl, uses_triton
 
 MARGIN = 8.0
 """Below log(65504), so that weights fit into fp16."""
-
-MAX_COLUMNS = 16384
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The Triton half of `vocabulary_tile`: the same three functions, one program for a token. Imports Triton.
 
-A program holds a whole row of the tile in registers (64 KiB of float32 at MAX_COLUMNS), so the logits cross the bus
-once, and every load of a row is done (the maximum needs all of them) before its first store.
+A program holds a whole row of the tile in registers (64 KiB of float32 at MAX_FUSED_COLUMNS), so the logits cross the
+bus once, and every load of a row is done (the maximum needs all of them) before its first store.
 """
 
 from __future__ import annotations

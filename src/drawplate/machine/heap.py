@@ -1,10 +1,9 @@
 """Host memory of a run on the CPU goes back to the system as soon as it is freed.
 
 glibc takes blocks below a threshold from one heap, where torch's aligned blocks leave gaps that no block of the same
-size fits into again, and it raises that threshold to 32 MiB while a run frees larger blocks. A step of the demo that
-holds 3.4 GiB then takes 4.5. With a fixed threshold each large block is a mapping of its own, and what the process
-holds is what its tensors hold. The pages of each block are then touched anew; torch asks for huge ones (quiet.py sets
-its variable), so that this takes a few percent of a step.
+size fits into again, and it raises that threshold to 32 MiB while a run frees larger blocks. A process then holds much
+more than its tensors. With a fixed threshold each large block is a mapping of its own, and goes when it is freed. Its
+pages are touched anew each time; torch asks for huge ones (quiet.py sets its variable), so that this costs little.
 
 Left out: C libraries other than glibc, which keep their own rules.
 """

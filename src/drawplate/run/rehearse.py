@@ -71,10 +71,11 @@ def room_for_check(prepared: Prepared, wanted_bytes: int, tell: Callable[[str], 
         room = _room_within(prepared, min(asked or sys.maxsize, planned))
         if room < wanted_bytes and not asked:
             room = _room_within(prepared, None)
-            tell(
-                f"The self-check takes about {format_bytes(wanted_bytes)} of free device memory, more than training "
-                "will. The highest device memory of this run may be the self-check's."
-            )
+            if room >= wanted_bytes:
+                tell(
+                    f"The self-check takes about {format_bytes(wanted_bytes)} of free device memory, more than "
+                    "training will. The highest device memory of this run may be the self-check's."
+                )
         yield room
     finally:
         enforce_cap(prepared)
