@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -96,6 +97,12 @@ MISSION = (
 NF4, EIGHT = ("quantization.precision=nf4",), ("train.effective_batch_size=8",)
 GROUPS = (("135m", "1b", "3b"), ("qwen3-4b", "phi3-mini", "gemma2-2b"), ("8b",))
 """Models that lie on the disk at a time."""
+STACKS_SECONDS = 90.0
+"""How often a case that takes long writes to its screen where it is."""
+COMMAND = (
+    "import faulthandler, signal, sys; faulthandler.register(signal.SIGUSR1, all_threads=True); "
+    "from drawplate.cli import main; main()"
+)
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "135m-nothing-set": ("135m", ()),
     "135m-fp32": ("135m", ("quantization.precision=fp32",)),
@@ -124,6 +131,8 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/acceptance"))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--side-by-side", type=int, default=1, help="cases at a time")
+    parser.add_argument("--one-group", action="store_true", help="all models on the disk at a time")
+    parser.add_argument("--seconds", type=float, default=300.0, help="after which a case is ended")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--host", action="store_true")
     given = parser.parse_args()
@@ -135,7 +144,7 @@ def main() -> None:
     wanted = given.cases.split(",")
     given.scratch.mkdir(parents=True, exist_ok=True)
     write_tokenizer(given.documents, given.scratch / "tokenizer")
-    for group in GROUPS:
+    for group in [tuple(MODELS)] if given.one_group else GROUPS:
         cases = [case for case in wanted if CASES[case][0] in group]
         for model in dict.fromkeys(CASES[case][0] for case in cases):
             began = time.monotonic()
@@ -260,7 +269,7 @@ def run_case(case: str, given: argparse.Namespace) -> dict[str, Any]:
     ]
     recipe = given.scratch / "empty.yaml"
     recipe.write_text("data: {heldout_fraction: 0.1}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "drawplate.cli", "tune", str(recipe)]
+    command = [sys.executable, "-c", COMMAND, "tune", str(recipe)]
     command += [part for value in sets for part in ("--set", value)]
     environment = {**os.environ, "DRAWPLATE_CACHE": str(given.scratch / "cache"), "COLUMNS": "160"}
     began = time.monotonic()
@@ -268,11 +277,7 @@ def run_case(case: str, given: argparse.Namespace) -> dict[str, Any]:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL
     )
     outside = Outside(process.pid)
-    try:
-        screen, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        screen, _ = process.communicate()
+    screen = screen_of(process, given.seconds)
     found: dict[str, Any] = {
         "set": list(settings),
         "exit_code": process.returncode,
@@ -289,6 +294,24 @@ def run_case(case: str, given: argparse.Namespace) -> dict[str, Any]:
         found["outside_bounds"] = beyond(found)
     shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+def screen_of(process: subprocess.Popen[str], seconds: float) -> str:
+    """All that the process writes until it ends, with its threads' stacks from time to time; ended after `seconds`."""
+    began = time.monotonic()
+    while True:
+        try:
+            return process.communicate(timeout=STACKS_SECONDS)[0]
+        except subprocess.TimeoutExpired:
+            if time.monotonic() - began < seconds:
+                process.send_signal(signal.SIGUSR1)
+                continue
+            process.terminate()
+        try:
+            return process.communicate(timeout=STACKS_SECONDS)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.communicate()[0]
 
 
 def facts_of(record: dict[str, Any]) -> dict[str, Any]:
