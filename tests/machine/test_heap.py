@@ -52,3 +52,24 @@ def test_large_blocks_lie_on_huge_pages_where_the_system_has_them() -> None:
 def test_a_cpu_run_gives_freed_blocks_back_which_the_library_alone_does_not() -> None:
     assert max(grown("pick_device('cpu')")) < 60
     assert max(grown("")) > 100, "or this test shows nothing"
+
+
+SMALL = """
+import psutil, torch
+from drawplate.machine.heap import give_back_freed
+def held():
+    return psutil.Process().memory_info().rss / 2**20
+blocks = [torch.ones(20_000) for _ in range(4000)]
+full = held()
+del blocks[::2], blocks
+freed = held()
+give_back_freed()
+print(full, freed, held())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_small_freed_blocks_go_back_when_that_is_asked_for() -> None:
+    answer = subprocess.run([sys.executable, "-c", SMALL], capture_output=True, text=True, check=True)
+    full, _, after = map(float, answer.stdout.split())
+    assert after < full - 250

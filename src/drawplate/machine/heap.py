@@ -11,6 +11,7 @@ Left out: C libraries other than glibc, which keep their own rules.
 from __future__ import annotations
 
 import ctypes
+import gc
 from contextlib import suppress
 
 from drawplate.units import MIB
@@ -24,3 +25,10 @@ def map_large_blocks() -> None:
     """From now on, blocks of `MAPPED_FROM_BYTES` and more are mapped one by one in this process."""
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
+
+
+def give_back_freed() -> None:
+    """What this process has freed and still holds goes back to the system, as far as whole pages of it are free."""
+    gc.collect()
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -26,6 +26,7 @@ import pynvml
 import torch
 
 from drawplate.machine.device import is_lost
+from drawplate.machine.heap import give_back_freed
 from drawplate.records import MemorySample
 from drawplate.records.overheads import CONTEXT_BYTES, STEP_CONTEXT_BYTES
 from drawplate.units import GIB, KIB
@@ -105,6 +106,12 @@ def let_go_of_page_locks() -> None:
     if empty is not None and _cuda_answers():
         torch.cuda.synchronize()
         empty()
+
+
+def lasting_process_bytes() -> int:
+    """Host memory of this process that stays, in bytes: what it has freed is given back before it is counted."""
+    give_back_freed()
+    return memory_sample().process_bytes
 
 
 def memory_sample() -> MemorySample:

@@ -15,7 +15,7 @@ from drawplate.data.cautions import cautions
 from drawplate.data.tokens import load_tokenizer, tokenize
 from drawplate.errors import DataError
 from drawplate.machine.device import machine, pick_device
-from drawplate.machine.memory import memory_sample
+from drawplate.machine.memory import lasting_process_bytes
 from drawplate.model.base.weights import Checkpoint, open_configuration
 from drawplate.model.layer.anatomy import build_anatomy
 from drawplate.planner.choose import choose
@@ -80,7 +80,7 @@ def _situation_on(gpu: str, recipe: Recipe, checkpoint: Checkpoint, anatomy: obj
         recipe=recipe,
         machine=there,
         model=model_shape(anatomy, recipe),  # type: ignore[arg-type]
-        base_bytes=memory_sample().process_bytes,
+        base_bytes=lasting_process_bytes(),
         stored_precision=checkpoint.quantized_precision,
         stored_double_quant=checkpoint.quantized_doubly,
         speed=speed,

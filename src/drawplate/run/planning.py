@@ -13,7 +13,7 @@ from drawplate.errors import UsageError
 from drawplate.machine.caches import standing
 from drawplate.machine.cgroups import available_ram_bytes
 from drawplate.machine.device import machine, pick_device
-from drawplate.machine.memory import memory_sample
+from drawplate.machine.memory import lasting_process_bytes, memory_sample
 from drawplate.machine.speed import measured_speed
 from drawplate.model.base.foreign import refusing
 from drawplate.model.base.weights import Checkpoint
@@ -185,7 +185,7 @@ def situation_of(recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy) -> Si
         recipe=recipe,
         machine=here,
         model=model_shape(anatomy, recipe),
-        base_bytes=memory_sample().process_bytes,
+        base_bytes=lasting_process_bytes(),
         stored_precision=checkpoint.quantized_precision,
         stored_double_quant=checkpoint.quantized_doubly,
         speed=measured_speed(device, getattr(torch, dtype)),
