@@ -98,7 +98,8 @@ def test_a_card_that_is_not_there_is_planned_for_with_its_source(bare: Path, cor
     assert plan.compute_dtype == "bfloat16"
     assert "Ada GPU Architecture whitepaper" in plan.assumptions[0]
     assert 0 < plan.predicted_bytes("device") < 24 * GIB
-    assert "`--ram SIZE` plans for another" in plan.assumptions[1]
+    assert "up to 40 % more" in plan.assumptions[1]
+    assert "`--ram SIZE` plans for another" in plan.assumptions[2]
     elsewhere = forecast(recipe_for(bare, corpus, memory={"ram": "2TiB"}), gpu="T4")
     assert elsewhere.compute_dtype == "float16", "it has no bf16"
     assert "The host is assumed to have 2048.00 GiB of memory." in elsewhere.assumptions[1]

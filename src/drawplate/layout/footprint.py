@@ -1,14 +1,14 @@
 """What parts of a model do to memory, as numbers: measured by model/footprint, replayed by planner/bytes/replay.py.
 
-A `Trace` is the order in which blocks of memory come and go while something runs without data; each block's size is a
-line in the number of tokens.
+A `Trace` is the order in which blocks of memory come and go while something runs; each block's size is a line in the
+number of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 
 class Line(NamedTuple):
@@ -32,13 +32,10 @@ Trace = tuple[tuple[str, Line | None], ...]
 
 Names with a meaning: `out` is returned, `grad_in` is the gradient to the input, `grad:0` ... those to trained tensors.
 `grad_out` is the gradient that comes in, where the part itself lets go of it.
-Names that begin with `WEIGHT` are those of dequantized weights: a layer's, before it is called, or a product's own.
-Names that begin with `TRIAL` are copies which the compiler makes while it tries a kernel that writes in place; they are
-there only the first time that the kernel runs.
+`TRIAL` is what the compiler takes while it tries kernels, at the trace's highest moment, the first time alone.
 """
 
-TRIAL = "trial "
-WEIGHT = "w"
+TRIAL = "trial"
 INPUT = "in"
 """A part's input, which is in no trace of its own, among what is `saved`."""
 
@@ -58,28 +55,23 @@ class Footprint:
         keeps_input: autograd keeps the input too.
         saved: what autograd keeps, in the order in which it does: blocks of `forward`, and INPUT.
         keys: trained linear layers, each of which has a dropout key per token.
-        again: a layer's forward and backward where it is computed a second time for its backward alone.
     """
 
-    inference: Trace
-    forward: Trace
-    backward: Trace
+    inference: Trace = ()
+    forward: Trace = ()
+    backward: Trace = ()
     keeps_input: bool = True
     saved: tuple[str, ...] = ()
     keys: int = 0
-    again: Footprint | None = None
-
-    @property
-    def recomputed(self) -> Footprint:
-        """The part as it is computed for its backward."""
-        return self.again or self
 
 
 class Mode(NamedTuple):
     """What a footprint depends on beside shapes.
 
     `stored` is the precision of weights that have to be dequantized, empty where they come in the compute dtype;
-    `whole` says that this happens a layer at a time, before the layer's function is called.
+    `whole` says that this happens a layer at a time, before the layer's function is called. A layer's footprint has the
+    traces of its `use` alone: `inference` without gradients, `kept` forward and backward, `again` the same where the
+    layer is computed a second time for its backward.
     """
 
     device: str
@@ -89,6 +81,7 @@ class Mode(NamedTuple):
     whole: bool
     dropout: bool
     packing: bool
+    use: Literal["inference", "kept", "again"] = "inference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +103,16 @@ class LayerShape:
         linears: its linear layers, whose weights are stored in the plan's precision.
         plain: elements of every other frozen tensor (norms, biases), stored in the compute dtype.
         trained: elements of every trained tensor.
-        footprints: by mode; may be measured only when asked for.
+        footprints: by mode; may be measured only when asked for, which can take seconds.
+        stand_ins: the same without measuring anything on a device; None where nothing is.
     """
 
     linears: tuple[LinearShape, ...]
     plain: tuple[int, ...] = ()
     trained: tuple[int, ...] = ()
     footprints: Mapping[Mode, Footprint] = field(default_factory=dict)
+    stand_ins: Mapping[Mode, Footprint] | None = None
+
+    def unmeasured(self) -> LayerShape:
+        """The same, for figures that are not worth a measurement."""
+        return self if self.stand_ins is None else replace(self, footprints=self.stand_ins)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from drawplate.durable import write_whole
 from drawplate.kernels.four_bits import dequantize
 from drawplate.machine.attention_rates import AttentionRates
 from drawplate.machine.device import machine
@@ -87,9 +87,7 @@ def _keep(path: Path, values: dict[str, Any]) -> None:
     """Write it, whole or not at all; a cache that cannot be written only costs measuring again."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".tmp-{os.getpid()}")
-        partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(values, indent=1) + "\n")
 
 
 def forget_if_disturbed(device: torch.device, dtype: torch.dtype, *, predicted: float, measured: float) -> bool:

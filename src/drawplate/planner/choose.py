@@ -109,7 +109,10 @@ def _of_advice(advice: Advice) -> dict[str, Any]:
 
 
 def _frontier(situation: Situation, search: Search) -> tuple[FrontierPoint, ...]:
-    return frontier_of(search, lambda budget: fastest(search, budget), situation.budget) if situation.frontier else ()
+    if not situation.frontier:
+        return ()
+    rough = search.unmeasured()
+    return frontier_of(rough, lambda budget: fastest(rough, budget), situation.budget)
 
 
 def _uncompiled(situation: Situation, asked: bool | Literal["auto"]) -> Literal[False]:

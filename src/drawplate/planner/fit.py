@@ -34,6 +34,9 @@ class Fit:
     _estimates: dict[tuple[Any, ...], Need] = field(default_factory=dict)
     _shifts: dict[tuple[str, str, int, int, int], tuple[Need, tuple[int, int]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._unmeasured = self.model.unmeasured()
+
     def knows(self, choice: Choice) -> bool:
         """Whether the ledger has been asked."""
         return choice in self._exact
@@ -74,7 +77,7 @@ class Fit:
                 0 if dequantized + on_device in (0, layers) and not on_device else layers - some - streamed,
             )
             here, there = (
-                Need(*estimate(self.model, replace(_with(choice, tiers, 0), host_kept_layers=0), self.around))
+                Need(*estimate(self._unmeasured, replace(_with(choice, tiers, 0), host_kept_layers=0), self.around))
                 for tiers in ((dequantized, on_device), alike)
             )
             self._shifts[key] = Need(here.device - there.device, here.host - there.host), alike

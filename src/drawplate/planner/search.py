@@ -102,6 +102,11 @@ class Search:
         """What the ledger is given."""
         return self.fit.around
 
+    def unmeasured(self) -> Search:
+        """The same search by what is known of layers without measuring any on a device."""
+        model = self.model.unmeasured()
+        return replace(self, model=model, fit=Fit(model, self.around), _won={})
+
     def best(
         self, precision: str, budget: Budget, *, limit: float = math.inf, tokens: int | None = None
     ) -> Found | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from drawplate.layout.footprint import Footprint, LayerShape, Mode
@@ -52,6 +52,10 @@ class ModelShape:
     tied: bool = True
     softcap: bool = False
     one_by_one: bool = False
+
+    def unmeasured(self) -> ModelShape:
+        """The same, whose layers are not measured on a device when they are asked for."""
+        return replace(self, kinds=tuple(kind.unmeasured() for kind in self.kinds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +155,7 @@ class Choice:
             return "dequantized"
         return "device" if layer < self.dequantized_layers + self.device_layers else "host"
 
-    def mode(self, tier: str, *, kept: bool = False) -> Mode:
+    def mode(self, tier: str, use: Literal["inference", "kept", "again"] = "inference") -> Mode:
         """How a layer of a tier is run. Kept layers are dequantized weight by weight, or autograd would keep that."""
         stored = "" if tier == "dequantized" or self.precision in PLAIN_DTYPES else self.precision
         if tier == "dequantized" and self.precision == "fp8":
@@ -161,9 +165,10 @@ class Choice:
             compute_dtype=self.compute_dtype,
             compiled=self.compiled,
             stored=stored,
-            whole=stored not in ("", "fp8", "fp8_both") and self.dequantize == "layer" and not kept,
+            whole=stored not in ("", "fp8", "fp8_both") and self.dequantize == "layer" and use != "kept",
             dropout=self.dropout > 0,
             packing=self.packing,
+            use=use,
         )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from drawplate.checkpoint.write import finished, good, keep_only, write_folder
+from drawplate.durable import write_whole
 from drawplate.errors import DiskFull, StoppedSafely, StorageError, UsageError, disk_refusal
 from drawplate.machine.caches import release
 from drawplate.planner.disk import RESERVE_BYTES
@@ -234,15 +235,9 @@ class RunFolder:
 
     def _write_text(self, name: str, text: str) -> Path:
         target = self.path / name
-        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
         try:
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+            write_whole(target, text)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise disk_refusal(target, error) from None
         return target
 

@@ -103,8 +103,14 @@ def max_positions(checkpoint: Checkpoint) -> int:
     return int(getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or 2**15)
 
 
-def model_shape(anatomy: Anatomy, recipe: Recipe) -> ModelShape:
-    """The numbers that memory and time depend on, read off the meta-device module, with the adapter that is advised."""
+def model_shape(anatomy: Anatomy, recipe: Recipe, device: torch.device | None = None) -> ModelShape:
+    """The numbers that memory and time depend on, read off the meta-device module, with the adapter that is advised.
+
+    Args:
+        anatomy: of the base model.
+        recipe: for the adapter.
+        device: that the run will use, where it is here; what compiled layers hold is measured on it.
+    """
     require_practical(anatomy)
     section, _ = advised_adapter(recipe.lora, anatomy.config.hidden_size)
     config = lora_config(section, anatomy, recipe.model.name_or_path, None)
@@ -120,7 +126,7 @@ def model_shape(anatomy: Anatomy, recipe: Recipe) -> ModelShape:
         m for name, m in linears.items() if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "qkv_proj")
     ]
     settings = anatomy.config
-    kinds, kind_of_layer = layer_shapes(anatomy, config)
+    kinds, kind_of_layer = layer_shapes(anatomy, config, device)
     opening, closing = outer_footprints(anatomy)
     return ModelShape(
         kinds=kinds,
@@ -184,7 +190,7 @@ def situation_of(recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy) -> Si
     return Situation(
         recipe=recipe,
         machine=here,
-        model=model_shape(anatomy, recipe),
+        model=model_shape(anatomy, recipe, device),
         base_bytes=lasting_process_bytes(),
         stored_precision=checkpoint.quantized_precision,
         stored_double_quant=checkpoint.quantized_doubly,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from drawplate.data.batches import cut_padded
 from drawplate.layout.footprint import Mode
-from drawplate.model.footprint.measure import layer_shapes
+from drawplate.model.footprint.compiled import compiled_footprint
+from drawplate.model.footprint.measure import Measured
 from drawplate.model.layer.anatomy import build_anatomy
 from drawplate.model.stream import host_activations
 from drawplate.model.stream.host_activations import HostActivations
@@ -44,8 +46,12 @@ def test_the_plan_sends_what_the_runtime_sends(
     batch = cut_padded(random_sequences([TOKENS // 2] * 2), 2, 4, 0)[0]
     model.sum_nats(batch, scale=0.01, dropout_seed=(3, 0))[0].backward()
     anatomy = build_anatomy(checkpoint.config)
-    kinds, of_layer = layer_shapes(anatomy, lora_config(section, anatomy, "x", None))
-    part = kinds[of_layer[LAYER]].footprints[Mode("cpu", "float32", compiled, "", False, True, False)]
+    measured = Measured(anatomy, LAYER, lora_config(section, anatomy, "x", None), None)
+    mode = Mode("cpu", "float32", compiled, "", False, True, False, "kept")
+    part = measured(mode)
+    if compiled:  # as on a GPU
+        layer, cpu = measured.layer(mode), torch.device("cpu")
+        part = compiled_footprint(measured.trial(layer, mode, cpu), cpu)
     hidden = TOKENS * anatomy.config.hidden_size * 4
     planned = [*host_kept.sent_blocks(part, TOKENS, 0, hidden).values()]
     assert len(sent) > 5, "or there is little to agree on"

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from drawplate.layout.footprint import TRIAL, Line, Trace
+from drawplate.planner.bytes.batch_rows import Rows
 from drawplate.planner.bytes.estimate import estimate
 from drawplate.planner.bytes.ledger import PHASES, Ledger, ledger
 from drawplate.planner.bytes.replay import Replay
@@ -237,22 +239,6 @@ def test_a_second_capture_finds_the_workspaces_of_the_first_one_there() -> None:
     assert "captured micro-step: its batch" not in final, "given back"
 
 
-def test_the_first_product_of_backward_takes_the_workspace_once_there_is_room_for_its_result(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    choice = replace(Choice.in_words(28, **{**KNOWN, "activations": "keep"}), launched=True)
-    replay, there = Replay(sketched(shape()), choice, AROUND), list[bool]()
-
-    def watched(thread: str) -> None:
-        if thread == "backward":
-            there.append(replay.device.has(("layer", 27, "grad:0")))
-
-    monkeypatch.setattr(replay.stage, "product_workspace", watched)
-    replay.load()
-    replay.training()
-    assert there[0]
-
-
 @pytest.mark.parametrize("launched", [False, True])
 def test_return_buffers_of_steps_that_are_captured_go_with_the_step(launched: bool) -> None:
     """cuda_graphs.py settles the store of inputs after each of them; a loop that launches all keeps its buffers."""
@@ -267,21 +253,16 @@ def test_return_buffers_of_steps_that_are_captured_go_with_the_step(launched: bo
     assert replay.device.totals.get("captured micro-step: its own gradients", 0) == 0, "they were added up"
 
 
-def test_a_compiled_layers_kernels_are_tried_once_in_room_of_their_own() -> None:
-    tried = ledger(shape(), Choice.in_words(28, **KNOWN, compiled=True), replace(AROUND, trial_bytes=2**30))
-    eager = ledger(shape(), Choice.in_words(28, **KNOWN), replace(AROUND, trial_bytes=2**30))
-    names = [{line.name for line in made.largest("device").lines} for made in (tried, eager)]
-    assert ["compiler's trial of a kernel" in each for each in names] == [True, False]
-
-
-@pytest.mark.parametrize(("sparing", "peak"), [(False, 2**30 + 2**20), (True, 2**20)])
-def test_a_kernel_is_tried_on_copies_of_what_it_writes_in_place(sparing: bool, peak: int) -> None:
-    """In the forward of a training step always; in other graphs only where that does not raise the peak."""
-    stage = Stage(sketched(shape()), Choice.in_words(28, **KNOWN, compiled=True), replace(AROUND, trial_bytes=2**20))
-    stage._try([2**30], sparing=sparing)
-    assert stage.device.highest.allocated == peak
-    stage._try([2**20], sparing=True)
-    assert stage.device.highest.allocated == max(peak, 2 * 2**20), "there is room for this copy"
+def test_what_the_compiler_tries_is_there_the_first_time_alone() -> None:
+    stage = Stage(sketched(shape()), Choice.in_words(28, **KNOWN, compiled=True), AROUND)
+    trace: Trace = (("a", Line(2**20, 0)), (TRIAL, Line(2**30, 0)), (TRIAL, None), ("a", None))
+    rows, peaks = Rows(512, 1, 1, False), []
+    for _ in range(2):
+        stage.device.begin()
+        stage.run(trace, "layer being computed", ("layer", 0), rows)
+        peaks.append(stage.device.end())
+    assert [moment.allocated for moment in peaks] == [2**30 + 2**20, 2**20]
+    assert peaks[0].lines["compiler's trial of a kernel"] == 2**30
 
 
 def test_loading_a_small_model_holds_its_weights_once() -> None:

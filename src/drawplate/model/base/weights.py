@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from drawplate.durable import write_whole
 from drawplate.errors import IntegrityError, UsageError
 from drawplate.layout.stored_linear import BLOCK, SCALE_BLOCK
 from drawplate.model.base.gguf import converted_gguf, only_gguf
@@ -280,10 +280,6 @@ def _read_json(path: Path) -> dict[str, str]:
 
 
 def _write_json(path: Path, values: dict[str, str]) -> None:
-    try:
+    with suppress(OSError):  # only a cache: without it the hash is computed again
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(values, file)
-        os.replace(file.name, path)
-    except OSError:
-        return  # only a cache: without it the hash is computed again
+        write_whole(path, json.dumps(values))

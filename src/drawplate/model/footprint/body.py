@@ -25,9 +25,9 @@ from drawplate.model.layer.anatomy import Anatomy
 from drawplate.model.support.walk import walked
 
 
-def device_of(mode: Mode) -> str:
+def stand_in(mode: Mode) -> torch.device:
     """Where tensors without data stand in for the mode's device."""
-    return "meta" if mode.device == "cuda" else "cpu"
+    return torch.device("meta" if mode.device == "cuda" else "cpu")
 
 
 class _Passage(nn.Module):
@@ -70,21 +70,21 @@ def _hollow(anatomy: Anatomy, on_call: Callable[..., Tensor]) -> Iterator[list[_
 
 def _run_body(anatomy: Anatomy, embedded: Tensor, mode: Mode, outside: dict[str, Tensor]) -> Tensor:
     """transformers' own forward of the body, as model/causal_lm.py calls it."""
-    positions = torch.empty(1, TRACED_TOKENS, dtype=torch.int64, device=embedded.device)
+    positions = torch.zeros(1, TRACED_TOKENS, dtype=torch.int64, device=embedded.device)
     inputs = {"inputs_embeds": embedded, "position_ids": positions, "use_cache": False, "return_dict": True}
     if anatomy.inputs_by_layer:
         rows = (1, TRACED_TOKENS, *anatomy.inputs_by_layer)
-        inputs["per_layer_inputs"] = torch.empty(rows, dtype=embedded.dtype, device=embedded.device)
+        inputs["per_layer_inputs"] = torch.zeros(rows, dtype=embedded.dtype, device=embedded.device)
     out = functional_call(anatomy.body, outside, (), inputs | _packing(embedded, mode))
     hidden: Tensor = out.last_hidden_state
     return hidden
 
 
-def _outside_tensors(anatomy: Anatomy, mode: Mode) -> dict[str, Tensor]:
+def _outside_tensors(anatomy: Anatomy, mode: Mode, device: torch.device) -> dict[str, Tensor]:
     """The body's tensors outside of its layers."""
     layers = f"{anatomy.layers_path.rpartition('.')[2]}."
     return _tensors_of(
-        ((name, tensor) for name, tensor in _named_tensors(anatomy.body) if not name.startswith(layers)), mode
+        ((name, tensor) for name, tensor in _named_tensors(anatomy.body) if not name.startswith(layers)), mode, device
     )
 
 
@@ -92,11 +92,11 @@ def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def _tensors_of(named: Iterable[tuple[str, Tensor]], mode: Mode) -> dict[str, Tensor]:
-    """Without data, on the mode's device: parameters in its dtype, buffers in their own."""
-    dtype, device = getattr(torch, mode.compute_dtype), device_of(mode)
+def _tensors_of(named: Iterable[tuple[str, Tensor]], mode: Mode, device: torch.device) -> dict[str, Tensor]:
+    """Of the same shapes on a device: parameters in the mode's dtype, buffers in their own."""
+    dtype = getattr(torch, mode.compute_dtype)
     return {
-        name: torch.empty(
+        name: torch.zeros(
             tensor.shape, dtype=dtype if isinstance(tensor, nn.Parameter) else tensor.dtype, device=device
         )
         for name, tensor in named
@@ -109,11 +109,13 @@ def arguments_of(anatomy: Anatomy, index: int, hidden: Tensor, mode: Mode) -> tu
 
     def on_call(i: int, passed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if leave and i < index:
-            functional_call(layers[i], _tensors_of(_named_tensors(layers[i]), mode), (passed, *args), kwargs)
+            functional_call(
+                layers[i], _tensors_of(_named_tensors(layers[i]), mode, hidden.device), (passed, *args), kwargs
+            )
         return passed
 
     with _hollow(anatomy, on_call) as passages, torch.no_grad():
-        _run_body(anatomy, hidden, mode, _outside_tensors(anatomy, mode))
+        _run_body(anatomy, hidden, mode, _outside_tensors(anatomy, mode, hidden.device))
     return passages[index].called_with
 
 
@@ -122,9 +124,9 @@ def measure_outer(anatomy: Anatomy, mode: Mode) -> tuple[Footprint, Footprint]:
     norm after the last."""
     attention.register()
     with FakeTensorMode(allow_non_fake_inputs=True) if mode.device == "cpu" else nullcontext():
-        outside = _outside_tensors(anatomy, mode)
+        outside = _outside_tensors(anatomy, mode, stand_in(mode))
         shape, dtype = (1, TRACED_TOKENS, anatomy.config.hidden_size), getattr(torch, mode.compute_dtype)
-        embedded = torch.empty(shape, dtype=dtype, device=device_of(mode))
+        embedded = torch.empty(shape, dtype=dtype, device=stand_in(mode))
         opening, inference, _, _ = _outer_traces(anatomy, mode, outside, embedded)
         with torch.enable_grad():
             _, forward, backward, kept = _outer_traces(anatomy, mode, outside, embedded, training=True)
@@ -147,7 +149,7 @@ def _outer_traces(
             return hidden
         leaf = torch.empty_like(hidden).requires_grad_(training)
         last_output = leaf * 1  # not a leaf: those are kept by autograd itself
-        marks["input"] = {watch.name_of(leaf), watch.name_of(last_output)}
+        marks["input"] = {watch.block_of(leaf), watch.block_of(last_output)}
         marks["last"] = len(recorder.events)
         if training:
             edges.append(get_gradient_edge(last_output))
@@ -158,11 +160,11 @@ def _outer_traces(
     kept: list[Any] = []
     with _hollow(anatomy, on_call), torch.set_grad_enabled(training), watch:
         out = _run_body(anatomy, embedded, mode, outside)
-        names, turn = {watch.name_of(out): "out"}, len(recorder.events)
+        names, turn = {watch.block_of(out): "out"}, len(recorder.events)
         keeps_input = kept[0]() is not None
         if training:
             gradient, incoming, not_its = _differentiated(watch, out, edges[0])
-            names |= {watch.name_of(gradient): "grad_in", incoming: "grad_out"}
+            names |= {watch.block_of(gradient): "grad_in", incoming: "grad_out"}
             marks["input"] |= not_its
         events = recorder.cut(0, None, names)
     first, start, beside = marks["first"], marks["last"], marks["input"]
@@ -177,14 +179,14 @@ def _differentiated(watch: Watch, out: Tensor, edge: Any) -> tuple[Tensor, str, 
     blocks that are only here: an operation more makes the one that comes in, or its caller would hold it to the end."""
     come: list[str] = []
     doubled, gradient = out * 2, torch.empty_like(out)
-    out.grad_fn.register_prehook(lambda grads: come.append(watch.name_of(grads[0])))  # type: ignore[union-attr]
+    out.grad_fn.register_prehook(lambda grads: come.append(watch.block_of(grads[0])))  # type: ignore[union-attr]
     arrived = torch.autograd.grad(doubled, edge, gradient)[0]
-    return arrived, come[0], {watch.name_of(doubled), watch.name_of(gradient)}
+    return arrived, come[0], {watch.block_of(doubled), watch.block_of(gradient)}
 
 
 def _packing(hidden: Tensor, mode: Mode) -> dict[str, Any]:
     if not mode.packing:
         return {}
-    borders = torch.empty(TRACED_BORDERS, dtype=torch.int32, device=hidden.device)
+    borders = torch.linspace(0, TRACED_TOKENS, TRACED_BORDERS, device=hidden.device).to(torch.int32)
     longest = {"max_length_q": TRACED_TOKENS, "max_length_k": TRACED_TOKENS}
     return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "segments": (0, TRACED_TOKENS), **longest}

@@ -1,236 +1,149 @@
-"""What a compiled decoder layer holds, from the graphs that the compiler would make of it.
+"""What a compiled decoder layer holds: it is compiled, run on the device, and its allocator's history is read.
 
-AOTAutograd's joint graph, cut in two by the partitioner that torch.compile uses (min-cut with recomputation), gives the
-tensors saved for backward exactly. When the blocks of the two halves come and go is found by walking them
-(model/footprint/compiled_walk.py) under the rules by which the compiler makes kernels
-(model/footprint/compiled_kernels.py).
+Measured once and kept on the disk: for a layer of these shapes on this GPU, with these versions of torch, Triton,
+transformers and of the files here that run a layer. What the compiler makes of it differs between its versions.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import functools
+import gc
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
+import pydantic
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+import transformers
+from torch import nn
 
-from drawplate.layout.footprint import INPUT, WEIGHT, Footprint, Trace
-from drawplate.model.footprint.compiled_nodes import name_of, outputs_of, root_of
-from drawplate.model.footprint.compiled_walk import Walk
-from drawplate.model.footprint.recorder import Recorder, line_of
+from drawplate.durable import write_whole
+from drawplate.layout.footprint import TRIAL, Footprint, Line, Mode, Trace
+from drawplate.model.footprint.allocator_events import RealWatch
+from drawplate.model.footprint.passes import inference_pass, training_pass
+from drawplate.model.footprint.recorder import TRACED_BORDERS, TRACED_TOKENS, Recorder, Sizes
 from drawplate.model.footprint.trial import Trial
-from drawplate.model.layer.frozen_linear import WHOLE
+from drawplate.model.layer.frozen_linear import FrozenLinear
+from drawplate.model.layer.functions import compiled_functions, kind_of
+from drawplate.recipe import cache_folder
 
-Halves = tuple[fx.GraphModule, fx.GraphModule]
-"""A forward and a backward."""
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """The compiled layer's: each a forward and a backward, and the names of the tensors that are its first inputs.
-
-    `again` is that of the layer as it is computed a second time for its backward alone.
-    """
-
-    once: Halves
-    again: Halves
-    tensors: tuple[str, ...]
-
-    @classmethod
-    def of(cls, trial: Trial) -> Graphs:
-        """As the compiler makes them; takes half a second."""
-        once, again = _graphs(trial)
-        return cls(once, again, tuple(trial.tensors))
+FOOTPRINTS = "footprints"
+"""Their folder in the cache."""
+RUN_BY = ("layout", "kernels", "model/layer", "model/footprint")
+"""The folders whose files decide what a layer does to memory."""
 
 
-def compiled_footprint(trial: Trial, graphs: Graphs) -> Footprint:
-    """The traces of the compiled layer."""
-    weights = _whole_weights(trial, graphs.tensors)
-    alone, stored = _inference_graph(graphs.once[0]), trial.mode.stored
-    inference = _traced_forward(alone, weights, stored)
-    out = {inference.names[root_of(outputs_of(alone)[0])]: "out"}
-    trace = inference.recorder.cut(0, None, out)
-    forward, backward, _ = _traced_halves(graphs.again, weights, stored, again=True)
-    again = Footprint(inference=trace, forward=forward, backward=backward)
-    forward, backward, kept = _traced_halves(graphs.once, weights, stored)
-    hidden = f"primals_{len(graphs.tensors) + 1}"
-    saved = tuple(INPUT if node.name == hidden else name for node, name in kept.items() if name or node.name == hidden)
-    return Footprint(inference=trace, forward=forward, backward=backward, saved=saved, again=again)
+def compiled_footprint(trial: Trial, device: torch.device) -> Footprint:
+    """Compiled and run on the device, which takes some seconds.
 
+    It runs twice. The first time the compiler tries its kernels; by how much more it holds then is kept with the traces
+    of the second (`TRIAL`)."""
+    _warm(trial)
+    (function,), sizes = compiled_functions([trial.layer]), _sizes_of(trial)
 
-def _traced_halves(
-    halves: Halves, weights: tuple[Trace, dict[str, str]], stored: str, *, again: bool = False
-) -> tuple[Trace, Trace, dict[fx.Node, str]]:
-    """Forward, backward, and what is kept between them in the order in which autograd does, each with its block (none
-    for what the layer was given); with `again` the output is let go of between them."""
-    forward, backward = halves
-    training = _traced_forward(forward, weights, stored)
-    out, *saved = outputs_of(forward)
-    names = {node.name: training.names[root_of(node)] for node in saved if root_of(node) in training.names}
-    back = Walk(backward, names, outputs_of(backward), training.recorder, stored)
-    start, made = len(training.recorder.events), training.names.get(root_of(out), "")
-    if again and made and made not in names.values():
-        training.recorder.give(made)
-    back.run()
-    *gradients, grad_in = [back.names.get(root_of(node), "") for node in outputs_of(backward)]
-    meanings = {name: f"grad:{i}" for i, name in enumerate(gradients)} | {grad_in: "grad_in"}
-    for_training = {made: "out"} if made and not again else {}
-    kept = {root_of(node): training.names.get(root_of(node), "") for node in _in_order_of_saving(forward)}
-    events = training.recorder
-    return events.cut(0, start, for_training), events.cut(start, None, for_training | meanings), kept
+    def once() -> Footprint:
+        watch = RealWatch(Recorder(), device, sizes)
+        if trial.mode.use == "inference":
+            return Footprint(inference=inference_pass(trial, function, watch), keys=trial.dropout_keys)
+        return training_pass(trial, function, watch)
 
-
-@dataclass(frozen=True)
-class _Compiler:
-    """What is borrowed from torch's compiler. Imported late: it takes a second."""
-
-    aot_function: Callable[..., Any]
-    make_boxed_func: Callable[..., Any]
-    partition: Callable[..., Any]
-    decompositions: Callable[..., Any]
-    reorder_for_locality: Callable[..., Any]
-
-    @classmethod
-    def imported(cls) -> _Compiler:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch warns of its own parts
-            from torch._functorch.aot_autograd import aot_function, make_boxed_func
-            from torch._functorch.partitioners import min_cut_rematerialization_partition
-            from torch._inductor.decomposition import select_decomp_table
-            from torch._inductor.fx_passes.post_grad import reorder_for_locality
-        partition = min_cut_rematerialization_partition
-        return cls(aot_function, make_boxed_func, partition, select_decomp_table, reorder_for_locality)
-
-
-def _graphs(trial: Trial) -> tuple[Halves, Halves]:
-    """The layer in training, and as it is computed a second time."""
-    compiler = _Compiler.imported()
-    names = list(trial.tensors)
-    leaves, structure = pytree.tree_flatten(trial.arguments)
-    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]  # the rest, such as a dict class, is constant
-    wanted = [tensor.requires_grad_() for tensor in (*trial.trained.values(), trial.hidden)]
-    flat = [*trial.tensors.values(), trial.hidden, *(leaves[i] for i in at)]
-    found: dict[str, fx.GraphModule] = {}
-    again: list[Halves] = []
-
-    def keep(which: str) -> Any:
-        def compile_(graph: fx.GraphModule, _: Any) -> Any:
-            found[which] = graph
-            return compiler.make_boxed_func(graph.forward)
-
-        return compile_
-
-    def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
-        if trial.unused:
-            again.append(compiler.partition(_without_unused(joint), inputs, compiler="inductor", **options))
-        return compiler.partition(joint, inputs, compiler="inductor", **options)
-
-    def run(*values: Any) -> Tensor:
-        tensors = dict(zip(names, values, strict=False))
-        given = dict(zip(at, values[len(names) + 1 :], strict=True))
-        arguments = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return trial.call(tensors, values[len(names)], pytree.tree_unflatten(arguments, structure))
-
-    traced = compiler.aot_function(run, keep("forward"), keep("backward"), partition, compiler.decompositions())
-    with _as_if_compiling():
-        out = traced(*flat)
-        torch.autograd.grad(out, wanted, torch.empty_like(out))
-    once = (found["forward"], found["backward"])
-    return once, again[0] if again else once
-
-
-def _without_unused(joint: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose output lacks the summands that no gradient needs (model/support/unused_products.py)."""
-    graph = fx.Graph()
-    copied: Any = graph.graph_copy(joint.graph, {})
-    out, *gradients = copied
-    needed, waiting = set[fx.Node](), [node for node in gradients if isinstance(node, fx.Node)]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
-    while out not in needed and (found := [n for n in out.all_input_nodes if n in needed] or _alone(out)):
-        out = found[0]
-    graph.output((out, *gradients))
-    end = next(iter(graph.find_nodes(op="output")))
-    end.meta = dict(next(iter(joint.graph.find_nodes(op="output"))).meta)
-    graph.eliminate_dead_code()
-    return fx.GraphModule(joint, graph)
-
-
-def _inference_graph(forward: fx.GraphModule) -> fx.GraphModule:
-    """The forward that saves nothing, in the order that the compiler gives to such graphs alone."""
-    graph = fx.Graph()
-    out = graph.graph_copy(forward.graph, {})
-    graph.output((out[0],))  # type: ignore[index]
-    graph.eliminate_dead_code()
-    _Compiler.imported().reorder_for_locality(graph)
-    return fx.GraphModule(forward, graph)
-
-
-def _in_order_of_saving(forward: fx.GraphModule) -> list[fx.Node]:
-    """What a graph returns beside its output. The partitioner puts it in the order of the nodes, once the compiler has
-    replaced aliases (of attention's output) by what they are aliases of; here they are still there, at the end."""
-    place = {node: i for i, node in enumerate(forward.graph.nodes)}
-
-    def at(node: fx.Node) -> int:
-        return at(node.all_input_nodes[0]) if name_of(node) == "alias" else place[node]
-
-    return sorted(outputs_of(forward)[1:], key=at)
-
-
-def _alone(node: fx.Node) -> list[fx.Node]:
-    """What a node is made of where that is one other."""
-    return node.all_input_nodes if len(node.all_input_nodes) == 1 else []
-
-
-@contextmanager
-def _as_if_compiling() -> Iterator[None]:
-    """Code that asks whether it is being compiled is told so, as under torch.compile."""
-    torch.compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = False
-
-
-def _whole_weights(trial: Trial, inputs: tuple[str, ...]) -> tuple[Trace, dict[str, str]]:
-    """How a layer is dequantized before it is called, and the block of each weight by the name of its graph input.
-
-    A kernel writes 4-bit weights at once (kernels/four_bits.py), which has another way without a GPU; int8 is converted
-    and then scaled."""
-    recorder, blocks = Recorder(), dict[str, str]()
-    for name, weight in trial.whole().items():
-        line = line_of(weight.numel() * weight.element_size())
-        converted = recorder.take(line) if trial.mode.stored == "int8" else ""
-        blocks[name.removesuffix(WHOLE)] = recorder.take(line)
-        if converted:
-            recorder.give(converted)
-    places = {name: f"primals_{i + 1}" for i, name in enumerate(inputs)}
-    return recorder.cut(0, None, {}), {places[f"{path}weight"]: block for path, block in blocks.items()}
-
-
-def _traced_forward(graph: fx.GraphModule, weights: tuple[Trace, dict[str, str]], stored: str) -> Walk:
-    """The layer is dequantized, called, and the weights are let go of unless they are among what is kept."""
-    made, blocks = weights
-    recorder, outputs = Recorder(), outputs_of(graph)
-    recorder.events += [(f"{WEIGHT}{name}", line) for name, line in made]
-    walk = Walk(
-        graph,
-        {name: f"{WEIGHT}{block}" for name, block in blocks.items()},
-        outputs,
-        recorder,
-        stored,
-        release_inputs=False,
+    first, second = once(), once()
+    return replace(
+        second,
+        inference=with_trial(second.inference, first.inference, device),
+        forward=with_trial(second.forward, first.forward, device),
+        backward=with_trial(second.backward, first.backward, device),
     )
-    walk.run()
-    kept = {walk.names.get(root_of(node)) for node in outputs}
-    for block in blocks.values():
-        if f"{WEIGHT}{block}" not in kept:
-            recorder.give(f"{WEIGHT}{block}")
-    return walk
+
+
+def with_whole_weights(footprint: Footprint, weights: Sequence[int]) -> Footprint:
+    """The footprint of a layer whose weights are dequantized before it is called, from one that comes dequantized.
+
+    They are let go of when its function has returned, or autograd has used them.
+
+    Args:
+        footprint: of the layer in its compute dtype, not kept.
+        weights: bytes of each dequantized weight.
+    """
+    come: Trace = tuple((f"w{i}", Line(size, 0)) for i, size in enumerate(weights))
+    go: Trace = tuple((name, None) for name, _ in come)
+    if footprint.inference:
+        return replace(footprint, inference=(*come, *footprint.inference, *go))
+    return replace(footprint, forward=(*come, *footprint.forward), backward=(*footprint.backward, *go))
+
+
+def with_trial(trace: Trace, first: Trace, device: torch.device) -> Trace:
+    """A trace with what its first run held beyond it, as a block named TRIAL at its highest moment.
+
+    A block of the size of the device's L2 cache, which the compiler clears between runs of a kernel, does not grow with
+    the tokens; the rest are copies of what a kernel writes in place.
+    """
+    (_, most_first), (at, most) = highest(first), highest(trace)
+    more = most_first - most
+    if more <= 0:
+        return trace
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    line = Line(min(more, cache), max(0, more - cache) / TRACED_TOKENS)
+    return (*trace[: at + 1], (TRIAL, line), (TRIAL, None), *trace[at + 1 :])
+
+
+def highest(trace: Trace) -> tuple[int, int]:
+    """(which event has the most bytes held after it, those bytes), of the traced size; what goes without having come
+    was there before."""
+    held, best, sizes = 0, (-1, 0), dict[str, int]()
+    for i, (name, line) in enumerate(trace):
+        if line is not None:
+            sizes[name] = line.bytes(TRACED_TOKENS, TRACED_BORDERS - 1)
+        held += sizes[name] if line is not None else -sizes.pop(name, 0)
+        best = max(best, (i, held), key=lambda found: found[1])
+    return best
+
+
+def _warm(trial: Trial) -> None:
+    """Each thread that multiplies takes a workspace, which it keeps: before anything is recorded."""
+    square = torch.zeros(64, 64, dtype=trial.hidden.dtype, device=trial.hidden.device, requires_grad=True)
+    (square @ square).sum().backward()
+
+
+def _sizes_of(trial: Trial) -> Sizes:
+    """Weights, as they are stored and in every width in which they may be computed with, do not grow."""
+    linears = [module for module in trial.layer.modules() if isinstance(module, FrozenLinear)]
+    counts = [linear.out_features * linear.in_features for linear in linears]
+    counts += [tensor.numel() for tensor in trial.trained.values()]
+    return Sizes(frozenset(count * width for count in counts for width in (1, 2, 4)))
+
+
+def remembered(layer: nn.Module, mode: Mode, device: torch.device, measure: Callable[[], Footprint]) -> Footprint:
+    """A layer's footprint from the disk, or measured and kept there.
+
+    Args:
+        layer: frozen, as it will be run.
+        mode: how.
+        device: a GPU that is here.
+        measure: it, now.
+    """
+    facts = (torch.__version__, transformers.__version__, _sources())
+    facts += (torch.cuda.get_device_name(device), tuple(mode), kind_of(layer))  # type: ignore[assignment]
+    path = cache_folder() / FOOTPRINTS / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
+    kept = pydantic.TypeAdapter(Footprint)
+    with suppress(OSError, ValueError):
+        return kept.validate_json(path.read_bytes())
+    found = measure()
+    torch._dynamo.reset()  # what it compiled is on the disk; here it would only take room
+    gc.collect()
+    torch.cuda.empty_cache()
+    with suppress(OSError):  # without it the layer is measured again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, kept.dump_json(found).decode())
+    return found
+
+
+@functools.cache
+def _sources() -> str:
+    """Of the files that decide what a layer does to memory, one hash."""
+    root, found = Path(__file__).parents[2], hashlib.sha256()
+    for file in sorted(path for folder in RUN_BY for path in (root / folder).glob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()

@@ -1,16 +1,17 @@
-"""What a decoder layer's function holds in memory, from running the real layer without data.
+"""What a decoder layer's function holds in memory, from running the real layer, alone.
 
-    template layer (transformers' own, with FrozenLinear) -- shapes only, no data --> Footprint: numbers
+    template layer (transformers' own, with FrozenLinear) -- run once forward and backward --> Footprint: numbers
 
-As the layer will be run. **Eager** (here): the layer runs on tensors without data, forward and backward, under a mode
-that sees every storage come and go; exact. **Compiled** (model/footprint/compiled.py): by the compiler's own graphs.
+A **compiled** layer is compiled and run on the GPU that the run will use, with weights of zeros, and its blocks are
+those of the allocator's own history (model/footprint/compiled.py). An **uncompiled** one needs no data: it runs on the
+meta device (a CPU's on fake tensors) under a mode that sees every storage come and go; exact. Where the GPU is not here
+(`drawplate plan --gpu`), the uncompiled layer stands in for the compiled one, which holds less (planner/budget.py).
 
-A GPU is stood in for by the meta device, so that planning for one needs none; a CPU by fake tensors. One run is enough
-for all sizes: the number of tokens in it is prime, so a tensor grows with the tokens if and only if its size is a
-multiple of it.
+One run is enough for all sizes: the number of tokens in it is prime, so a tensor grows with the tokens if and only if
+its size is a multiple of it.
 
-Left out: the blocks of soft-capped or windowed attention beyond the traced length, and what kernels take for themselves
-while they run, but for the one that matters: attention's backward (`kernel_lines`).
+Left out: the blocks of soft-capped or windowed attention beyond the traced length; without data also what kernels take
+for themselves while they run, but for the one that matters: attention's backward (`kernel_lines`).
 """
 
 from __future__ import annotations
@@ -18,21 +19,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
-from torch.utils import _pytree as pytree
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from drawplate.layout.footprint import INPUT, Footprint, LayerShape, LinearShape, Mode
+from drawplate.layout.footprint import Footprint, LayerShape, LinearShape, Mode
 from drawplate.model.base.precision import PLAIN_DTYPES, Storage
-from drawplate.model.footprint.body import measure_outer
-from drawplate.model.footprint.compiled import Graphs, compiled_footprint
-from drawplate.model.footprint.recorder import Recorder, Watch
+from drawplate.model.footprint.body import measure_outer, stand_in
+from drawplate.model.footprint.compiled import compiled_footprint, remembered, with_whole_weights
+from drawplate.model.footprint.passes import uncompiled_footprint
 from drawplate.model.footprint.trial import Trial, frozen_layer, unused_of
 from drawplate.model.layer import attention
 from drawplate.model.layer.anatomy import Anatomy
@@ -44,7 +42,9 @@ from drawplate.model.support.targets import target_names
 PLAIN_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in PLAIN_DTYPES.items()}
 
 
-def layer_shapes(anatomy: Anatomy, lora: LoraConfig) -> tuple[tuple[LayerShape, ...], tuple[int, ...]]:
+def layer_shapes(
+    anatomy: Anatomy, lora: LoraConfig, device: torch.device | None = None
+) -> tuple[tuple[LayerShape, ...], tuple[int, ...]]:
     """The different decoder layers in numbers, and for each layer which of them it is.
 
     Footprints are measured when they are first asked for, which takes about a second each.
@@ -52,6 +52,7 @@ def layer_shapes(anatomy: Anatomy, lora: LoraConfig) -> tuple[tuple[LayerShape, 
     Args:
         anatomy: of the base model, its linear layers not yet frozen; it is left as it is.
         lora: which linear layers have adapters.
+        device: that the run will use, where it is here: compiled layers are tried on a GPU.
     """
     targets = target_names(lora, anatomy)
     kinds: dict[str, int] = {}
@@ -63,12 +64,14 @@ def layer_shapes(anatomy: Anatomy, lora: LoraConfig) -> tuple[tuple[LayerShape, 
         kind = f"{kind_of(layer)}\n{adapted}"
         if kind not in kinds:
             kinds[kind] = len(shapes)
-            shapes.append(_layer_shape(anatomy, i, lora, targets))
+            shapes.append(_layer_shape(anatomy, i, lora, targets, device))
         of_layer.append(kinds[kind])
     return tuple(shapes), tuple(of_layer)
 
 
-def _layer_shape(anatomy: Anatomy, index: int, lora: LoraConfig, targets: set[str]) -> LayerShape:
+def _layer_shape(
+    anatomy: Anatomy, index: int, lora: LoraConfig, targets: set[str], device: torch.device | None
+) -> LayerShape:
     layer, path = anatomy.layers[index], f"{anatomy.layers_path}.{index}"
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     weights = {id(module.weight) for module in linears.values()}
@@ -86,7 +89,8 @@ def _layer_shape(anatomy: Anatomy, index: int, lora: LoraConfig, targets: set[st
         ),
         plain=tuple(tensor.numel() for tensor in others if id(tensor) not in weights),
         trained=tuple(torch.Size(shape).numel() for shape in trained.values()),
-        footprints=_Footprints(Measured(anatomy, index, lora)),
+        footprints=(measured := _Footprints(Measured(anatomy, index, lora, device))),
+        stand_ins=_StandIns(measured, Measured(anatomy, index, lora, None)) if device else None,
     )
 
 
@@ -100,106 +104,67 @@ class _Footprints(Mapping[Mode, Footprint]):
     """Measured when asked for, each mode once."""
 
     def __init__(self, measure: Callable[[Mode], Footprint]) -> None:
-        self._measure = functools.cache(measure)
+        self._measure = measure
+        self.made: dict[Mode, Footprint] = {}
 
     def __getitem__(self, mode: Mode) -> Footprint:
-        return self._measure(mode)
+        if mode not in self.made:
+            self.made[mode] = self._measure(mode)
+        return self.made[mode]
 
     def __iter__(self) -> Iterator[Mode]:
-        return iter(())
+        return iter(self.made)
 
     def __len__(self) -> int:
-        return 0
+        return len(self.made)
 
 
-@dataclass
+class _StandIns(_Footprints):
+    """What has been measured so far, and without data what has not."""
+
+    def __init__(self, measured: _Footprints, measure: Callable[[Mode], Footprint]) -> None:
+        super().__init__(measure)
+        self._measured = measured
+
+    def __getitem__(self, mode: Mode) -> Footprint:
+        return self._measured.made.get(mode) or super().__getitem__(mode)
+
+
+@dataclass(frozen=True)
 class Measured:
-    """The footprints of one decoder layer."""
+    """The footprints of one decoder layer.
+
+    Attributes:
+        device: that the run will use, None for one that is not here.
+    """
 
     anatomy: Anatomy
     index: int
     lora: LoraConfig
-    _graphs: dict[Mode, Graphs] = field(default_factory=dict)
+    device: torch.device | None
 
     def __call__(self, mode: Mode) -> Footprint:
         """The layer's footprint, run as `mode` says."""
         attention.register()
+        device = self.device if mode.compiled and self.device and self.device.type == mode.device == "cuda" else None
+        if device and mode.whole:
+            linears = [m for m in self.layer(mode).modules() if isinstance(m, FrozenLinear)]
+            size = getattr(torch, mode.compute_dtype).itemsize
+            weights = [linear.out_features * linear.in_features * size for linear in linears]
+            return with_whole_weights(self(mode._replace(stored="", whole=False)), weights)
+        layer = self.layer(mode)
+        if device:
+            return remembered(layer, mode, device, lambda: compiled_footprint(self.trial(layer, mode, device), device))
         with FakeTensorMode(allow_non_fake_inputs=True) if mode.device == "cpu" else nullcontext():
-            trial = self._trial(mode)
-            found = compiled_footprint(trial, self._graphs_of(mode)) if mode.compiled else _eager_footprint(trial)
-        return replace(found, keys=len(trial.keys) if mode.dropout else 0)
+            return uncompiled_footprint(self.trial(layer, mode, stand_in(mode)))
 
-    def _graphs_of(self, mode: Mode) -> Graphs:
-        """Once dequantized, a layer is computed as one that was never quantized; and where its products dequantize,
-        int8's are those of nf4 with other scratch."""
-        like = mode._replace(stored="", whole=False) if mode.whole else mode
-        if like.stored in ("int8", "fp4"):
-            like = like._replace(stored="nf4")
-        if like not in self._graphs:
-            self._graphs[like] = Graphs.of(self._trial(like))
-        return self._graphs[like]
-
-    def _trial(self, mode: Mode) -> Trial:
+    def layer(self, mode: Mode) -> nn.Module:
+        """The layer, as it is run so."""
         storage = Storage(mode.stored or PLAIN_NAMES[mode.compute_dtype])
-        layer = frozen_layer(self.anatomy, self.index, self.lora, storage)
-        with unset_fake_temporarily():  # fills bitsandbytes' caches, with numbers
-            storage.decode(list(storage.encode(torch.zeros(64, 64)).values()), (64, 64), torch.float32)
-        return Trial.of(layer, self.anatomy, self.index, self.lora, mode)
+        # Fills bitsandbytes' caches, with numbers.
+        storage.decode(list(storage.encode(torch.zeros(64, 64)).values()), (64, 64), torch.float32)
+        return frozen_layer(self.anatomy, self.index, self.lora, storage, again=mode.use == "again")
 
-
-def _eager_footprint(trial: Trial) -> Footprint:
-    """Run it, forward and backward, and see."""
-    found = _eager_pass(trial)
-    for path, module in trial.layer.named_modules():
-        if isinstance(module, FrozenLinear):
-            module.output_used = path not in trial.unused
-    return replace(found, again=_eager_pass(trial, again=True))
-
-
-def _eager_pass(trial: Trial, *, again: bool = False) -> Footprint:
-    """With `again` its output is let go of before its backward."""
-    known = [*trial.tensors.values(), *_tensors(trial.arguments)]
-    inference = Recorder()
-    with torch.no_grad(), Watch(inference, [*known, trial.hidden]) as watch:
-        out = trial.run(trial.hidden)
-        names = {watch.name_of(out): "out"}
-        made = inference.cut(0, None, names)
-    recorder, trained = Recorder(), [tensor.requires_grad_() for tensor in trial.trained.values()]
-    grad_out = torch.empty_like(trial.hidden)
-    with Watch(recorder, [*known, grad_out]) as watch:
-        leaf = torch.empty_like(trial.hidden).requires_grad_()
-        hidden = leaf * 1  # not a leaf: those are kept by autograd itself
-        name, edge = watch.name_of(hidden), get_gradient_edge(hidden)
-        of_input, saved = {watch.name_of(leaf), name}, dict[str, None]()
-
-        def see(tensor: Tensor) -> Tensor:
-            saved[watch.name_of(tensor)] = None
-            return tensor
-
-        with saved_tensors_hooks(see, lambda tensor: tensor):
-            out = trial.run(hidden)
-        del hidden
-        names = {watch.name_of(out): "out"}
-        end = get_gradient_edge(out)
-        if again:
-            del out
-        turn = len(recorder.events)
-        # A module that its layer never calls leaves its adapter unused.
-        grad_in, *gradients = torch.autograd.grad(end, [edge, *trained], grad_out, allow_unused=True)  # type: ignore[arg-type]
-        names |= {watch.name_of(g): f"grad:{i}" for i, g in enumerate(gradients) if g is not None}
-        names[watch.name_of(grad_in)] = "grad_in"
-        events = recorder.cut(0, None, names)
-    kept = name not in {block for block, line in recorder.events[:turn] if line is None}
-    beside = [event for event in events if event[0] not in of_input]
-    ahead = sum(block not in of_input for block, _ in events[:turn])
-    return Footprint(
-        inference=made,
-        forward=tuple(beside[:ahead]),
-        backward=tuple(beside[ahead:]),
-        keeps_input=kept,
-        saved=tuple(INPUT if block == name else names.get(block, block) for block in saved if block),
-    )
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    def trial(self, layer: nn.Module, mode: Mode, device: torch.device) -> Trial:
+        """The layer and what it is called with, on a device."""
+        return Trial.of(layer, self.anatomy, self.index, self.lora, mode, device)

@@ -1,44 +1,60 @@
-"""Records the blocks of memory that come and go while something runs without data."""
+"""Names for the blocks of memory that come and go while something runs, and a watch over what runs without data."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drawplate.layout.footprint import TRIAL, Line, Trace
+from drawplate.layout.footprint import Line, Trace
 
-TRACED_TOKENS = 1021
+TRACED_TOKENS = 2161
 """Prime, and a divisor of no model's sizes: a tensor grows with the tokens if its size is a multiple."""
-TRACED_BORDERS = 67
-"""The same for the borders of a packed row, as far as they matter."""
-BACKWARD_BLOCK = 128
-"""Attention's backward rounds each document up to so many queries."""
+TRACED_BORDERS = 68
+"""Of a packed row, with the first and the last: one more than its documents."""
+ATTENTION_BLOCK = 128
+"""Attention's backward has room for so many queries more of each document."""
+EXTRA_BYTES = (0, 256)
+"""What a kernel may take beside what grows with the tokens: cuDNN's aligns its block so."""
 
-KEPT = Line(-1, 0)
-"""Stands for the release of a block that did not come to pass."""
 
+@dataclass(frozen=True)
+class Sizes:
+    """How the bytes of a block grow with the micro-batch, read off one size with TRACED_TOKENS tokens.
 
-def line_of(size: int) -> Line:
-    """The line on which a tensor of `size` bytes lies that was made with TRACED_TOKENS tokens."""
-    return Line(0, size / TRACED_TOKENS) if size % TRACED_TOKENS == 0 else Line(size, 0)
+    Args:
+        fixed: sizes in bytes that are known not to grow, such as those of weights.
+    """
+
+    fixed: frozenset[int] = frozenset()
+
+    def line_of(self, size: int) -> Line:
+        """The line on which a block of `size` bytes lies."""
+        padded = TRACED_TOKENS + ATTENTION_BLOCK * (TRACED_BORDERS - 1)
+        for more in () if size in self.fixed else EXTRA_BYTES:
+            if size > more and (size - more) % TRACED_TOKENS == 0:
+                return Line(more, (size - more) / TRACED_TOKENS)
+            if size > more and (size - more) % padded == 0:
+                return Line(more, (size - more) / padded, ATTENTION_BLOCK * (size - more) / padded)
+        return Line(size, 0)
 
 
 class Recorder:
     """Blocks by name, in the order in which they come and go."""
 
-    def __init__(self, prefix: str = "b") -> None:
+    def __init__(self) -> None:
         self.events: list[tuple[str, Line | None]] = []
-        self._prefix, self._count = prefix, 0
+        self._count = 0
 
-    def take(self, line: Line, before: str = "") -> str:
-        """A new block; returns its name, which has that before it."""
+    def take(self, line: Line) -> str:
+        """A new block; returns its name."""
         self._count += 1
-        name = f"{before}{self._prefix}{self._count}"
+        name = f"b{self._count}"
         self.events.append((name, line))
         return name
 
@@ -51,33 +67,9 @@ class Recorder:
         for name in reversed([self.take(line) for line in lines]):
             self.give(name)
 
-    def try_out(self, copies: Sequence[Line]) -> None:
-        """A kernel is tried, with copies of what it writes in place; one of nothing where it writes nothing so."""
-        names = []
-        for line in copies or [Line(0, 0)]:
-            self._count += 1
-            names.append(f"{TRIAL}{self._count}")
-            self.events.append((names[-1], line))
-        for name in names:
-            self.give(name)
-
     def cut(self, start: int, end: int | None, names: Mapping[str, str]) -> Trace:
         """The events from `start` to `end`, some blocks under other names."""
-        return tuple((names.get(name, name), line) for name, line in self.events[start:end] if line != KEPT)
-
-    def peaks(self, marks: Sequence[int]) -> list[int]:
-        """The most bytes held up to each of those places in the events, since the one before."""
-        held, found, begin, sizes = 0, [], 0, dict[str, int]()
-        for end in marks:
-            highest = held
-            for name, line in self.events[begin:end]:
-                held += line.bytes(TRACED_TOKENS) if line else -sizes.pop(name, 0)
-                if line:
-                    sizes[name] = line.bytes(TRACED_TOKENS)
-                highest = max(highest, held)
-            found.append(highest)
-            begin = end
-        return found
+        return tuple((names.get(name, name), line) for name, line in self.events[start:end])
 
 
 class Watch(TorchDispatchMode):
@@ -86,11 +78,29 @@ class Watch(TorchDispatchMode):
     def __init__(self, recorder: Recorder, known: Sequence[Tensor]) -> None:
         super().__init__()
         self.recorder = recorder
-        self._names = {tensor.untyped_storage()._cdata: "" for tensor in known}
+        self._names: dict[int, str] = {}
+        self._sizes = Sizes()
+        self.know(*known)
 
-    def name_of(self, tensor: Tensor) -> str:
-        """The block that a tensor lies in; empty for one that was known before."""
-        return self._names.get(tensor.untyped_storage()._cdata, "")
+    def __call__(self) -> Watch:
+        """Itself, to be entered as often as there are stretches of a run."""
+        return self
+
+    def know(self, *tensors: Tensor) -> None:
+        """These were there before."""
+        self._names |= {self.key_of(tensor): "" for tensor in tensors}
+
+    def key_of(self, tensor: Tensor) -> int:
+        """By which its block is known as long as it is there."""
+        return tensor.untyped_storage()._cdata
+
+    def name_of(self, key: int) -> str:
+        """The block; empty for one that was known before."""
+        return self._names.get(key, "")
+
+    def block_of(self, tensor: Tensor) -> str:
+        """The block that a tensor lies in."""
+        return self.name_of(self.key_of(tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -105,7 +115,7 @@ class Watch(TorchDispatchMode):
         key = storage._cdata
         if key in self._names or storage.nbytes() == 0:
             return
-        self._names[key] = self.recorder.take(line_of(storage.nbytes()))
+        self._names[key] = self.recorder.take(self._sizes.line_of(storage.nbytes()))
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
@@ -130,5 +140,5 @@ def kernel_lines(operator: Any, args: Any) -> list[Line]:
     expanded = heads * size * query.element_size() if key_heads != heads else 0
     if query.dim() == 4:
         return [Line(0, sums + accumulator + 2 * expanded)]
-    padded = [Line(0, each, BACKWARD_BLOCK * each) for each in (sums, accumulator)]
+    padded = [Line(0, each, ATTENTION_BLOCK * each) for each in (sums, accumulator)]
     return padded + [Line(0, expanded)] * (2 if expanded else 0)

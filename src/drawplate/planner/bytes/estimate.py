@@ -85,8 +85,8 @@ def _sums_of(part: Footprint, rows: Rows) -> _PartSums:
 
 
 def _untried(trace: Trace) -> Trace:
-    """Without the copies for a kernel's trial, which raise the peak in the forward of a training step alone."""
-    return tuple(event for event in trace if not event[0].startswith(TRIAL))
+    """Without what the compiler's trials take, which is added once."""
+    return tuple(event for event in trace if event[0] != TRIAL)
 
 
 def _sums(traces: Sequence[Trace], rows: Rows) -> list[_Sums]:
@@ -170,12 +170,12 @@ class _Moments:
         rows, choice, model = self.rows, self.choice, self.model
         each = rows.tokens * model.hidden * self.size
         parts = {
-            (k, tier, way): model.kinds[k].footprints[choice.mode(tier, kept=way != "again")]
+            (k, tier, way): model.kinds[k].footprints[choice.mode(tier, "again" if way == "again" else "kept")]
             for k, tier, way in self.groups
         }
         closing = model.closing[choice.mode(choice.tier(0))]
         opening = _sums_of(model.opening[choice.mode(choice.tier(0))], rows).inference.left
-        sums = {key: _sums_of(part.recomputed if key[2] == "again" else part, rows) for key, part in parts.items()}
+        sums = {key: _sums_of(part, rows) for key, part in parts.items()}
         keys = sum(n * 4 * parts[key].keys * rows.tokens for key, n in self.groups.items())
         # Saved sums count a layer's output as the next one's input.
         saves = {key: sums[key].forward.left - (0 if part.keeps_input else each) for key, part in parts.items()}
@@ -206,7 +206,8 @@ class _Moments:
             else:
                 work = max(part.forward.peak, part.forward.left + part.backward.peak) + each
                 ends.append((work, held + own + mine + back))
-                going = (part.inference.peak + 2 * each, held + stays + after)
+                inferred = _sums_of(model.kinds[key[0]].footprints[choice.mode(key[1])], rows)
+                going = (inferred.inference.peak + 2 * each, held + stays + after)
             ends += [going] * bool(self.on_host)
         return max(ends, key=sum)
 

@@ -141,7 +141,7 @@ def locked_bytes(model: ModelShape, choice: Choice, rows: Rows) -> int:
     """Page-locked host memory that all of them need, each block rounded up to 256 bytes."""
     total, hidden = 0, rows.tokens * model.hidden * DTYPE_BYTES[choice.compute_dtype]
     for layer in range(choice.on_host(model.layers)):
-        part = model.kinds[model.kind_of_layer[layer]].footprints[choice.mode(choice.tier(layer), kept=True)]
+        part = model.kinds[model.kind_of_layer[layer]].footprints[choice.mode(choice.tier(layer), "kept")]
         sizes = sent_blocks(part, rows.tokens, rows.borders, hidden if layer else 0).values()
         total += sum(aligned(size) for size in sizes)
     return total

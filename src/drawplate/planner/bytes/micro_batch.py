@@ -83,7 +83,7 @@ class MicroBatch:
     def _dropout_keys(self, rows: Rows) -> None:
         """All layers' at once, which stay until the next micro-batch has its own; made with two blocks more."""
         device, line = self.device, "dropout keys of the layers"
-        kinds, modes = self.stage.kinds, (self.stage.kept if self.choice.kept_layers else self.stage.inner)
+        kinds, modes = self.stage.kinds, self.stage.inferred
         count = sum(kind.footprints[mode].keys for kind, mode in zip(kinds, modes, strict=True))
         names: list[Name] = [("key work", 0), ("key work", 1), ("new keys",)]
         for name in names if count else ():
@@ -107,11 +107,11 @@ class MicroBatch:
         """A layer's forward in training -> the block of its output."""
         device, kind = self.device, self.stage.kinds[layer]
         keeps = self._keeps(layer)
-        part = kind.footprints[(self.stage.kept if keeps else self.stage.inner)[layer]]
+        part = kind.footprints[(self.stage.kept if keeps else self.stage.inferred)[layer]]
         if self._offloads(layer) and layer and device.has(("leaving",)):
             device.give(("leaving",))
         line = LINE if layer in self._host_kept else "activations kept" if keeps else "layer being computed"
-        self.stage.run(part.forward if keeps else part.inference, line, ("layer", layer), rows, sparing=not keeps)
+        self.stage.run(part.forward if keeps else part.inference, line, ("layer", layer), rows)
         output: Name = ("hidden", layer + 1)
         device.rename(("layer", layer, "out"), output, "layer inputs kept")
         if self._offloads(layer) and layer:
@@ -150,7 +150,7 @@ class MicroBatch:
 
     def _layer_backward(self, layer: int, rows: Rows) -> None:
         device, kind, keeps = self.device, self.stage.kinds[layer], self._keeps(layer)
-        part = kind.footprints[self.stage.kept[layer]] if keeps else kind.footprints[self.stage.inner[layer]].recomputed
+        part = kind.footprints[(self.stage.kept if keeps else self.stage.again)[layer]]
         prefix: Name = ("layer", layer)
         device.now = f"layer {layer}, " + ("backward" if keeps else "recomputed and backward")
         line = "backward of a kept layer" if keeps else "layer being recomputed"
@@ -162,7 +162,7 @@ class MicroBatch:
                         "return buffers of offloaded inputs", ("return", i), rows.tokens * self.model.hidden * self.size
                     )
         if not keeps:
-            self.stage.run(part.forward, line, prefix, rows, sparing=False, multiplies="backward")
+            self.stage.run(part.forward, line, prefix, rows, multiplies="backward")
         self.stage.run(part.backward, line, prefix, rows, multiplies="backward")
         for j in range(len(self.stage.trained[layer])):
             self._accumulate((*prefix, f"grad:{j}"), ("new", layer, j))
@@ -201,7 +201,7 @@ class MicroBatch:
         self.device.give(("ids",))
         self.device.take(line, ("positions",), 8 * rows.tokens)
         self.stage.product_workspace("forward")
-        self.stage.run(self.model.opening[self.stage.inner[0]].inference, line, ("shared",), rows)
+        self.stage.run(self.model.opening[self.stage.inferred[0]].inference, line, ("shared",), rows)
 
     def _give_shared(self) -> None:
         self.stage.clear(("shared",))
@@ -210,10 +210,10 @@ class MicroBatch:
         self.device.give(("positions",))
 
     def _closing(self) -> Footprint:
-        return self.model.closing[self.stage.inner[0]]
+        return self.model.closing[self.stage.inferred[0]]
 
     def _infer(self, layer: int, hidden: Name, rows: Rows) -> Name:
-        part = self.stage.kinds[layer].footprints[self.stage.inner[layer]]
+        part = self.stage.kinds[layer].footprints[self.stage.inferred[layer]]
         self.stage.run(part.inference, "layer being computed", ("layer", layer), rows)
         output: Name = ("hidden", layer + 1)
         self.device.rename(("layer", layer, "out"), output)

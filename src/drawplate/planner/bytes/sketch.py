@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from drawplate.layout.footprint import TRIAL, Footprint, LayerShape, Line, LinearShape, Mode, Trace
+from drawplate.layout.footprint import Footprint, LayerShape, Line, LinearShape, Mode, Trace
 from drawplate.layout.stored_linear import DTYPE_BYTES
 from drawplate.planner.shape import ModelShape
 
@@ -67,10 +67,9 @@ class _Drawn(Mapping[Mode, Footprint]):
         kept = Line(0, kept_bytes_per_token_and_layer(model, size) if self.inside else 8 * model.hidden)
         weights = Line(model.linear_parameters / model.layers * size if self.inside and mode.stored else 0, 0)
         trained = Line(model.trained_parameters / model.layers * 4, 0)
-        tried: Trace = ((TRIAL, Line(0, 0)), (TRIAL, None)) if self.inside and mode.compiled else ()
         done: Trace = (("work", None), ("weights", None))
-        work: Trace = (("weights", weights), ("work", kept), ("out", output), *tried, *done)
-        forward: Trace = (("weights", weights), ("kept", kept), ("out", output), *tried)
+        work: Trace = (("weights", weights), ("work", kept), ("out", output), *done)
+        forward: Trace = (("weights", weights), ("kept", kept), ("out", output))
         backward: Trace = (("grad_in", output), ("kept", None), ("weights", None))
         if not mode.whole:  # only while a product needs them
             forward = (*forward, ("weights", None))

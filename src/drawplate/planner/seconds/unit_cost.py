@@ -229,7 +229,7 @@ def sent_bytes(model: ModelShape, choice: Choice, work: StepWork) -> float:
     model = sketched(model)
     tokens, borders = round(work.positions), train_rows_of(choice, model).borders
     hidden = tokens * model.hidden * DTYPE_BYTES[choice.compute_dtype]
-    parts = [kind.footprints[choice.mode("dequantized", kept=True)] for kind in model.kinds]
+    parts = [kind.footprints[choice.mode("dequantized", "kept")] for kind in model.kinds]
     each = [sum(sent_blocks(part, tokens, borders, hidden).values()) for part in parts]
     return sum(each[kind] for kind in model.kind_of_layer) / model.layers
 
