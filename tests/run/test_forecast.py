@@ -102,7 +102,7 @@ def test_a_card_that_is_not_there_is_planned_for_with_its_source(bare: Path, cor
     assert "`--ram SIZE` plans for another" in plan.assumptions[2]
     elsewhere = forecast(recipe_for(bare, corpus, memory={"ram": "2TiB"}), gpu="T4")
     assert elsewhere.compute_dtype == "float16", "it has no bf16"
-    assert "The host is assumed to have 2048.00 GiB of memory." in elsewhere.assumptions[1]
+    assert "The host is assumed to have 2048.00 GiB of memory." in elsewhere.assumptions[2]
     with pytest.raises(UsageError, match="no figures are known"):
         forecast(recipe_for(bare, corpus), gpu="Voodoo 2")
 
