@@ -180,7 +180,7 @@ def write_tokenizer(documents: Path, folder: Path) -> None:
 
 
 def write_model(name: str, folder: Path, tokenizer: Path) -> None:
-    """Random bf16 weights of the shape as a checkpoint of some shards; norms are one."""
+    """Random bf16 weights of the shape as a checkpoint of some shards; norms scale by one."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -204,7 +204,8 @@ def write_model(name: str, folder: Path, tokenizer: Path) -> None:
         tensors = {}
         for tensor_name, shape in shapes.items():
             tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
-            tensors[tensor_name] = (tensor.normal_(0, 0.02) if len(shape) > 1 else tensor.fill_(1)).cpu()
+            scale = 0 if name.startswith("gemma") else 1  # a Gemma's norms multiply by one more than their weight
+            tensors[tensor_name] = (tensor.normal_(0, 0.02) if len(shape) > 1 else tensor.fill_(scale)).cpu()
         save_file(tensors, folder / file, {"format": "pt"})
     index = {"metadata": {}, "weight_map": {n: file for file, shapes in shards.items() for n in shapes}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -114,7 +114,7 @@ def test_long_lines_and_control_characters_stay_three_lines(monkeypatch, recipe_
 
 @pytest.mark.parametrize("command", ["tune", "plan"])
 def test_a_wrong_recipe_is_refused_before_anything_is_loaded(monkeypatch, recipe_file, command):
-    monkeypatch.setattr(drawplate, command, raising(AssertionError("was called")))
+    monkeypatch.setattr(f"drawplate.run.tune.{command}", raising(AssertionError("was called")))
     done = invoke(command, str(recipe_file), "--set", "train.learning_rat=1")
     assert done.exit_code == 2
     assert "did you mean train.learning_rate?" in done.stderr
@@ -122,7 +122,7 @@ def test_a_wrong_recipe_is_refused_before_anything_is_loaded(monkeypatch, recipe
 
 def test_overrides_reach_the_run(monkeypatch, recipe_file):
     seen: list[Recipe] = []
-    monkeypatch.setattr(drawplate, "plan", lambda recipe, gpu: seen.append(recipe) or {})
+    monkeypatch.setattr("drawplate.run.tune.plan", lambda recipe, gpu, tell: seen.append(recipe) or {})
     options = ("--set", "train.seed=7", "--set", "lora.r=4", "--vram", "6GiB")
     done = invoke("plan", str(recipe_file), *options, "--json")
     assert done.exit_code == 0, done.stderr

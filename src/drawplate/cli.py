@@ -135,10 +135,10 @@ def plan(
     with ending():
         sizes = {"memory.vram": vram, "memory.ram": ram}
         loaded = _load(recipe, [*set_, *(f"{key}={size}" for key, size in sizes.items() if size is not None)])
-        import drawplate
         from drawplate.report.plan_view import plan_table
+        from drawplate.run.tune import plan as planned
 
-        made = drawplate.plan(loaded, gpu)
+        made = planned(loaded, gpu, lambda text: print(text, file=sys.stderr, flush=True))
         _show(made, as_json, plan_table)
 
 

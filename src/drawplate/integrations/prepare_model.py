@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from drawplate.integrations.trainer_model import DrawplateForCausalLM
 from drawplate.machine.device import pick_device
+from drawplate.model.base.foreign import refusing
 from drawplate.model.base.weights import open_checkpoint
 from drawplate.model.layer.anatomy import build_anatomy
 from drawplate.model.load.assemble import assemble
 from drawplate.model.placement import placement_of
 from drawplate.model.support.targets import lora_config
 from drawplate.planner.advise import advised_adapter
+from drawplate.planner.choose import choose
 from drawplate.planner.situation import CorpusShape, choose_max_length
 from drawplate.recipe import Recipe, Section, load_recipe
-from drawplate.run.planning import left_out_of, max_positions, plan_for_lengths
+from drawplate.run.planning import left_out_of, max_positions, situation_of
 
 Keys = Mapping[str, Any] | Section | None
 
@@ -59,7 +62,9 @@ def prepare_model(  # noqa: PLR0913 - one keyword a section of the recipe
     anatomy = build_anatomy(checkpoint.config)
     lora_section = advised_adapter(recipe.lora, anatomy.config.hidden_size)[0]
     advised = recipe.model_copy(update={"lora": lora_section})
-    chosen = plan_for_lengths(recipe, checkpoint, anatomy, CorpusShape(lengths=(length,)), length, launched=True)
+    with refusing(anatomy.architecture):
+        situation = replace(situation_of(recipe, checkpoint, anatomy), launched=True)
+        chosen = choose(situation, CorpusShape(lengths=(length,)), length)
     for line in (*checkpoint.remarks, *left_out_of(advised, anatomy), *chosen.warnings):
         warnings.warn(line, stacklevel=2)  # what `drawplate tune` says on screen and in its record
     assembled = assemble(

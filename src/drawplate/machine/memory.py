@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -178,6 +179,21 @@ class PeakMeter:
         self._sample_host()
         self._fold_device_peak()
         PeakMeter._running.remove(self)
+
+    @classmethod
+    @contextmanager
+    def apart(cls) -> Iterator[PeakMeter]:
+        """A meter whose device memory the ones that run count not: of what comes before a run and no plan counts."""
+        cls._fold_device_peak()
+        outer, cls._running = cls._running, []
+        try:
+            with cls() as meter:
+                yield meter
+        finally:
+            cls._running = outer
+            if _cuda_answers():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
 
     @property
     def host_peak_bytes(self) -> int:

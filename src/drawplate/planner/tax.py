@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Literal
 
 from drawplate.layout.stored_linear import DTYPE_BYTES
-from drawplate.planner.bytes.host import RUNTIME
+from drawplate.planner.bytes.host import CONTEXT, CONTEXT_OF_KERNELS, OF_THE_PROCESS
 from drawplate.planner.bytes.ledger import Ledger
 from drawplate.planner.bytes.sketch import kept_bytes_per_token_and_layer
 from drawplate.planner.shape import ModelShape
@@ -33,7 +33,7 @@ CALIBRATION_TOKENS = {"cpu": 2048, "cuda": 16_384}
 HEAD_ROWS = 8192
 USUALLY_STORED = "bfloat16"
 """The type in which most base models are stored; into another one a tensor is turned while it is read."""
-_SHARED = ("CUDA context", "process before the model", RUNTIME, "token windows")
+_SHARED = (CONTEXT, *CONTEXT_OF_KERNELS, *OF_THE_PROCESS)
 _KEY, _START_KEY, _DEPLOYED_KEY = "quantization_tax", "starts_from_error", "measures_deployed"
 
 

@@ -11,8 +11,18 @@ from drawplate.units import MIB
 CONTEXT_BYTES, STEP_CONTEXT_BYTES = 830 * MIB, 148 * MIB
 """Device memory outside torch's allocator after a compiled step, and by how much it has grown since loading."""
 
-LOADING_HOST_BYTES, RUNTIME_HOST_BYTES = 237 * MIB, 1078 * MIB
-"""Host memory of CUDA and its libraries after loading, and after a step."""
+LOADING_HOST_BYTES, RUNTIME_HOST_BYTES = 237 * MIB, 860 * MIB
+"""Host memory of CUDA and its libraries after loading, and after a step in float32."""
+
+HALF_HOST_BYTES = 200 * MIB
+"""What products in 16 bits add to that: cuBLAS's kernels for them."""
+
+FOUR_BIT_CONTEXT_BYTES, FOUR_BIT_HOST_BYTES = 96 * MIB, 130 * MIB
+"""What the kernels of 4-bit weights add to the context and to the host's libraries."""
+
+ROWS_ATTENTION_CONTEXT_BYTES = 76 * MIB
+"""What cuDNN adds to the context, which attends to padded rows in 16 bits. These four are from the runs of
+bench/results/acceptance-h200.json."""
 
 COMPILER_HOST_BYTES, COMPILED_ADAPTER_HOST_BYTES = 30 * MIB, 6 * MIB
 """What the compiler holds beside that, and for each linear layer of a decoder layer that has an adapter: its graphs."""

@@ -202,6 +202,8 @@ class MemoryFacts:
         device_peak_predicted_bytes, device_peak_bytes: what the driver counts for the process, CUDA's context included.
         host_peak_predicted_bytes, host_peak_bytes: what the process holds and the system cannot take back.
         host_resident_peak_bytes: the most that was resident, with pages of files that the system drops at need.
+        self_check_device_peak_bytes: the most device memory during the self-check before training, which takes what is
+            free and is no part of `device_peak_bytes`.
         device_context_bytes: the part of the device's peak that lies outside torch's allocator.
         device_context_source: who says so: `driver`, `device` (all that was in use on it, less the allocator's),
             `assumed` (other programs used the device too), or empty without a GPU.
@@ -212,6 +214,7 @@ class MemoryFacts:
     host_peak_predicted_bytes: int
     host_peak_bytes: int
     host_resident_peak_bytes: int = 0
+    self_check_device_peak_bytes: int = 0
     device_context_bytes: int = 0
     device_context_source: str = ""
 

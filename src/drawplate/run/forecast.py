@@ -17,6 +17,7 @@ from drawplate.errors import DataError
 from drawplate.machine.device import machine, pick_device
 from drawplate.machine.memory import lasting_process_bytes
 from drawplate.model.base.weights import Checkpoint, open_configuration
+from drawplate.model.footprint.measure import Tell, unheard
 from drawplate.model.layer.anatomy import build_anatomy
 from drawplate.planner.choose import choose
 from drawplate.planner.seconds.gpus import gpu_named
@@ -44,8 +45,8 @@ UNMEASURED_LAYERS = (
 """Of the layers of four models (Llama 3B and 8B, Qwen3 4B, Gemma 2 2B) 2 to 38 % with torch 2.11."""
 
 
-def forecast(recipe: Recipe, gpu: str | None = None) -> Plan:
-    """The plan of a run on this machine, or on a card that is not in it.
+def forecast(recipe: Recipe, gpu: str | None = None, tell: Tell = unheard) -> Plan:
+    """The plan of a run on this machine, or on a card that is not in it; `tell` is told what takes long.
 
     Raises:
         UsageError: the recipe cannot be meant, the model has no configuration, or no figures are known for `gpu`.
@@ -57,7 +58,9 @@ def forecast(recipe: Recipe, gpu: str | None = None) -> Plan:
     max_length = choose_max_length(recipe, max_positions(checkpoint))
     corpus, assumptions, warnings = _corpus_shape(recipe, checkpoint, max_length)
     anatomy = build_anatomy(checkpoint.config)
-    situation = _situation_on(gpu, recipe, checkpoint, anatomy) if gpu else situation_of(recipe, checkpoint, anatomy)
+    situation = (
+        _situation_on(gpu, recipe, checkpoint, anatomy) if gpu else situation_of(recipe, checkpoint, anatomy, tell)
+    )
     chosen = choose(replace(situation, assumptions=situation.assumptions + assumptions), corpus, max_length)
     host_bytes = recipe.memory.ram if gpu else None
     chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy, host_bytes=host_bytes)

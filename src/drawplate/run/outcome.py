@@ -73,6 +73,7 @@ class Outcome:
     model: CausalLM | None = None
     state: TrainState = field(default_factory=TrainState)
     self_check: SelfCheck | None = None
+    self_check_bytes: int = 0
     scores: Measured = field(default_factory=dict)
     stop: StopSignals = field(default_factory=StopSignals)
     clock: Clock = field(default_factory=Clock)
@@ -229,6 +230,7 @@ class Outcome:
             host_peak_predicted_bytes=plan_.predicted_bytes("host"),
             host_peak_bytes=host_bytes,
             host_resident_peak_bytes=resident_bytes,
+            self_check_device_peak_bytes=self.self_check_bytes,
             device_context_bytes=known_context().bytes if device_bytes else 0,
             device_context_source=known_context().source if device_bytes else "",
         )

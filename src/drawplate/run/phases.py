@@ -14,7 +14,7 @@ import torch
 from drawplate.checkpoint.write import good
 from drawplate.errors import StoppedSafely
 from drawplate.evaluation.score import total
-from drawplate.machine.memory import memory_sample
+from drawplate.machine.memory import PeakMeter, memory_sample
 from drawplate.machine.speed import forget_if_disturbed
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.layer.adapter import read_adapter, save_adapter
@@ -72,8 +72,10 @@ def check_model(outcome: Outcome, prepared: Prepared, model: CausalLM) -> None:
         _short(max(tokens.sequences, key=len), length)
         for tokens, length in zip((prepared.heldout, prepared.train), SELF_CHECK_TOKENS, strict=True)
     ]
-    with room_for_check(prepared, check_bytes(model, texts), outcome.journal.message) as room_bytes:
-        outcome.self_check = self_check(model, texts, packed=prepared.plan.packing, room_bytes=room_bytes)
+    with PeakMeter.apart() as meter:
+        with room_for_check(prepared, check_bytes(model, texts), outcome.journal.message) as room_bytes:
+            outcome.self_check = self_check(model, texts, packed=prepared.plan.packing, room_bytes=room_bytes)
+        outcome.self_check_bytes = meter.device_peak_bytes
     for warning in warnings_of(model, outcome.self_check):
         outcome.journal.on_warning(warning)
     if said := in_words(outcome.self_check):

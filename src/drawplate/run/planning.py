@@ -17,7 +17,7 @@ from drawplate.machine.memory import lasting_process_bytes, memory_sample
 from drawplate.machine.speed import measured_speed
 from drawplate.model.base.foreign import refusing
 from drawplate.model.base.weights import Checkpoint
-from drawplate.model.footprint.measure import layer_shapes, outer_footprints
+from drawplate.model.footprint.measure import Tell, layer_shapes, outer_footprints, unheard
 from drawplate.model.layer.anatomy import Anatomy
 from drawplate.model.support.targets import left_out, lora_config, target_names
 from drawplate.model.support.walk import require_practical, walk
@@ -103,13 +103,16 @@ def max_positions(checkpoint: Checkpoint) -> int:
     return int(getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or 2**15)
 
 
-def model_shape(anatomy: Anatomy, recipe: Recipe, device: torch.device | None = None) -> ModelShape:
+def model_shape(
+    anatomy: Anatomy, recipe: Recipe, device: torch.device | None = None, tell: Tell = unheard
+) -> ModelShape:
     """The numbers that memory and time depend on, read off the meta-device module, with the adapter that is advised.
 
     Args:
         anatomy: of the base model.
         recipe: for the adapter.
         device: that the run will use, where it is here; what compiled layers hold is measured on it.
+        tell: told once, before that is done.
     """
     require_practical(anatomy)
     section, _ = advised_adapter(recipe.lora, anatomy.config.hidden_size)
@@ -126,7 +129,7 @@ def model_shape(anatomy: Anatomy, recipe: Recipe, device: torch.device | None = 
         m for name, m in linears.items() if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "qkv_proj")
     ]
     settings = anatomy.config
-    kinds, kind_of_layer = layer_shapes(anatomy, config, device)
+    kinds, kind_of_layer = layer_shapes(anatomy, config, device, tell)
     opening, closing = outer_footprints(anatomy)
     return ModelShape(
         kinds=kinds,
@@ -168,12 +171,11 @@ def plan_for_lengths(
     anatomy: Anatomy,
     corpus: CorpusShape,
     max_length: int,
-    *,
-    launched: bool = False,
+    tell: Tell = unheard,
 ) -> Plan:
-    """The plan for windows of these lengths in tokens, on this machine; `launched` for somebody else's loop."""
+    """The plan for windows of these lengths in tokens, on this machine."""
     with refusing(anatomy.architecture):
-        return choose(replace(situation_of(recipe, checkpoint, anatomy), launched=launched), corpus, max_length)
+        return choose(situation_of(recipe, checkpoint, anatomy, tell), corpus, max_length)
 
 
 def obstacles_of(anatomy: Anatomy) -> Obstacles:
@@ -182,7 +184,7 @@ def obstacles_of(anatomy: Anatomy) -> Obstacles:
     return Obstacles(packing=found.unpackable, streaming=found.obstacle)
 
 
-def situation_of(recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy) -> Situation:
+def situation_of(recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy, tell: Tell = unheard) -> Situation:
     """What a plan for this machine rests on; a device whose speed is not known yet is measured."""
     device = pick_device(recipe.model.device_map)
     here = machine(device)
@@ -190,7 +192,7 @@ def situation_of(recipe: Recipe, checkpoint: Checkpoint, anatomy: Anatomy) -> Si
     return Situation(
         recipe=recipe,
         machine=here,
-        model=model_shape(anatomy, recipe, device),
+        model=model_shape(anatomy, recipe, device, tell),
         base_bytes=lasting_process_bytes(),
         stored_precision=checkpoint.quantized_precision,
         stored_double_quant=checkpoint.quantized_doubly,

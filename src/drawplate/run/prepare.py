@@ -23,6 +23,7 @@ from drawplate.data.tokens import Tokenized, Tokenizer, load_tokenizer, tokenize
 from drawplate.errors import DataError
 from drawplate.machine.device import pick_device
 from drawplate.model.base.weights import Checkpoint, open_checkpoint
+from drawplate.model.footprint.measure import Tell, unheard
 from drawplate.model.layer.anatomy import Anatomy, build_anatomy
 from drawplate.planner.advise import Learner, advise
 from drawplate.planner.situation import choose_max_length
@@ -69,8 +70,13 @@ class Prepared:
         return order_of(self.train.sequences, self.plan.effective_batch_size, self.recipe.train)
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Read and split the documents, read the model's configuration, and plan. Loads no weights."""
+def prepare(recipe: Recipe, tell: Tell = unheard) -> Prepared:
+    """Read and split the documents, read the model's configuration, and plan. Loads no weights.
+
+    Args:
+        recipe: as the user wrote it.
+        tell: told what takes long.
+    """
     device = pick_device(recipe.model.device_map)
     checkpoint = open_checkpoint(recipe.model)
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -86,7 +92,7 @@ def prepare(recipe: Recipe) -> Prepared:
     shape = corpus_shape(training, heldout)
     learner = Learner(lengths=shape.lengths, target_tokens=shape.targets, hidden=anatomy.config.hidden_size)
     advised = advise(recipe, learner).recipe
-    chosen = plan_for_lengths(recipe, checkpoint, anatomy, shape, max_length)
+    chosen = plan_for_lengths(recipe, checkpoint, anatomy, shape, max_length, tell)
     chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy)
     chosen = with_disk(chosen, recipe, checkpoint, anatomy)
     said = (*checkpoint.remarks, *(f"{line} {ALL_OF_THEM}" for line in corpus.left_out), *sides.warnings)

@@ -30,7 +30,7 @@ from drawplate.machine.memory import PeakMeter, measure_context
 from drawplate.machine.speed import keep_overheads
 from drawplate.model.causal_lm import CausalLM
 from drawplate.planner.budget import DEVICE_MARGIN, HOST_MARGIN
-from drawplate.planner.bytes.host import RUNTIME
+from drawplate.planner.bytes.host import CONTEXT_OF_KERNELS, RUNTIME
 from drawplate.records import Plan, RehearsedPhase, Sequence
 from drawplate.run.journal import Journal
 from drawplate.run.planning import corpus_shape, plan_for_lengths
@@ -60,7 +60,7 @@ def room_for_check(prepared: Prepared, wanted_bytes: int, tell: Callable[[str], 
     Args:
         prepared: with the plan that the model was loaded by.
         wanted_bytes: what the check would take.
-        tell: told where the measured peak may be the check's, and not the plan's.
+        tell: told where the check takes more than the plan.
     """
     if prepared.device.type != "cuda":
         yield None
@@ -74,7 +74,7 @@ def room_for_check(prepared: Prepared, wanted_bytes: int, tell: Callable[[str], 
             if room >= wanted_bytes:
                 tell(
                     f"The self-check takes about {format_bytes(wanted_bytes)} of free device memory, more than "
-                    "training will. The highest device memory of this run may be the self-check's."
+                    "training will. The record counts it apart."
                 )
         yield room
     finally:
@@ -214,7 +214,9 @@ def learn_overheads(prepared: Prepared, host_bytes: int) -> None:
         return
     lines = next((phase.lines for phase in prepared.plan.phases if phase.phase == "training"), ())
     counted = sum(line.bytes for line in lines if line.where == "host" and line.name != RUNTIME)
-    context = measure_context(prepared.device).bytes
+    context = measure_context(prepared.device).bytes - sum(
+        line.bytes for line in lines if line.where == "device" and line.name in CONTEXT_OF_KERNELS
+    )
     keep_overheads(prepared.device, context=context, runtime_host=host_bytes - counted)
 
 

@@ -23,6 +23,7 @@ from drawplate.machine.device import is_lost
 from drawplate.machine.memory import PeakMeter
 from drawplate.model.base.adapter_base import AdapterBase, write_base
 from drawplate.model.base.adapter_config import CONFIG_NAME
+from drawplate.model.footprint.measure import Tell, unheard
 from drawplate.model.layer.adapter import require_adapter_loads, save_adapter
 from drawplate.model.load.lora_init import without_start
 from drawplate.recipe import Recipe, expand
@@ -129,7 +130,7 @@ def _run(
             folder.claim_again()
         with journal.in_phase("read"):
             reopened = reopen(folder, recipe, resuming) if resuming is not None else None
-            prepared = reopened.prepared if reopened else prepare(recipe)
+            prepared = reopened.prepared if reopened else prepare(recipe, journal.message)
         if resuming is None:
             folder.claim()
         stack.callback(journal.close)
@@ -141,9 +142,9 @@ def _run(
             raise
 
 
-def plan(recipe: Recipe, gpu: str | None = None) -> Plan:
+def plan(recipe: Recipe, gpu: str | None = None, tell: Tell = unheard) -> Plan:
     """What `tune` would do, need and take, here or on a card that is not here; see forecast.py."""
-    return forecast(recipe, gpu)
+    return forecast(recipe, gpu, tell)
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from drawplate.layout.footprint import TRIAL, Footprint, Line, Mode, Trace
 from drawplate.model.base.precision import Storage
-from drawplate.model.footprint import compiled
+from drawplate.model.footprint import compiled, measure
 from drawplate.model.footprint.allocator_events import RealWatch
 from drawplate.model.footprint.passes import inference_pass, training_pass, uncompiled_footprint
 from drawplate.model.footprint.recorder import TRACED_TOKENS, Recorder, Sizes
@@ -183,3 +183,28 @@ def test_a_footprint_that_cannot_be_read_is_measured_anew(kept: Callable[[], int
     (file,) = (tmp_path / compiled.FOOTPRINTS).iterdir()
     file.write_text("{", encoding="utf-8")
     assert kept() == 2
+
+
+def without_the_gpu(measured: measure.Measured, layer: Any, mode: Mode, device: torch.device) -> Trial:
+    return Trial.of(layer, measured.anatomy, measured.index, measured.lora, mode, torch.device("meta"))
+
+
+def test_whoever_waits_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of all layers and uses together; what is measured on a GPU waits for its compiler."""
+    monkeypatch.setenv("DRAWPLATE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(measure, "compiled_footprint", lambda trial, device: Footprint())
+    monkeypatch.setattr(measure.Measured, "trial", without_the_gpu)
+    anatomy = build_anatomy(AutoConfig.for_model("gemma2", **{**COMMON, **ARCHITECTURES["gemma2"]}))
+    told: list[str] = []
+    lora = lora_config(LoraSection(r=4, lora_alpha=8), anatomy, "x", None)
+    kinds, _ = measure.layer_shapes(anatomy, lora, torch.device("cuda"), told.append)
+    mode = MIDDLE._replace(device="cuda", compiled=True, packing=False)
+    for kind in kinds:
+        assert kind.unmeasured().footprints[mode].forward, "what stands in is not measured"
+    assert not told
+    for kind in kinds:
+        for use in ("inference", "kept"):
+            kind.footprints[mode._replace(use=use)]
+    assert len(kinds) == 2
+    assert told == [measure.TRYING]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig
@@ -39,11 +39,19 @@ from drawplate.model.layer.functions import kind_of
 from drawplate.model.load.fill_layer import trained_shapes
 from drawplate.model.support.targets import target_names
 
+TRYING = "Compiling a decoder layer to measure what it holds on this GPU; later plans of this model need not."
+Tell = Callable[[str], None]
+
+
+def unheard(_: str) -> None:
+    """Nobody is told."""
+
+
 PLAIN_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in PLAIN_DTYPES.items()}
 
 
 def layer_shapes(
-    anatomy: Anatomy, lora: LoraConfig, device: torch.device | None = None
+    anatomy: Anatomy, lora: LoraConfig, device: torch.device | None = None, tell: Tell = unheard
 ) -> tuple[tuple[LayerShape, ...], tuple[int, ...]]:
     """The different decoder layers in numbers, and for each layer which of them it is.
 
@@ -53,7 +61,9 @@ def layer_shapes(
         anatomy: of the base model, its linear layers not yet frozen; it is left as it is.
         lora: which linear layers have adapters.
         device: that the run will use, where it is here: compiled layers are tried on a GPU.
+        tell: told once, before the first of them is.
     """
+    tell = _once(tell)
     targets = target_names(lora, anatomy)
     kinds: dict[str, int] = {}
     shapes: list[LayerShape] = []
@@ -64,15 +74,19 @@ def layer_shapes(
         kind = f"{kind_of(layer)}\n{adapted}"
         if kind not in kinds:
             kinds[kind] = len(shapes)
-            shapes.append(_layer_shape(anatomy, i, lora, targets, device))
+            shapes.append(_layer_shape(Measured(anatomy, i, lora, device, tell), targets))
         of_layer.append(kinds[kind])
     return tuple(shapes), tuple(of_layer)
 
 
-def _layer_shape(
-    anatomy: Anatomy, index: int, lora: LoraConfig, targets: set[str], device: torch.device | None
-) -> LayerShape:
-    layer, path = anatomy.layers[index], f"{anatomy.layers_path}.{index}"
+def _once(tell: Tell) -> Tell:
+    """The same sentence to whoever hears it is said once."""
+    return functools.cache(tell)
+
+
+def _layer_shape(measured: Measured, targets: set[str]) -> LayerShape:
+    anatomy, index, lora = measured.anatomy, measured.index, measured.lora
+    layer, path, footprints = anatomy.layers[index], f"{anatomy.layers_path}.{index}", _Footprints(measured)
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     weights = {id(module.weight) for module in linears.values()}
     others = [*layer.parameters(), *layer.buffers()]
@@ -89,8 +103,8 @@ def _layer_shape(
         ),
         plain=tuple(tensor.numel() for tensor in others if id(tensor) not in weights),
         trained=tuple(torch.Size(shape).numel() for shape in trained.values()),
-        footprints=(measured := _Footprints(Measured(anatomy, index, lora, device))),
-        stand_ins=_StandIns(measured, Measured(anatomy, index, lora, None)) if device else None,
+        footprints=footprints,
+        stand_ins=_StandIns(footprints, replace(measured, device=None)) if measured.device else None,
     )
 
 
@@ -136,12 +150,14 @@ class Measured:
 
     Attributes:
         device: that the run will use, None for one that is not here.
+        tell: told before a layer is compiled and run there.
     """
 
     anatomy: Anatomy
     index: int
     lora: LoraConfig
     device: torch.device | None
+    tell: Tell = unheard
 
     def __call__(self, mode: Mode) -> Footprint:
         """The layer's footprint, run as `mode` says."""
@@ -154,9 +170,13 @@ class Measured:
             return with_whole_weights(self(mode._replace(stored="", whole=False)), weights)
         layer = self.layer(mode)
         if device:
-            return remembered(layer, mode, device, lambda: compiled_footprint(self.trial(layer, mode, device), device))
+            return remembered(layer, mode, device, lambda: self._tried(layer, mode, device))
         with FakeTensorMode(allow_non_fake_inputs=True) if mode.device == "cpu" else nullcontext():
             return uncompiled_footprint(self.trial(layer, mode, stand_in(mode)))
+
+    def _tried(self, layer: nn.Module, mode: Mode, device: torch.device) -> Footprint:
+        self.tell(TRYING)
+        return compiled_footprint(self.trial(layer, mode, device), device)
 
     def layer(self, mode: Mode) -> nn.Module:
         """The layer, as it is run so."""

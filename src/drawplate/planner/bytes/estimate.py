@@ -16,7 +16,7 @@ from drawplate.layout.buffers import RETURN_BUFFERS
 from drawplate.layout.footprint import TRIAL, Footprint, Trace
 from drawplate.layout.stored_linear import DTYPE_BYTES, PLAIN_DTYPES
 from drawplate.planner.bytes.batch_rows import Rows, eval_rows_of, train_rows_of
-from drawplate.planner.bytes.host import HostLines, Row
+from drawplate.planner.bytes.host import HostLines, Row, context_lines
 from drawplate.planner.bytes.host_kept import leaving, most_back, sent_blocks
 from drawplate.planner.bytes.sketch import sketched
 from drawplate.planner.bytes.stage import TRAINED_BYTES
@@ -44,7 +44,8 @@ def estimate(model: ModelShape, choice: Choice, around: Surroundings | None = No
     share = GAP_SHARE if (transient, held) != places[0] else 0.0  # loading goes one tensor at a time
     gaps = int(share * transient) + GRANULE + SMALL_POOL
     trial = around.trial_bytes if choice.compiled else 0
-    return held + transient + trial + gaps + around.context_bytes, host
+    context = _total(context_lines(model, choice, around))
+    return held + transient + trial + gaps + context, host
 
 
 def _total(rows: list[Row]) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from drawplate.layout.stored_linear import DTYPE_BYTES, LAYER_ALIGNMENT, PLAIN_DTYPES, StoredLinear
 from drawplate.planner.bytes.blocks import Moment
-from drawplate.planner.bytes.host import HostLines, Row
+from drawplate.planner.bytes.host import HostLines, Row, context_lines
 from drawplate.planner.bytes.host_kept import LINE
 from drawplate.planner.bytes.replay import Replay
 from drawplate.planner.bytes.sketch import sketched
@@ -98,7 +98,7 @@ def ledger(model: ModelShape, choice: Choice, around: Surroundings | None = None
                 phase=name,
                 moment=moment.name,
                 lines=(
-                    *_device_lines(moment, choice, around),
+                    *_device_lines(moment, model, choice, around),
                     *_host_lines(lines),
                     *_disk_lines(model, choice),
                 ),
@@ -108,7 +108,7 @@ def ledger(model: ModelShape, choice: Choice, around: Surroundings | None = None
     )
 
 
-def _device_lines(moment: Moment, choice: Choice, around: Surroundings) -> tuple[LedgerLine, ...]:
+def _device_lines(moment: Moment, model: ModelShape, choice: Choice, around: Surroundings) -> tuple[LedgerLine, ...]:
     where = "host" if choice.device == "cpu" else "device"
     rows = [(name, size, DEVICE_FORMULAS.get(name, "")) for name, size in moment.lines.items() if size]
     gaps = moment.reserved - moment.allocated
@@ -116,7 +116,7 @@ def _device_lines(moment: Moment, choice: Choice, around: Surroundings) -> tuple
         rows.append(("freed, still with the process", gaps, "the C library's heap by a replay, less the blocks in it"))
     else:
         rows.append(("allocator: rounding and gaps", gaps, "reserved by a replay of the allocator, less the blocks"))
-        rows.append(("CUDA context", around.context_bytes, "measured"))
+        rows += context_lines(model, choice, around)
     return tuple(
         LedgerLine(name=name, where=where, bytes=size, formula=formula)  # type: ignore[arg-type]
         for name, size, formula in rows
