@@ -168,7 +168,7 @@ def test_row_93_one_of_several_processes_touches_nothing(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(values_of(small, tmp_path / "run"))
-    monkeypatch.setattr(story, "prepare", lambda _: pytest.fail("something was read"))
+    monkeypatch.setattr(story, "prepare", lambda *_: pytest.fail("something was read"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for begin in (lambda: story.tune(recipe), lambda: story.resume(tmp_path), lambda: story.evaluate("m", None, ["a"])):
         with pytest.raises(UsageError) as error:

@@ -167,7 +167,7 @@ def test_row_07_control_an_error_that_nobody_looks_at_is_called_good(
 def test_row_08_a_folder_that_is_not_ours_is_refused_before_the_model_is_opened(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(story, "prepare", lambda recipe: pytest.fail("the model was opened"))
+    monkeypatch.setattr(story, "prepare", lambda *_: pytest.fail("the model was opened"))
     (tmp_path / "locked").mkdir(mode=0o555)
     if os.geteuid() == 0:  # root may write anywhere, so the question is answered as for a person
         monkeypatch.setattr("drawplate.run.folder.os.access", lambda path, mode: False)
@@ -181,7 +181,7 @@ def test_row_08_a_folder_that_is_not_ours_is_refused_before_the_model_is_opened(
 def test_row_08_control_without_the_question_the_model_is_opened(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def opened(recipe: Any) -> None:
+    def opened(*_: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(story, "prepare", opened)

@@ -455,7 +455,7 @@ def test_an_output_folder_in_use_stops_the_run_before_the_model_is_opened(
     base: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    monkeypatch.setattr(story, "prepare", lambda recipe: pytest.fail("the model was opened"))
+    monkeypatch.setattr(story, "prepare", lambda *_: pytest.fail("the model was opened"))
     with pytest.raises(StorageError, match="is not empty"):
         story.tune(tiny_recipe(base, corpus, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
