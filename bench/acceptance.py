@@ -336,6 +336,7 @@ def facts_of(record: dict[str, Any]) -> dict[str, Any]:
             if key in plan
         },
         "host_lines": [line for line in plan["ledger"] if line["where"] == "host"],
+        "device_lines": [line for line in plan["ledger"] if line["where"] == "device"],
     }
 
 
