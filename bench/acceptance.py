@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,9 @@ def main() -> None:
             write_model(model, given.scratch / model, given.scratch / "tokenizer")
             print(f"{model} written in {time.monotonic() - began:.0f} s", flush=True)
         with ThreadPoolExecutor(max_workers=given.side_by_side) as pool:
-            for case, facts in zip(cases, pool.map(lambda case: run_case(case, given), cases), strict=True):
+            running = {pool.submit(run_case, case, given): case for case in cases}
+            for done in as_completed(running):
+                case, facts = running[done], done.result()
                 found["cases"][case] = facts
                 given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
                 print(line_of(case, facts), flush=True)

@@ -156,6 +156,9 @@ def search_of(situation: Situation, corpus: CorpusShape, compute_dtype: str, bat
         context_bytes=speed.context_bytes,
         trial_bytes=speed.l2_cache_bytes,
         dataset_bytes=5 * corpus.tokens,
+        starts_adapter=recipe.lora.filled().init_lora_weights == "quantization_error"
+        and recipe.evaluation.quantization_tax is not False
+        and not situation.stored_precision,
         loading_host_bytes=speed.loading_host_bytes,
         runtime_host_bytes=speed.runtime_host_bytes,
     )

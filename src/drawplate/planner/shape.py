@@ -182,6 +182,7 @@ class Surroundings:
         dataset_bytes: token windows in host memory.
         product_workspace_bytes: cuBLAS keeps for itself in each of the two threads that multiply; 32 MiB on Hopper.
         trial_bytes: of the device, taken by the compiler while it tries variants of a kernel: the size of the L2 cache.
+        starts_adapter: an adapter of 4-bit weights starts from their error.
         loading_host_bytes: of host memory that CUDA's libraries take by the end of loading.
         runtime_host_bytes: the same by the end of the first step, without the compiler's share.
     """
@@ -191,6 +192,7 @@ class Surroundings:
     dataset_bytes: int = 0
     product_workspace_bytes: int = 32 * 2**20
     trial_bytes: int = 50 * 2**20
+    starts_adapter: bool = False
     loading_host_bytes: int = 0
     runtime_host_bytes: int = 0
 

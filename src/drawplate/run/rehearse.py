@@ -165,14 +165,16 @@ def worst_batch(sequences: tuple[Sequence, ...], cutting: Cutting, step_sequence
 
 
 def _train(prepared: Prepared, model: CausalLM) -> None:
-    """Two micro-batches of one shape, the second of which may be captured as a graph, and an optimizer step."""
+    """Two micro-batches of one shape, the second of which may be captured as a graph, and between them an optimizer
+    step, so that its moments are there as in every later step."""
     section = prepared.recipe.train
     batch = worst_batch(prepared.train.sequences, train_cutting(prepared), prepared.plan.effective_batch_size)
     optimizer = make_optimizer(model.adapter.parameters(), section)
     model.adapter.zero_gradients()
-    for _ in range(2):
+    for moments in (False, True):
         model.add_gradients(batch, scale=1 / max(1, batch.counted_tokens), dropout_seed=(section.seed, 0))
-    optimizer.step()
+        if not moments:
+            optimizer.step()
     model.forget_graphs()
 
 

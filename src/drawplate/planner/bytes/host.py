@@ -15,18 +15,18 @@ from drawplate.planner.shape import Choice, ModelShape, Surroundings
 from drawplate.records.overheads import (
     COMPILED_ADAPTER_HOST_BYTES,
     COMPILER_HOST_BYTES,
-    FOUR_BIT_CONTEXT_BYTES,
-    FOUR_BIT_HOST_BYTES,
     HALF_HOST_BYTES,
     ROWS_ATTENTION_CONTEXT_BYTES,
     ROWS_ATTENTION_HOST_BYTES,
+    SOLVER_CONTEXT_BYTES,
+    SOLVER_HOST_BYTES,
 )
 
 RUNTIME, CONTEXT = "libraries", "CUDA context"
-HALF, FOUR_BIT_KERNELS = "products in 16 bits", "kernels of 4-bit weights"
-OF_THE_PROCESS = "process before the model", RUNTIME, HALF, FOUR_BIT_KERNELS, "token windows"
+HALF, SOLVER = "products in 16 bits", "solver of the adapter's start"
+OF_THE_PROCESS = "process before the model", RUNTIME, HALF, SOLVER, "token windows"
 """What a process holds of the host whatever model it has."""
-CONTEXT_OF_KERNELS = "its kernels of 4-bit weights", "its attention over padded rows"
+CONTEXT_OF_KERNELS = "its solver of the adapter's start", "its attention over padded rows"
 FOUR_BIT = ("nf4", "fp4")
 Row = tuple[str, int, str]
 """Name, bytes, formula."""
@@ -85,12 +85,12 @@ class HostLines:
             return []
         adapted = [sum(linear.rank > 0 for linear in kind.linears) for kind in self.model.kinds]
         compiler = sum(COMPILER_HOST_BYTES + n * COMPILED_ADAPTER_HOST_BYTES for n in adapted) * choice.compiled
-        half, four_bit = choice.compute_dtype != "float32", choice.precision in FOUR_BIT
+        half = choice.compute_dtype != "float32"
         return [
             ("compiler", compiler, "a kind of layer: 30 MiB, and 6 for each of its adapted linear layers"),
             ("attention over padded rows", ROWS_ATTENTION_HOST_BYTES * (not choice.packing), "a library, 50 MiB"),
             (HALF, HALF_HOST_BYTES * half, "a library's kernels, 200 MiB"),
-            (FOUR_BIT_KERNELS, FOUR_BIT_HOST_BYTES * four_bit, "a library, 130 MiB"),
+            (SOLVER, SOLVER_HOST_BYTES * _solves(choice, self.around), "a library, 130 MiB"),
         ]
 
     def _held(self, runtime_bytes: int) -> list[Row]:
@@ -113,9 +113,12 @@ class HostLines:
 def context_lines(model: ModelShape, choice: Choice, around: Surroundings) -> list[Row]:
     """Device memory outside torch's allocator: CUDA's own, and what a plan's kernels add to it."""
     by_library = not choice.packing and choice.compute_dtype != "float32" and not model.one_by_one
-    four_bit = choice.precision in FOUR_BIT
     return [
         (CONTEXT, around.context_bytes, "measured"),
-        (CONTEXT_OF_KERNELS[0], FOUR_BIT_CONTEXT_BYTES * four_bit, "a library, 96 MiB"),
+        (CONTEXT_OF_KERNELS[0], SOLVER_CONTEXT_BYTES * _solves(choice, around), "a library, 96 MiB"),
         (CONTEXT_OF_KERNELS[1], ROWS_ATTENTION_CONTEXT_BYTES * by_library, "a library, 76 MiB"),
     ]
+
+
+def _solves(choice: Choice, around: Surroundings) -> bool:
+    return around.starts_adapter and choice.precision in FOUR_BIT
