@@ -14,7 +14,7 @@ import torch
 from drawplate.checkpoint.write import good
 from drawplate.errors import StoppedSafely
 from drawplate.evaluation.score import total
-from drawplate.machine.memory import PeakMeter, memory_sample
+from drawplate.machine.memory import PeakMeter
 from drawplate.machine.speed import forget_if_disturbed
 from drawplate.model.causal_lm import CausalLM
 from drawplate.model.layer.adapter import read_adapter, save_adapter
@@ -194,7 +194,7 @@ def train_adapter(outcome: Outcome, model: CausalLM, folder: RunFolder, reopened
         train(replace(task, watchdog=watchdog), outcome.journal, state)
         saving.save(state)
     _doubt_the_probe(outcome)
-    learn_overheads(prepared, memory_sample().process_bytes)
+    learn_overheads(prepared, outcome.rehearsal)
 
 
 def _doubt_the_probe(outcome: Outcome) -> None:

@@ -203,23 +203,28 @@ def _untouched(model: CausalLM) -> Iterator[None]:
                     parameter.copy_(value)
 
 
-def learn_overheads(prepared: Prepared, host_bytes: int) -> None:
-    """What CUDA and its libraries hold at the end of training is kept for the next plan on this machine.
+def learn_overheads(prepared: Prepared, rehearsal: tuple[RehearsedPhase, ...]) -> None:
+    """What CUDA and its libraries were found to take is kept for the next plan on this machine.
 
-    The host's share is what is measured less the plan's other lines. On a CPU those are too large to take it from.
+    Of the device it is what is measured at the end of training less the plan's other lines; of the host, what the
+    rehearsal of training needed more or less than the plan said: what a run compiles later differs too much between
+    runs. On a CPU the plan's other lines are too large to take it from.
 
     Args:
         prepared: with the plan that was followed.
-        host_bytes: host memory in use at the end of training.
+        rehearsal: of the run; nothing is learned of the host without it.
     """
     if prepared.device.type != "cuda":
         return
     lines = next((phase.lines for phase in prepared.plan.phases if phase.phase == "training"), ())
-    counted = sum(line.bytes for line in lines if line.where == "host" and line.name != RUNTIME)
     context = measure_context(prepared.device).bytes - sum(
         line.bytes for line in lines if line.where == "device" and line.name in CONTEXT_OF_KERNELS
     )
-    keep_overheads(prepared.device, context=context, runtime_host=host_bytes - counted)
+    runtime = sum(line.bytes for line in lines if line.where == "host" and line.name == RUNTIME)
+    found = [
+        runtime + phase.host_bytes - phase.host_predicted_bytes for phase in rehearsal if phase.phase == "training"
+    ]
+    keep_overheads(prepared.device, context=context, runtime_host=found[0] if found else 0)
 
 
 def _phase(prepared: Prepared, name: str, meter: PeakMeter) -> RehearsedPhase:

@@ -15,10 +15,10 @@ def micro_step(store: InputStore, tokens: int, layers: int = 4) -> None:
 
 
 def addresses(store: InputStore) -> set[int]:
-    return {spare.data_ptr() for spares in store._spare.values() for spare in spares}
+    return {block.data_ptr() for block in store._spare}
 
 
-def test_host_memory_of_a_shape_stays_and_is_used_again() -> None:
+def test_host_memory_stays_and_is_used_again() -> None:
     """A captured micro-step copies to where it was captured, for as long as its graph lives."""
     store = InputStore(torch.device("cpu"))
     micro_step(store, 16)
@@ -28,7 +28,7 @@ def test_host_memory_of_a_shape_stays_and_is_used_again() -> None:
     for tokens in (32, 16, 32):
         micro_step(store, tokens)
         store.settle()
-    assert first <= addresses(store), "another shape has memory of its own"
+    assert first <= addresses(store), "a larger micro-batch has memory of its own"
     assert store.host_bytes == 3 * size
 
 
@@ -60,3 +60,13 @@ def test_an_expected_input_is_on_its_way_before_it_is_taken() -> None:
     for x, put in zip(reversed(inputs), reversed(saved), strict=True):
         assert torch.equal(store.take(put), x)
     store.expect()  # nothing is left
+
+
+def test_shorter_micro_batches_use_the_blocks_of_the_longest() -> None:
+    """Host memory is planned for the longest, which the rehearsal runs first."""
+    store = InputStore(torch.device("cpu"))
+    micro_step(store, 64)
+    planned = store.host_bytes
+    for tokens in (16, 48, 64, 32):
+        micro_step(store, tokens)
+    assert store.host_bytes == planned

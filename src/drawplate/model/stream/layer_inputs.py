@@ -23,10 +23,11 @@ WITHOUT = "memory.activations: recompute"
 
 @dataclass
 class SavedInput:
-    """One saved tensor: on the device, or in a host buffer on its way out or back."""
+    """One saved tensor: on the device, or in host memory, in a `block` of bytes, on its way out or back."""
 
     kept: Tensor | None = None
     host: Tensor | None = None
+    block: Tensor | None = None
     returning: int | None = None
     back_event: torch.cuda.Event | None = None
     previous: SavedInput | None = field(default=None, repr=False)
@@ -38,7 +39,7 @@ class InputStore:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._spare: list[Tensor] = []
         self._last: SavedInput | None = None
         self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
         self._return_buffers: list[Tensor] = []
@@ -50,8 +51,9 @@ class InputStore:
         """Save a detached tensor; with `offload`, in host memory."""
         if not offload:
             return SavedInput(kept=hidden.detach())
-        host = self._host_buffer(hidden)
-        self._last = saved = SavedInput(host=host, previous=self._last)
+        block = self._host_block(hidden.nbytes)
+        host = block[: hidden.nbytes].view(hidden.dtype).view(hidden.shape)
+        self._last = saved = SavedInput(host=host, block=block, previous=self._last)
         if self._stream is None:
             host.copy_(hidden)
             return saved
@@ -92,17 +94,16 @@ class InputStore:
         if self._last is saved:
             self._last = saved.previous
         assert saved.returning is not None
-        assert saved.host is not None
-        hidden = self._return_buffers[saved.returning]
-        self._spare[(saved.host.shape, saved.host.dtype)].append(saved.host)
-        saved.host, saved.previous = None, None
-        return hidden
+        assert saved.block is not None
+        self._spare.append(saved.block)
+        saved.host, saved.block, saved.previous = None, None, None
+        return self._return_buffers[saved.returning]
 
     def forget(self) -> None:
         """Drop what was put and never taken (a forward without a backward)."""
         while self._last is not None:
-            if self._last.host is not None:
-                self._spare[(self._last.host.shape, self._last.host.dtype)].append(self._last.host)
+            if self._last.block is not None:
+                self._spare.append(self._last.block)
             self._last = self._last.previous
         if self._leaving is not None:
             self.let_leave()
@@ -137,11 +138,12 @@ class InputStore:
             self._return_buffers = [torch.empty_like(like, device=self.device) for _ in range(RETURN_BUFFERS)]
         return self._return_buffers[index]
 
-    def _host_buffer(self, like: Tensor) -> Tensor:
-        spare = self._spare.setdefault((like.shape, like.dtype), [])
-        if spare:
-            return spare.pop()
-        size = like.numel() * like.element_size()
+    def _host_block(self, size: int) -> Tensor:
+        """The smallest spare block that is large enough, whatever shape it was used for before, or a new one.
+
+        The largest micro-batch of a run comes first, in the rehearsal, so all others fit into its blocks."""
+        fitting = [i for i, block in enumerate(self._spare) if block.numel() >= size]
+        if fitting:
+            return self._spare.pop(min(fitting, key=lambda i: self._spare[i].numel()))
         self.host_bytes += size
-        pinned = self.device.type == "cuda"
-        return private_bytes(size, pinned=pinned, without=WITHOUT).view(like.dtype).view(like.shape)
+        return private_bytes(size, pinned=self.device.type == "cuda", without=WITHOUT)
