@@ -252,3 +252,18 @@ def test_the_public_door_keeps_its_names_beside_the_submodules():
 def test_another_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'tunes'"):
         _ = drawplate.tunes
+
+
+@pytest.mark.parametrize("key", ["model.name_or_path", "output_dir"])
+def test_a_name_that_no_file_can_have_ends_in_words(recipe_file, key):
+    done = invoke("tune", str(recipe_file), "--set", f"{key}={'a' * 300}")
+    assert done.exit_code in (2, 7), done.output
+    assert "longer than this system allows" in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_an_adapter_of_such_a_name_too(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat")
+    done = invoke("eval", "--model", str(tmp_path), "--adapter", "a" * 300, "--data", str(tmp_path / "a.txt"))
+    assert done.exit_code != 1
+    assert "unexpectedly" not in done.stderr

@@ -45,7 +45,8 @@ class Run:
     def begins_in(self, folder: Path) -> None:
         """A new run: what lies in its folder already is not its own."""
         self.folder = folder
-        self._there_before = frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
+        with suppress(OSError):  # a folder that cannot be is refused by the run itself
+            self._there_before = frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
 
     def goes_on_in(self, folder: Path) -> None:
         """A run that was begun before: what is there is its own."""
@@ -53,7 +54,9 @@ class Run:
 
     def wrote(self, name: str) -> bool:
         """Whether this run wrote that file."""
-        return self.folder is not None and name not in self._there_before and (self.folder / name).is_file()
+        with suppress(OSError):  # a name that no folder can have
+            return self.folder is not None and name not in self._there_before and (self.folder / name).is_file()
+        return False
 
 
 @contextmanager

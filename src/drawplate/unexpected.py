@@ -19,6 +19,7 @@ from drawplate.errors import (
     IntegrityError,
     NeedsNetwork,
     StorageError,
+    UsageError,
     UserError,
 )
 
@@ -69,6 +70,8 @@ def _told(error: BaseException) -> tuple[type[UserError], str, str]:
         return EnvironmentProblem, "The GPU failed", "Run `drawplate doctor` and `nvidia-smi`, then start again."
     if isinstance(error, (ConnectionError, TimeoutError)) or libraries[0] in NETWORKS:
         return NeedsNetwork, "The network or the hub did not answer as it should", "Try again when it does."
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError, "A path or name is longer than this system allows", "Name one that is shorter, and exists."
     if isinstance(error, OSError):
         return StorageError, "A file could not be read or written", _look_at(error)
     if "safetensor" in type(error).__name__.lower():

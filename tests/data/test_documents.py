@@ -415,7 +415,7 @@ def test_rows_are_grouped_by_a_column_and_those_without_it_are_said(tmp_path, en
     rows = [{"text": "one", "book": "a"}, {"text": "two", "book": "b"}, {"text": "three", "book": None}]
     corpus = read(write_rows(tmp_path / f"rows{ending}", rows), group_by="book")
     assert [document.group for document in corpus.documents] == ["a", "b", ""]
-    assert "1 rows have no book: each is a group of its own" in corpus.intake[0].reason
+    assert "1 row without book: each is a group of its own" in corpus.intake[0].reason
 
 
 def test_documents_are_grouped_by_folder_or_file(tmp_path):
@@ -452,3 +452,11 @@ def test_a_configuration_of_a_dataset_is_named_or_the_list_is_given(tmp_path, mo
     with pytest.raises(DataError, match="'long', 'brief'") as caught:
         read_documents(section, [])
     assert "data.dataset_config" in caught.value.next_step
+
+
+def test_a_path_that_cannot_be_and_several_in_one_are_refused_in_words():
+    with pytest.raises(DataError, match="File name too long"):
+        read("a" * 300)
+    with pytest.raises(DataError) as error:
+        read("docs,2024")
+    assert "data.files=[FIRST, SECOND]" in error.value.next_step

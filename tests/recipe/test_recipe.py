@@ -139,6 +139,29 @@ def test_overrides_leave_the_callers_dict_alone():
     assert values["model"]["name_or_path"] == "m"
 
 
+@pytest.mark.parametrize("value", ["^a #b", "^# Chapter", "x # y # z"])
+def test_a_value_on_the_command_line_has_no_comment_that_could_be_cut_off(value):
+    assert load_recipe(SMALLEST, [f"data.split_pattern={value}"]).data.split_pattern == value
+
+
+def test_a_quoted_value_on_the_command_line_is_what_its_quotes_hold():
+    assert load_recipe(SMALLEST, ["data.split_pattern='^a #b'"]).data.split_pattern == "^a #b"
+
+
+@pytest.mark.parametrize("override", ["model=model", "train=5"])
+def test_a_section_that_is_given_a_value_is_explained_without_words_of_the_code(override):
+    with pytest.raises(UsageError) as error:
+        load_recipe(SMALLEST, [override])
+    section = override.partition("=")[0]
+    assert f"{section} is a section with keys of its own, such as {section}." in error.value.what
+    assert "Section" not in error.value.what
+
+
+def test_the_home_of_nobody_is_refused():
+    with pytest.raises(UsageError, match="knows no user of that name"):
+        expand("~nobody-of-this-name/docs")
+
+
 @pytest.mark.parametrize("override", ["train.num_train_epochs", "=3", "train.nope=3", "output_dir.x=1"])
 def test_an_override_that_cannot_be_meant_is_refused(override):
     with pytest.raises(UsageError):

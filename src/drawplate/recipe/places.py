@@ -20,7 +20,7 @@ def expand(path: str) -> Path:
     """A path of the recipe with `~` and `${DRAWPLATE_CACHE}` filled in; no other variable is, so none can leak.
 
     Raises:
-        UsageError: it is empty, which Python would take for the current folder.
+        UsageError: it is empty, which Python would take for the current folder, or the home of somebody unknown.
     """
     if not path:
         raise UsageError(
@@ -28,7 +28,14 @@ def expand(path: str) -> Path:
             safe="Nothing was read or written.",
             next_step="Name a file or folder; `.` is the current folder. Is a variable of the shell not set?",
         )
-    return Path(path.replace("${DRAWPLATE_CACHE}", str(cache_folder()))).expanduser()
+    try:
+        return Path(path.replace("${DRAWPLATE_CACHE}", str(cache_folder()))).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"{path}: this system knows no user of that name.",
+            safe="Nothing was read or written.",
+            next_step="Write the path from the root, or ./~NAME for a folder that is called so.",
+        ) from None
 
 
 def located(path: str) -> str:

@@ -88,6 +88,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override}: {error}.", safe=_NOTHING, next_step="Keep one of them.") from None
     except (yaml.YAMLError, ValueError):
         value = text
+    if isinstance(value, str) and " #" in text and not text.lstrip().startswith(("'", '"')):
+        value = text.strip()  # to YAML a comment; on a command line nobody writes one
     if not section:
         values[key] = value
         return
@@ -145,6 +147,9 @@ def _explain_key(key: str, problems: list[Any]) -> str:
         return f"{key} is missing"
     if given is None:
         return f"{key} has no value"
+    if kind in ("model_type", "dict_type") and key in Recipe.model_fields:
+        first_key = next(name for name in known_keys() if name.startswith(f"{key}."))
+        return f"{key} is a section with keys of its own, such as {first_key}, and no value (got {given!r})"
     first, *others = [str(problem["msg"]).removeprefix("Value error, ") for problem in problems]
     message = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
     if isinstance(given, dict):  # keys of a section disagree, and the message names them

@@ -10,6 +10,7 @@ is worth more: for it older checkpoints go too, and if there is still no room it
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -80,6 +81,13 @@ class RunFolder:
                 safe="Nothing was loaded or written.",
                 next_step="Set LC_ALL=C.UTF-8, or choose a name in ASCII with --set output_dir=FOLDER.",
             ) from None
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            try:
+                os.lstat(self.path)
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    raise self._refusal("has a name that is longer than this system allows") from None
+                raise
 
     def _refuse_if_owned(self) -> None:
         owner = self._living_owner()

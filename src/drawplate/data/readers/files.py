@@ -50,7 +50,9 @@ def find_files(paths: Sequence[str]) -> Iterator[Found]:
             raise DataError(
                 f"{printable(given)} cannot be read: {getattr(error, 'strerror', None) or error}.",
                 safe="Nothing was loaded or written.",
-                next_step="Name files or folders that exist (data.files, or --data of eval).",
+                next_step="Write several paths in brackets: data.files=[FIRST, SECOND]."
+                if "," in given
+                else "Name files or folders that exist (data.files, or --data of eval).",
             ) from None
         for found in _walk(root) if directory else [_examine(root, printable(root.name), (None,))]:
             real = os.path.realpath(found.path)

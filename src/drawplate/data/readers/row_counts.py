@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from drawplate.data.left_out import LeftOut
 from drawplate.data.readers.rows import Text
-from drawplate.units import format_count
+from drawplate.units import format_count, plural
 
 
 class RowCounts:
@@ -45,16 +45,17 @@ class RowCounts:
         remarks = list(guesses)
         for reason in dict.fromkeys(reason for _, reason in self.refused):
             numbers = [number for number, other in self.refused if other == reason]
-            remarks.append(f"{format_count(len(numbers))} rows refused, the first at row {numbers[0]}: {reason}")
+            remarks.append(f"{plural(len(numbers), 'row')} refused, the first at row {numbers[0]}: {reason}")
         for said in dict.fromkeys(remark for _, remark in self._said):
             numbers = [number for number, other in self._said if other == said]
-            remarks.append(f"{format_count(len(numbers))} rows, the first is row {numbers[0]}: {said}")
+            remarks.append(f"{plural(len(numbers), 'row')}, the first is row {numbers[0]}: {said}")
         if self.removed:
             remarks.append(cut_out(self.removed))
         if self._mended:
             remarks.append(mended(self._mended))
         if self._alone:
-            remarks.append(f"{format_count(self._alone)} rows have no {group_by}: each is a group of its own")
+            without = f"{plural(self._alone, 'row')} without {group_by}"
+            remarks.append(f"{without}: each is a group of its own")
         return remarks
 
 
