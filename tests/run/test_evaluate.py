@@ -170,6 +170,19 @@ def test_an_adapter_of_weights_in_four_bits_is_said_to_be_on_others(
         measured([base], [str(tmp_path / "four")], documents)
 
 
+def test_documents_that_an_adapter_was_trained_on_are_counted(
+    base: Path, adapter: str, corpus: Path, documents: str
+) -> None:
+    """Those that its run held out are none of them, nor is anything that it has never seen."""
+    record = json.loads((Path(adapter).parent / "record.json").read_text(encoding="utf-8"))
+    trained, every = record["data"]["train_documents"], record["data"]["documents"]
+    assert trained < every
+    said = [line for line in warned([base], [adapter], str(corpus)) if "was trained on" in line]
+    assert len(said) == 1
+    assert f"{trained} of the {every} documents" in said[0]
+    assert not [line for line in warned([base], [adapter], documents) if "was trained on" in line]
+
+
 def test_files_that_are_left_out_are_said_once(base: Path, adapter: str, documents: str, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "two")
     shutil.copy(base / "model.safetensors", tmp_path / "two" / "backup.safetensors")

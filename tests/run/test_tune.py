@@ -88,6 +88,7 @@ def test_the_folder_holds_every_file_of_the_contract(finished: tuple[RunRecord, 
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     expected = {
         *("recipe.yaml", "plan.json", "intake.jsonl", "metrics.jsonl", "record.json", "report.html"),
+        "trained_on.txt",
         *("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/README.md"),
         *("adapter/tokenizer.json", "adapter/tokenizer_config.json"),
     }

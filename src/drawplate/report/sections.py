@@ -282,6 +282,7 @@ def file_rows(record: RunRecord) -> list[Fact]:
         ("plan.json", "The plan and its ledger", record.plan is not None),
         ("recipe.yaml", "The recipe as resolved", bool(record.recipe)),
         ("intake.jsonl", "A line for every file that was offered", bool(record.data.files)),
+        ("trained_on.txt", "A hash for every document that was trained on", bool(record.data.files)),
     ]
     return [Fact(label=name, value=what) for name, what, there in rows if there]
 

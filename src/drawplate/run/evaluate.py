@@ -40,6 +40,7 @@ from drawplate.run.heldout import Scores, give_back_memory, paired, score
 from drawplate.run.journal import Journal
 from drawplate.run.planning import choose_context_tokens, corpus_shape, max_positions, plan_for_lengths
 from drawplate.run.prepare import pad_id, renderer_of, require_predictable
+from drawplate.run.trained_on import trained_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def compare_models(
         section = first.recipe.data
         render = renderer_of(load_tokenizer(first.checkpoint.folder), section.template_date)
         corpus = read_documents(section, section.files, render)
-        for line in corpus.left_out:
+        for line in (*corpus.left_out, *_seen(contenders, corpus)):
             journal.on_warning(line)
     measured = []
     for contender in contenders:
@@ -129,6 +130,11 @@ def _remarks(contenders: Seq[_Contender]) -> list[str]:
             also = [contender.recipe.model.name_or_path]
             said.append(other_base(contender.adapter, base_of(folder), named, checkpoint, also))
     return [line for line in said if line]
+
+
+def _seen(contenders: Seq[_Contender], corpus: Corpus) -> list[str]:
+    adapters = [contender.adapter for contender in contenders if contender.adapter]
+    return [said for each in adapters if (said := trained_on(each, expand(each), corpus.documents))]
 
 
 def _in_their_precision(recipe: Recipe, adapters: Seq[str]) -> Recipe:

@@ -54,6 +54,7 @@ from drawplate.run.prove import prove as replay
 from drawplate.run.rehearse import enforce_cap
 from drawplate.run.resume import Reopened, recipe_of, refuse_finished, reopen
 from drawplate.run.trackers import open_trackers
+from drawplate.run.trained_on import write_trained_on
 from drawplate.screen import log_into
 from drawplate.train.guards import Clock, StopSignals
 
@@ -297,6 +298,7 @@ def _write_beginnings(outcome: Outcome, folder: RunFolder, reopened: Reopened | 
     journal.open(folder.path, folder.make_room)
     folder.write_json("plan.json", prepared.plan)
     folder.write_lines("intake.jsonl", prepared.corpus.intake)
+    write_trained_on(folder, prepared.split.train)
     if reopened is None:
         for warning in prepared.plan.warnings:
             journal.on_warning(warning)
