@@ -84,6 +84,18 @@ def test_a_tokenizer_without_a_vocabulary_is_none(architecture: str, tmp_path: P
         load_tokenizer(tmp_path)
 
 
+def test_a_plan_says_that_there_are_no_weights_and_only_then(base: Path, bare: Path, corpus: Path) -> None:
+    said = [" ".join(forecast(recipe_for(folder, corpus)).assumptions) for folder in (bare, base)]
+    assert ["has no weights on this machine" in text for text in said] == [True, False]
+
+
+def test_a_tokenizer_that_cannot_be_read_is_an_error_as_in_a_run(base: Path, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, broken := tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match="cannot be read"):
+        forecast(recipe_for(broken, corpus))
+
+
 def test_a_conversation_without_a_tokenizer_cannot_be_planned(bare: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day to you"}]
     rows = tmp_path / "rows.jsonl"

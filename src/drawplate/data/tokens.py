@@ -52,11 +52,16 @@ class _Tokens:
     counted: np.ndarray
 
 
+class NoTokenizer(DataError):
+    """A model's folder holds no tokenizer at all."""
+
+
 def load_tokenizer(folder: Path | str) -> Tokenizer:
     """The tokenizer of a model's folder: from local files only, and never running code that lies in the folder.
 
     Raises:
-        DataError: there is no tokenizer, or it cannot give character offsets.
+        NoTokenizer: there is none.
+        DataError: it cannot be read, or cannot give character offsets.
         IntegrityError: the tokenizer's configuration asks for code to be run.
     """
     folder = Path(folder)
@@ -67,7 +72,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises anything from OSError to a Rust panic for a broken tokenizer.json
         there = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
-        raise DataError(
+        raise (DataError if there else NoTokenizer)(
             f"The tokenizer in {folder} cannot be read: {reason_of(error)}."
             if there
             else f"{folder} holds no tokenizer.",
@@ -75,7 +80,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             next_step="The folder needs tokenizer.json and tokenizer_config.json; copy them from the base model.",
         ) from None
     if _is_empty(tokenizer):
-        raise DataError(
+        raise NoTokenizer(
             f"{folder} holds no tokenizer's vocabulary (no tokenizer.json).",
             safe="Nothing was changed.",
             next_step="The folder needs tokenizer.json and tokenizer_config.json; copy them from the base model.",

@@ -12,10 +12,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from drawplate.data.cautions import cautions
-from drawplate.data.tokens import load_tokenizer, tokenize
+from drawplate.data.tokens import NoTokenizer, load_tokenizer, tokenize
 from drawplate.errors import DataError
 from drawplate.machine.device import machine, pick_device
 from drawplate.machine.memory import lasting_process_bytes
+from drawplate.model.base.hub import complete
 from drawplate.model.base.weights import Checkpoint, open_configuration
 from drawplate.model.footprint.measure import Tell, unheard
 from drawplate.model.layer.anatomy import build_anatomy
@@ -61,6 +62,8 @@ def forecast(recipe: Recipe, gpu: str | None = None, tell: Tell = unheard) -> Pl
     situation = (
         _situation_on(gpu, recipe, checkpoint, anatomy) if gpu else situation_of(recipe, checkpoint, anatomy, tell)
     )
+    if not complete(checkpoint.folder):
+        assumptions += (f"{checkpoint.name} has no weights on this machine; a run needs them.",)
     chosen = choose(replace(situation, assumptions=situation.assumptions + assumptions), corpus, max_length)
     host_bytes = recipe.memory.ram if gpu else None
     chosen = with_quantization_tax(chosen, recipe, checkpoint, anatomy, host_bytes=host_bytes)
@@ -108,7 +111,7 @@ def _corpus_shape(
     """Lengths of the windows, what is assumed about them, and what a run would warn of."""
     try:
         tokenizer = load_tokenizer(checkpoint.folder)
-    except DataError as error:
+    except NoTokenizer as error:
         return *_without_tokenizer(recipe, max_length, error), ()
     read, sides = read_sides(recipe, renderer_of(tokenizer, recipe.data.template_date))
     training = tokenize(sides.train, tokenizer, max_length, append_eos=True)
