@@ -283,6 +283,7 @@ def test_no_empty_path_is_ever_expanded():
         ("train.seed=1_000", 1000),
         ("train.learning_rate=1e-4", 1e-4),
         ("train.optim=adamw_bnb_8bit", "adamw_8bit"),
+        ("train.optim=adamw_torch_fused", "adamw_torch"),
         ("lora.init_lora_weights=true", "default"),
         ("lora.target_modules=q_proj", ["q_proj"]),
         ("lora.target_modules=q_proj,v_proj", ["q_proj", "v_proj"]),

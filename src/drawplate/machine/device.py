@@ -186,13 +186,6 @@ def bf16_native(device: torch.device) -> bool:
     return any(features.get(name, False) for name in _NATIVE_BF16_FEATURES)
 
 
-def default_compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where it is native; else fp16 on a GPU and fp32 on a CPU, which has no fast fp16."""
-    if bf16_native(device):
-        return torch.bfloat16
-    return torch.float16 if device.type == "cuda" else torch.float32
-
-
 _LOST: list[bool] = []
 
 

@@ -184,7 +184,7 @@ def _fixed(situation: Situation, corpus: CorpusShape, compute_dtype: str, batch:
         dropout=recipe.lora.lora_dropout,
         eval_rows=eval_rows,
         eval_tokens=(eval_rows or 0) * batch.row_tokens or None,
-        optimizer="adamw_8bit" if recipe.train.optim == "adamw_8bit" else "adamw",
+        optim=recipe.train.optim,
         adapter="host" if recipe.memory.adapter == "host" and machine.device == "cuda" else "device",
         launched=situation.launched,
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from drawplate.layout.moments import moments_bytes
 from drawplate.planner.bytes.ledger import Ledger
 from drawplate.planner.bytes.stage import TRAINED_BYTES
 from drawplate.recipe import Recipe
@@ -26,8 +27,6 @@ CHECKPOINTS_KEPT = 2
 CHECKPOINTS_IN_A_RUN = 10
 TRAINING_PHASES, LAST_PHASE = ("training", "checkpoint"), "final evaluation"
 TEXT_BYTES, TEXT_BYTES_OF_A_STEP = 192 * KIB, KIB
-MOMENTS_BYTES = {"adamw": 2 * 4.0, "adamw_8bit": 2 * (1 + 4 / 256)}
-"""For each trained parameter; in 8 bits with a float32 scale for 256 of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ def with_disk_lines(plan: Plan, recipe: Recipe, files: RunFiles) -> Plan:
     """The plan with the bytes that the run will have in its folder, as lines of its phases."""
     adapter = files.trained_parameters * TRAINED_BYTES
     best = adapter if recipe.evaluation.load_best_model_at_end and recipe.evaluation.eval_steps else 0
-    moments = int(files.trained_parameters * MOMENTS_BYTES["adamw_8bit" if "8bit" in recipe.train.optim else "adamw"])
+    moments = moments_bytes(recipe.train.optim, files.trained_parameters)
     written = _checkpoints_written(plan, recipe)
     start = [("adapter's start", adapter, "trained parameters x 4 bytes")] if plan.starts_from_error else []
     always = [

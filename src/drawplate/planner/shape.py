@@ -82,7 +82,7 @@ class Choice:
         compiled, dequantize: how layers are computed (`layer`: dequantized whole before they are called).
         dropout: of the adapter.
         eval_tokens, eval_rows: positions and rows of an evaluation micro-batch; None for those of training.
-        optimizer: adamw or adamw_8bit.
+        optim: which optimizer, as the recipe names it.
         adapter: where trained tensors, their gradients and the optimizer live.
         host_kept_layers: at most so many of the first layers keep their activations in host memory.
         launched: micro-steps are launched kernel by kernel even where they could be captured.
@@ -110,7 +110,7 @@ class Choice:
     dropout: float = 0.0
     eval_tokens: int | None = None
     eval_rows: int | None = None
-    optimizer: str = "adamw"
+    optim: str = "adamw_torch"
     adapter: Literal["device", "host"] = "device"
     launched: bool = False
     host_kept_layers: int = 0

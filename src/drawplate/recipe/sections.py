@@ -217,7 +217,7 @@ class TrainSection(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter's weights.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients longer than this are scaled down to it.")
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit"] = Field(
+    optim: Literal["adamw_torch", "adamw_8bit"] = Field(
         "adamw_torch", description="The optimizer; adamw_8bit keeps its moments in 8 bits."
     )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of gradients.")

@@ -19,7 +19,7 @@ _NAMES = re.compile(r"\w+(\s*,\s*\w+)*")
 _TRUTH = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 ALL_LINEAR = "all-linear"
 SAME: dict[str, dict[Any, Any]] = {
-    "optim": {"adamw_bnb_8bit": "adamw_8bit"},
+    "optim": {"adamw_bnb_8bit": "adamw_8bit", "adamw_torch_fused": "adamw_torch"},
     "init_lora_weights": {True: "default"},
     "max_steps": {-1: None},
     "report_to": {"none": []},

@@ -39,7 +39,7 @@ DEVICE_FORMULAS = {
     "adapter gradients": "trained parameters x 4 bytes",
     "captured micro-step: its own gradients": "trained parameters x 4 bytes, of layers whose backward is done",
     "captured micro-step: its batch": "tokens x 24 bytes, 28 with dropout, and borders x 4 bytes",
-    "optimizer moments": "trained parameters x 2 x 4 bytes",
+    "optimizer moments": "two of each trained tensor (layout/moments.py)",
     "activations kept": "layers that keep x bytes that autograd saves of one (model/footprint/measure.py)",
     LINE: "what a layer or a few send (model/footprint/measure.py), and blocks below 1 MiB, which stay",
     "layer inputs kept": "layers x tokens x hidden x bytes",

@@ -11,6 +11,7 @@ Left out: blocks below a kilobyte that live for one operation.
 
 from __future__ import annotations
 
+from drawplate.layout.moments import MOMENTS, moment_blocks
 from drawplate.planner.bytes.batch_rows import Rows, eval_rows_of, train_rows_of
 from drawplate.planner.bytes.blocks import Moment
 from drawplate.planner.bytes.loading import Loading
@@ -96,11 +97,11 @@ class Replay:
         if self.choice.adapter == "host":
             return
         self.device.now = "the optimizer's step"
-        each = TRAINED_BYTES if self.choice.optimizer == "adamw" else 1
         for i, trained in enumerate(self.stage.trained):
             for j, count in enumerate(trained):
                 if self.device.has(("moment", i, j, 0)):
                     return
                 self.device.take("small tensors", ("count", i, j), 4)
-                for k in range(2):
-                    self.device.take("optimizer moments", ("moment", i, j, k), count * each)
+                blocks = moment_blocks(self.choice.optim, count) * MOMENTS
+                for k, size in enumerate(blocks):
+                    self.device.take("optimizer moments", ("moment", i, j, k), size)
