@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from drawplate.layout.decision import is_captured, table_on_host
 from drawplate.model.base.precision import Storage
 from drawplate.records import Plan
 
@@ -54,16 +55,15 @@ class Placement:
 
     def table_on_host(self, *, tied: bool) -> bool:
         """Whether the embedding's table is in host memory."""
-        return self.head_rows > 0 or (self.embedding == "host" and not tied)
+        return table_on_host(self.head_rows, self.embedding, tied=tied)
 
     def captures(self, policies: Sequence[str]) -> bool:
-        """Whether micro-steps are captured as CUDA graphs, the layers' activations having these policies.
-
-        Where layers, head or inputs cross the bus only if some layer keeps its activations: a plan that keeps none has
-        no room for what a graph holds beside them. By planner/shape.py, `Choice.captured`."""
-        crosses = self.head_rows > 0 or "host" in self.tiers(len(policies)) or "offload" in policies
-        able = self.graphs and self.device.type == "cuda" and self.adapter == "device"
-        return able and (not crosses or "keep" in policies)
+        """Whether micro-steps are captured as CUDA graphs, the layers' activations having these policies."""
+        return is_captured(
+            able=self.graphs and self.device.type == "cuda" and self.adapter == "device",
+            crosses=self.head_rows > 0 or "host" in self.tiers(len(policies)) or "offload" in policies,
+            keeps="keep" in policies,
+        )
 
     def policies(self, layers: int) -> list[str]:
         """The activations' policy of each layer."""

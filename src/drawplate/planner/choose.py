@@ -72,8 +72,6 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
     return Plan(
         **_of_choice(found.choice, situation.model),
         **_of_advice(advice),
-        device=machine.device,
-        packing=batch.packing,
         max_length=max_length,
         micro_batch_sequences=micro,
         effective_batch_size=batch.effective,
@@ -91,9 +89,7 @@ def choose(situation: Situation, corpus: CorpusShape, max_length: int) -> Plan:
 
 def _of_choice(choice: Choice, model: ModelShape) -> dict[str, Any]:
     """What a plan says of where things are and how they are computed."""
-    how = ("precision", "double_quant", "compute_dtype", "compiled", "dequantize", "micro_batch_tokens", "adapter")
-    where = ("dequantized_layers", "device_layers", "kept_layers", "policy", "slots", "embedding", "head_rows")
-    return {name: getattr(choice, name) for name in (*how, *where)} | {
+    return choice.shared() | {
         "weights": weight_words(choice, model.layers),
         "activations": activation_words(choice, model.layers),
         "graphs": choice.captured(model),
@@ -173,7 +169,7 @@ def _fixed(situation: Situation, corpus: CorpusShape, compute_dtype: str, batch:
         precision="",
         double_quant=situation.double_quant,
         compute_dtype=compute_dtype,
-        device=machine.device,  # type: ignore[arg-type]
+        device=machine.device,
         dequantized_layers=0,
         device_layers=situation.model.layers,
         kept_layers=0,

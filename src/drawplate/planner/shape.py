@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from drawplate.layout.decision import Decision, is_captured, table_on_host
 from drawplate.layout.footprint import Footprint, LayerShape, Mode
 from drawplate.layout.stored_linear import BLOCK, PLAIN_DTYPES, SCALE_BLOCK
 
@@ -59,61 +60,28 @@ class ModelShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A plan in the ledger's words.
-
-    The first `dequantized_layers` live on the device in the compute dtype (in fp8: with their transposes), the next
-    `device_layers` on the device as stored, the rest on the host. The last `kept_layers` keep their activations on
-    the device (backward lets go of them before it recomputes anything), the first `on_host` in host memory between
-    forward and backward; those between follow `policy`.
+class Choice(Decision):
+    """A decision with what else the ledger must know of a run.
 
     Attributes:
-        precision, double_quant: of the linear weights as stored.
-        compute_dtype: bfloat16, float16 or float32.
-        device: where layers are computed; on cpu every byte is the host's.
-        micro_batch_tokens: positions of a micro-batch, padding included.
-        rows, longest: padded, its rows and their length; packed, 1 and the longest document.
-        packing: several documents share a row.
+        rows, longest: of a micro-batch: padded, its rows and their length; packed, 1 and the longest document.
         documents: packed, the most in a row.
         micro_batches: of an optimizer step; from 2 on, gradients are there from forward to backward.
-        slots: of the ring.
-        head_rows: rows of a slot of the streamed head; 0 for a head on the device.
-        embedding: device or host. A tied one is where the head is; beside a streamed head it is on the host.
-        compiled, dequantize: how layers are computed (`layer`: dequantized whole before they are called).
         dropout: of the adapter.
         eval_tokens, eval_rows: positions and rows of an evaluation micro-batch; None for those of training.
         optim: which optimizer, as the recipe names it.
-        adapter: where trained tensors, their gradients and the optimizer live.
-        host_kept_layers: at most so many of the first layers keep their activations in host memory.
         launched: micro-steps are launched kernel by kernel even where they could be captured.
     """
 
-    precision: str
-    double_quant: bool
-    compute_dtype: str
-    device: Literal["cpu", "cuda"]
-    dequantized_layers: int
-    device_layers: int
-    kept_layers: int
-    policy: Literal["recompute", "offload"]
-    micro_batch_tokens: int
     rows: int = 1
     longest: int | None = None
-    packing: bool = True
     documents: int = 1
     micro_batches: int = 2
-    slots: int = 2
-    head_rows: int = 0
-    embedding: Literal["device", "host"] = "device"
-    compiled: bool = False
-    dequantize: Literal["layer", "product"] = "product"
     dropout: float = 0.0
     eval_tokens: int | None = None
     eval_rows: int | None = None
     optim: str = "adamw_torch"
-    adapter: Literal["device", "host"] = "device"
     launched: bool = False
-    host_kept_layers: int = 0
 
     @classmethod
     def in_words(cls, layers: int, *, weights: str, activations: str, **others: Any) -> Choice:
@@ -136,18 +104,19 @@ class Choice:
 
     def table_on_host(self, model: ModelShape) -> bool:
         """Whether the embedding's table is in host memory."""
-        return self.head_rows > 0 or (self.embedding == "host" and not model.tied)
+        return table_on_host(self.head_rows, self.embedding, tied=model.tied)
 
     def captured(self, model: ModelShape) -> bool:
-        """Whether micro-steps are replayed as CUDA graphs (model/cuda_graphs.py): where layers, head or inputs cross
-        the bus only if some layer keeps its activations, because what a graph holds takes room too.
+        """Whether micro-steps are replayed as CUDA graphs.
 
         In float32 too, packed documents are attended to one by one (model/layer/attention.py)."""
         one_by_one = self.packing and (model.one_by_one or self.compute_dtype == "float32")
         offloads = self.policy == "offload" and self.kept_layers < model.layers
-        crosses = self.host_layers(model.layers) or self.head_rows or offloads
-        able = self.device == "cuda" and self.adapter == "device" and not (one_by_one or self.launched)
-        return able and (not crosses or self.kept_layers > 0)
+        return is_captured(
+            able=self.device == "cuda" and self.adapter == "device" and not (one_by_one or self.launched),
+            crosses=bool(self.host_layers(model.layers) or self.head_rows or offloads),
+            keeps=self.kept_layers > 0,
+        )
 
     def tier(self, layer: int) -> str:
         """dequantized, device or host."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from drawplate.layout.decision import Decision
+
 
 @dataclass(frozen=True, kw_only=True)
 class CostLine:
@@ -80,34 +82,23 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Decision):
     """How the run will be carried out: what was left `auto`, decided, each with its reason.
 
-    `weights` and `activations` are words for people. Of the layers, the first `dequantized_layers` are dequantized on
-    the device; `host_layers` are streamed, spread evenly over the others; the rest are on the device as stored. The
-    last `kept_layers` keep their activations on the device, the first `host_kept_layers` in host memory, and the others
-    follow `policy`. Plans of version 0.1.0 have words alone.
+    `weights` and `activations` are words for people. Streamed layers are spread evenly over those that are not
+    dequantized.
 
     Attributes:
-        slots: of the ring for streamed layers.
-        head_rows: rows of a slot of the streamed head; 0 keeps the head on the device.
-        embedding: device or host; beside a streamed head it is on the host, and a tied one is where the head is.
-        adapter: where trained tensors, their gradients and the optimizer live: device or host.
+        host_layers: streamed.
+        graphs: micro-steps are captured as CUDA graphs.
         assumptions: what was not known and is assumed.
         measures_deployed: the unquantized base model is measured again at the end, with the adapter that is for it.
     """
 
-    device: str
-    precision: str
-    double_quant: bool
-    compute_dtype: str
     weights: str
     activations: str
-    compiled: bool
-    packing: bool
     max_length: int
     micro_batch_sequences: int
-    micro_batch_tokens: int
     effective_batch_size: int
     gradient_accumulation_steps: int
     optimizer_steps: int
@@ -116,7 +107,6 @@ class Plan:
     eval_batch_sequences: int
     lr_scheduler_type: str = "cosine"
     warmup_ratio: float = 0.05
-    dequantize: str = "product"
     quantization_tax: bool = False
     starts_from_error: bool = False
     measures_deployed: bool = False
@@ -125,16 +115,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     ledger: tuple[LedgerLine, ...] = ()
     phases: tuple[PhaseLedger, ...] = ()
-    dequantized_layers: int = 0
-    device_layers: int = 0
     host_layers: int = 0
-    kept_layers: int = 0
-    host_kept_layers: int = 0
-    policy: str = "recompute"
-    slots: int = 2
-    head_rows: int = 0
-    embedding: str = "device"
-    adapter: str = "device"
     times: PlanTimes | None = None
     frontier: tuple[FrontierPoint, ...] = ()
     assumptions: tuple[str, ...] = ()
