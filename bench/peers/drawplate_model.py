@@ -69,7 +69,7 @@ class DrawplatePeer:
     def keep(self, count: int) -> None:
         """Keep the activations of the last `count` layers and recompute the others."""
         self._forget_graphs()
-        self.model.runner.policies[:] = ["recompute"] * (self.layers - count) + ["keep"] * count
+        self.model.set_policies(["recompute"] * (self.layers - count) + ["keep"] * count)
 
     def enter(self, case: Case) -> None:
         """Before steps on a case, which is a run of its own: shapes of another do not widen its rows."""

@@ -44,7 +44,7 @@ def test_adapter_moments_and_state_come_back_equal(base: Path, tmp_path: Path, o
     back = restore(folder, other, fresh)
     assert same(other.adapter.state(), model.adapter.state())
     assert same(back.best_adapter, state.best_adapter)
-    assert other.runner.policies == ["recompute", "offload"]
+    assert other.runner.policies == ("recompute", "offload")
     for field in dataclasses.fields(TrainState):
         if field.name not in NOT_WRITTEN:
             assert getattr(back, field.name) == getattr(state, field.name), field.name

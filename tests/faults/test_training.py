@@ -148,10 +148,11 @@ def test_row_15_at_one_sequence_the_next_rung_is_tried(
 
 def test_row_15_layers_in_host_memory_stand_on_the_first_rung() -> None:
     runner = SimpleNamespace(policies=["host", "recompute", "keep"])
-    task = cast(Any, SimpleNamespace(model=SimpleNamespace(runner=runner), cutting=None))
+    model = SimpleNamespace(runner=runner, set_policies=lambda policies: setattr(runner, "policies", policies))
+    task = cast(Any, SimpleNamespace(model=model, cutting=None))
     state, one = cast(Any, SimpleNamespace(cutting=None, policies=None)), cut_padded(random_sequences([9]), 1, 1, 0)[0]
     assert accumulate._something_smaller(task, state, one) == "memory.activations: recompute"
-    assert runner.policies == state.policies == ["recompute"] * 3
+    assert list(runner.policies) == state.policies == ["recompute"] * 3
     assert accumulate._something_smaller(task, state, one) == "memory.activations: offload"
     assert accumulate._something_smaller(task, state, one) is None
 

@@ -256,12 +256,12 @@ def test_gradient_checkpointing_sets_the_layers_policies(base: Checkpoint) -> No
     policies = model.causal_lm.runner
     assert not model.is_gradient_checkpointing
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert policies.policies == ["recompute"] * 4
+    assert policies.policies == ("recompute",) * 4
     assert model.is_gradient_checkpointing
     model.activation_checkpointing_enable(every_n_layers=2, offload=True)
-    assert policies.policies == ["offload", "keep", "offload", "keep"]
+    assert policies.policies == ("offload", "keep", "offload", "keep")
     model.activation_checkpointing_disable()
-    assert policies.policies == ["keep"] * 4
+    assert policies.policies == ("keep",) * 4
 
 
 def test_it_stays_where_the_plan_put_it(base: Checkpoint) -> None:

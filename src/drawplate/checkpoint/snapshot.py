@@ -111,7 +111,7 @@ def restore(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer) -> 
     best = load_file(folder / BEST_NAME) if (folder / BEST_NAME).is_file() else None
     state = TrainState(**values, cutting=cutting, best_adapter=best)
     if state.policies:
-        model.runner.policies[:] = state.policies
+        model.set_policies(state.policies)
     return state
 
 

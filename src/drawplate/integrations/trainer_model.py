@@ -194,13 +194,12 @@ class DrawplateForCausalLM(PeftModel):
             **kwargs: `every_n_layers`: recompute only layers 0, n, 2n ...; `offload`: keep inputs on the host.
         """
         policy, every = "offload" if kwargs.get("offload") else "recompute", kwargs.get("every_n_layers") or 1
-        runner = self.causal_lm.runner
-        runner.policies = [policy if layer % every == 0 else "keep" for layer in range(len(runner.policies))]
+        layers = len(self.causal_lm.anatomy.layers)
+        self.causal_lm.set_policies([policy if layer % every == 0 else "keep" for layer in range(layers)])
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""
-        runner = self.causal_lm.runner
-        runner.policies = ["keep"] * len(runner.policies)
+        self.causal_lm.set_policies(["keep"] * len(self.causal_lm.anatomy.layers))
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any

@@ -11,6 +11,7 @@ mode, so that the only noise is the adapter's own dropout, which is a function o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,6 +98,14 @@ class CausalLM:
         loss, nats_N = self.sum_nats(batch, scale=scale, dropout_seed=dropout_seed)
         loss.backward()
         return nats_N.sum(dtype=torch.float64)
+
+    def set_policies(self, policies: Sequence[str] | None) -> None:
+        """What becomes of each layer's activations from now on; None as they were placed.
+
+        Captured graphs are let go of: each holds what its layers did with theirs."""
+        layers = len(self.anatomy.layers)
+        self.runner.set_policies(self.placement.policies(layers) if policies is None else policies)
+        self.forget_graphs()
 
     def forget_graphs(self) -> None:
         """Give back what captured micro-steps hold, before something else needs memory."""

@@ -58,7 +58,7 @@ class Saving:
             return
         state.begin_step_again()
         state.rate, state.cutting, state.policies = None, None, None
-        self._model.runner.policies[:] = self._model.placement.policies(len(self._model.runner.policies))
+        self._model.set_policies(None)
 
     def due(self, state: TrainState) -> bool:
         """Whether it is time; never twice at the same position."""
@@ -120,8 +120,8 @@ class Saving:
         for folder in self._good:
             if problem_of(folder) is None:
                 state.go_back_to(restore(folder, self._model, self._optimizer))
-                if state.policies:
-                    self._model.runner.policies[:] = state.policies
+                if state.policies:  # what was learnt of memory since then stays
+                    self._model.set_policies(state.policies)
                 self._outcome.journal.take_up_curves(read_about(folder)["journal"])
                 self._newest = Position.of(folder)
                 return True

@@ -143,7 +143,7 @@ def _something_smaller(task: TrainTask, state: TrainState, failed: Batch) -> str
     if rung == len(LADDER):
         return None
     state.policies = [LADDER[max(rung, LADDER.index(policy))] for policy in policies]
-    task.model.runner.policies[:] = state.policies
+    task.model.set_policies(state.policies)
     return f"memory.activations: {LADDER[rung]}"
 
 

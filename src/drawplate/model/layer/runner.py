@@ -77,11 +77,9 @@ class LayerRunner:
         compiled: bool = False,
         whole_dtype: torch.dtype | None = None,
     ) -> None:
-        unknown = set(policies) - set(POLICIES)
-        if unknown or len(policies) != len(templates):
-            raise ValueError(f"policies must be {POLICIES}, one for each of {len(templates)} layers; got {policies}")
         self.templates, self.residency, self.adapter = list(templates), residency, adapter
-        self.policies = list(policies)
+        self.policies: tuple[str, ...] = ()
+        self.set_policies(policies)
         self.inputs = InputStore(residency.device)
         self.activations = HostActivations(residency.device, poison=residency.poison)
         self._held_for_backward: int | None = None
@@ -97,17 +95,29 @@ class LayerRunner:
         less = [without_unused(template) for template in self.templates]
         self._again = self._functions if less == self.templates else made(less)
 
+    def set_policies(self, policies: Sequence[str]) -> None:
+        """What becomes of each layer's activations from the next micro-batch on.
+
+        Raises:
+            ValueError: one that does not exist, or not one for each layer.
+        """
+        if set(policies) - set(POLICIES) or len(policies) != len(self.templates):
+            raise ValueError(
+                f"policies must be {POLICIES}, one for each of {len(self.templates)} layers; got {policies}"
+            )
+        self.policies = tuple(policies)
+
     @contextmanager
     def uncompiled(self, policy: str = "") -> Iterator[None]:
         """Within, layers run as transformers wrote them; with `policy` that becomes of every layer's activations."""
-        kept, policies = (self._functions, self._again), list(self.policies)
+        kept, policies = (self._functions, self._again), self.policies
         again = functions([without_unused(template) for template in self.templates])
         self._functions, self._again = self._eager, again
-        self.policies[:] = [policy or one for one in policies]
+        self.set_policies([policy or one for one in policies])
         try:
             yield
         finally:
-            (self._functions, self._again), self.policies[:] = kept, policies
+            (self._functions, self._again), self.policies = kept, policies
 
     def begin(self, token_keys_BT: Tensor | None) -> None:
         """A new micro-batch; keys switch dropout on for it."""
