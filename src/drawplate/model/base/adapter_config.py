@@ -95,8 +95,9 @@ def _values_of(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         below = sorted(found.parent for found in folder.glob(f"*/{CONFIG_NAME}"))
+        beside = " One of its folders does." if len(below) == 1 else f" {len(below)} of its folders do."
         raise UsageError(
-            f"{folder} holds no adapter." + (f" {len(below)} of its folders do." if below else ""),
+            f"{folder} holds no adapter." + (beside if below else ""),
             safe="Nothing was loaded or written.",
             next_step=f"Name {' or '.join(map(str, below[:3]))}."
             if below
