@@ -138,7 +138,7 @@ def test_truncated_tensors_are_a_users_error(plain: Path, keep: int) -> None:
 
 
 def test_the_folder_of_a_run_points_to_its_adapter(plain: Path) -> None:
-    with pytest.raises(UsageError, match="1 of its folders do") as error:
+    with pytest.raises(UsageError, match="One of its folders does") as error:
         read_adapter(plain.parent)
     assert error.value.next_step == f"Name {plain}."
 
