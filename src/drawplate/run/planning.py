@@ -129,7 +129,7 @@ def model_shape(
         m for name, m in linears.items() if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "qkv_proj")
     ]
     settings = anatomy.config
-    kinds, kind_of_layer = layer_shapes(anatomy, config, device, tell)
+    kinds, kind_of_layer = layer_shapes(anatomy, config, device, tell, recipe.memory.vram)
     opening, closing = outer_footprints(anatomy)
     return ModelShape(
         kinds=kinds,

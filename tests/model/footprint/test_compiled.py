@@ -194,6 +194,7 @@ def test_whoever_waits_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("DRAWPLATE_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(measure, "compiled_footprint", lambda trial, device: Footprint())
+    monkeypatch.setattr(measure, "bounded", lambda device, most: nullcontext())
     monkeypatch.setattr(measure.Measured, "trial", without_the_gpu)
     anatomy = build_anatomy(AutoConfig.for_model("gemma2", **{**COMMON, **ARCHITECTURES["gemma2"]}))
     told: list[str] = []
@@ -208,3 +209,24 @@ def test_whoever_waits_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             kind.footprints[mode._replace(use=use)]
     assert len(kinds) == 2
     assert told == [measure.TRYING]
+
+
+def test_where_a_layer_has_no_room_an_uncompiled_one_stands_in_and_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(trial: Trial, device: torch.device) -> Footprint:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    asked: list[int | None] = []
+    monkeypatch.setenv("DRAWPLATE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a small card")
+    monkeypatch.setattr(measure, "compiled_footprint", full)
+    monkeypatch.setattr(measure, "bounded", lambda device, most: asked.append(most) or nullcontext())
+    monkeypatch.setattr(measure.Measured, "trial", without_the_gpu)
+    anatomy = build_anatomy(AutoConfig.for_model("llama", **{**COMMON, **ARCHITECTURES["llama"]}))
+    lora, told = lora_config(LoraSection(r=4, lora_alpha=8), anatomy, "x", None), list[str]()
+    kinds, _ = measure.layer_shapes(anatomy, lora, torch.device("cuda"), told.append, 3 * 2**30)
+    assert kinds[0].footprints[MIDDLE._replace(device="cuda", compiled=True)].forward
+    assert told == [measure.TRYING, measure.NO_ROOM]
+    assert asked == [3 * 2**30]
+    assert not list(tmp_path.rglob("*.json"))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +56,19 @@ def compiled_footprint(trial: Trial, device: torch.device) -> Footprint:
         forward=with_trial(second.forward, first.forward, device),
         backward=with_trial(second.backward, first.backward, device),
     )
+
+
+@contextmanager
+def bounded(device: torch.device, most_bytes: int | None) -> Iterator[None]:
+    """Within, torch's allocator holds no more than that of a GPU; what it cached for reuse goes back at the end."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (most_bytes or total) / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def with_whole_weights(footprint: Footprint, weights: Sequence[int]) -> Footprint:
@@ -132,8 +145,6 @@ def remembered(layer: nn.Module, mode: Mode, device: torch.device, measure: Call
         return kept.validate_json(path.read_bytes())
     found = measure()
     torch._dynamo.reset()  # what it compiled is on the disk; here it would only take room
-    gc.collect()
-    torch.cuda.empty_cache()
     with suppress(OSError):  # without it the layer is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, kept.dump_json(found).decode())

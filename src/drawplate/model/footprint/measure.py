@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from drawplate.layout.footprint import Footprint, LayerShape, LinearShape, Mode
 from drawplate.model.base.precision import PLAIN_DTYPES, Storage
 from drawplate.model.footprint.body import measure_outer, stand_in
-from drawplate.model.footprint.compiled import compiled_footprint, remembered, with_whole_weights
+from drawplate.model.footprint.compiled import bounded, compiled_footprint, remembered, with_whole_weights
 from drawplate.model.footprint.passes import uncompiled_footprint
 from drawplate.model.footprint.trial import Trial, frozen_layer, unused_of
 from drawplate.model.layer import attention
@@ -40,6 +40,10 @@ from drawplate.model.load.fill_layer import trained_shapes
 from drawplate.model.support.targets import target_names
 
 TRYING = "Compiling a decoder layer to measure what it holds on this GPU; later plans of this model need not."
+NO_ROOM = (
+    "There is no room on this GPU to try a compiled layer. Planned for is an uncompiled one, whose activations take up "
+    "to 40 % more."
+)
 Tell = Callable[[str], None]
 
 
@@ -51,7 +55,11 @@ PLAIN_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in PLAIN_
 
 
 def layer_shapes(
-    anatomy: Anatomy, lora: LoraConfig, device: torch.device | None = None, tell: Tell = unheard
+    anatomy: Anatomy,
+    lora: LoraConfig,
+    device: torch.device | None = None,
+    tell: Tell = unheard,
+    most_bytes: int | None = None,
 ) -> tuple[tuple[LayerShape, ...], tuple[int, ...]]:
     """The different decoder layers in numbers, and for each layer which of them it is.
 
@@ -62,6 +70,7 @@ def layer_shapes(
         lora: which linear layers have adapters.
         device: that the run will use, where it is here: compiled layers are tried on a GPU.
         tell: told once, before the first of them is.
+        most_bytes: of the device that trying a layer may take; None for all that is free.
     """
     tell = _once(tell)
     targets = target_names(lora, anatomy)
@@ -74,7 +83,7 @@ def layer_shapes(
         kind = f"{kind_of(layer)}\n{adapted}"
         if kind not in kinds:
             kinds[kind] = len(shapes)
-            shapes.append(_layer_shape(Measured(anatomy, i, lora, device, tell), targets))
+            shapes.append(_layer_shape(Measured(anatomy, i, lora, device, tell, most_bytes), targets))
         of_layer.append(kinds[kind])
     return tuple(shapes), tuple(of_layer)
 
@@ -151,6 +160,7 @@ class Measured:
     Attributes:
         device: that the run will use, None for one that is not here.
         tell: told before a layer is compiled and run there.
+        most_bytes: of the device that it may take.
     """
 
     anatomy: Anatomy
@@ -158,6 +168,7 @@ class Measured:
     lora: LoraConfig
     device: torch.device | None
     tell: Tell = unheard
+    most_bytes: int | None = None
 
     def __call__(self, mode: Mode) -> Footprint:
         """The layer's footprint, run as `mode` says."""
@@ -170,13 +181,17 @@ class Measured:
             return with_whole_weights(self(mode._replace(stored="", whole=False)), weights)
         layer = self.layer(mode)
         if device:
-            return remembered(layer, mode, device, lambda: self._tried(layer, mode, device))
+            try:
+                return remembered(layer, mode, device, lambda: self._tried(layer, mode, device))
+            except torch.OutOfMemoryError:
+                self.tell(NO_ROOM)
         with FakeTensorMode(allow_non_fake_inputs=True) if mode.device == "cpu" else nullcontext():
             return uncompiled_footprint(self.trial(layer, mode, stand_in(mode)))
 
     def _tried(self, layer: nn.Module, mode: Mode, device: torch.device) -> Footprint:
         self.tell(TRYING)
-        return compiled_footprint(self.trial(layer, mode, device), device)
+        with bounded(device, self.most_bytes):
+            return compiled_footprint(self.trial(layer, mode, device), device)
 
     def layer(self, mode: Mode) -> nn.Module:
         """The layer, as it is run so."""
