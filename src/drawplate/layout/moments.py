@@ -1,7 +1,7 @@
 """What an optimizer keeps of each trained tensor, by its name in the recipe (train.optim). Free of torch.
 
 AdamW keeps two moments, each of 4 bytes a number. bitsandbytes keeps them in 8 bits where a tensor has 4,096 numbers or
-more, with a float32 scale for every 256 of them (bitsandbytes/optim/optimizer.py, `min_8bit_size` and `blocksize`).
+more, with a float32 scale for every 256 of them (`min_8bit_size` and `blocksize` of bitsandbytes.optim.optimizer).
 """
 
 from __future__ import annotations
