@@ -209,6 +209,8 @@ SEES: dict[int, tuple[str, ...]] = {
 }  # fmt: skip
 
 ELSEWHERE = {
+    113: "an adapter that is measured on documents it was trained on",
+    114: "a name longer than the system allows, several paths in one, the home of nobody, a comment sign in a value",
     28: "PDF bomb, page bomb, encrypted or truncated PDF (PDFs are not read)",
     29: "DOCX or EPUB zip bomb, lying sizes, nested zips (neither is read)",
     30: "HTML nested 200,000 deep; a line of 1 GB",
@@ -223,6 +225,13 @@ ELSEWHERE = {
 DOCUMENTS, REPORT = "tests/data/test_documents.py", "tests/report/test_html.py"
 NOT_READ = (DOCUMENTS, "links_pipes_sockets_hidden_and_foreign_files_are_skipped_unopened")
 HELD_ELSEWHERE: dict[int, tuple[tuple[str, str], ...]] = {
+    113: (("tests/run/test_evaluate.py", "documents_that_an_adapter_was_trained_on_are_counted"),),
+    114: (
+        (DOCUMENTS, "a_path_that_cannot_be_and_several_in_one_are_refused_in_words"),
+        ("tests/test_cli.py", "a_name_that_no_file_can_have_ends_in_words"),
+        ("tests/recipe/test_recipe.py", "the_home_of_nobody_is_refused"),
+        ("tests/recipe/test_recipe.py", "a_value_on_the_command_line_has_no_comment_that_could_be_cut_off"),
+    ),
     28: (NOT_READ,),  # only text, HTML and tables are read; a PDF is skipped, counted and never opened
     29: (NOT_READ, (DOCUMENTS, "a_parquet_file_that_would_fill_the_memory_is_refused")),
     30: (
