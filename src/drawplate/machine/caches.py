@@ -45,6 +45,7 @@ SPARED_SHARE_OF_DISK = 0.1
 LIMIT_VARIABLE = "DRAWPLATE_CACHE_LIMIT"
 SETTINGS_NAME = "settings.json"
 ARENAS_NAME, CONVERTED_NAME, SPEED_NAME, HASHES_NAME = "arenas", "converted", "speed", "hashes.json"
+FOOTPRINTS_NAME = "footprints"
 _held_until_exit: list[int] = []
 
 
@@ -142,8 +143,8 @@ def clear() -> tuple[int, int]:
     """Remove everything that is kept but the settings and what another process uses; bytes removed, bytes left."""
     before = sum(cache.bytes for cache in own_caches())
     release()
-    for path in (cache_folder() / SPEED_NAME, cache_folder() / HASHES_NAME):
-        _remove(path)
+    for name in (SPEED_NAME, FOOTPRINTS_NAME, HASHES_NAME):
+        _remove(cache_folder() / name)
     after = sum(cache.bytes for cache in own_caches())
     return before - after, after
 
@@ -233,6 +234,7 @@ def own_caches() -> list[Cache]:
         ("prepared weights", arenas_folder(), "*.arena*"),
         ("converted models", converted_folder(), "*"),
         ("speed probe", folder / SPEED_NAME, "*"),
+        ("measured layers", folder / FOOTPRINTS_NAME, "*"),
         ("checksums", folder, HASHES_NAME),
     )
     return [_cache(name, where, list(where.glob(pattern))) for name, where, pattern in named]

@@ -180,7 +180,7 @@ def test_with_other_versions_it_is_measured_anew(
 
 def test_a_footprint_that_cannot_be_read_is_measured_anew(kept: Callable[[], int], tmp_path: Path) -> None:
     kept()
-    (file,) = (tmp_path / compiled.FOOTPRINTS).iterdir()
+    (file,) = (tmp_path / compiled.FOOTPRINTS_NAME).iterdir()
     file.write_text("{", encoding="utf-8")
     assert kept() == 2
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from drawplate.durable import write_whole
 from drawplate.layout.footprint import TRIAL, Footprint, Line, Mode, Trace
+from drawplate.machine.caches import FOOTPRINTS_NAME
 from drawplate.model.footprint.allocator_events import RealWatch
 from drawplate.model.footprint.passes import inference_pass, training_pass
 from drawplate.model.footprint.recorder import TRACED_BORDERS, TRACED_TOKENS, Recorder, Sizes
@@ -29,8 +30,6 @@ from drawplate.model.layer.frozen_linear import FrozenLinear
 from drawplate.model.layer.functions import compiled_functions, kind_of
 from drawplate.recipe import cache_folder
 
-FOOTPRINTS = "footprints"
-"""Their folder in the cache."""
 RUN_BY = ("layout", "kernels", "model/layer", "model/footprint")
 """The folders whose files decide what a layer does to memory."""
 
@@ -139,7 +138,7 @@ def remembered(layer: nn.Module, mode: Mode, device: torch.device, measure: Call
     """
     facts = (torch.__version__, transformers.__version__, _sources())
     facts += (torch.cuda.get_device_name(device), tuple(mode), kind_of(layer))  # type: ignore[assignment]
-    path = cache_folder() / FOOTPRINTS / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
+    path = cache_folder() / FOOTPRINTS_NAME / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
     kept = pydantic.TypeAdapter(Footprint)
     with suppress(OSError, ValueError):
         return kept.validate_json(path.read_bytes())

@@ -54,7 +54,7 @@ DEVICE_FORMULAS = {
     "the norm after the last layer": "its blocks, forward or backward",
     "loss": "a tile of logits, and of the tokens that count hidden states, target rows and a float32 gradient",
     "cuBLAS workspace": "for each thread that multiplies, and again for those of a captured micro-step",
-    "compiler's trial of a kernel": "the size of the device's L2 cache, which it clears between trials",
+    "compiler's trial of a kernel": "by how much more a layer held when its kernels were first tried",
     "a weight being quantized": "as read, in the compute dtype, and encoded",
 }
 
