@@ -112,7 +112,7 @@ def test_the_variable_goes_before_the_setting_and_nonsense_is_an_error(monkeypat
 def test_clearing_removes_all_that_is_kept_but_the_limit(three):
     (cache_folder() / "hashes.json").write_text("{}")
     for name in ("speed", "footprints"):
-        (cache_folder() / name).mkdir()
+        (cache_folder() / name).mkdir(exist_ok=True)
         (cache_folder() / name / "a.json").write_text("{}")
     assert "measured layers" in drawplate("cache")
     drawplate("cache", "--limit", "1GiB")
