@@ -29,13 +29,6 @@ def tensors(
     return x_NI, ts, lora_As, keys
 
 
-def test_the_ledger_knows_the_kernels_parts() -> None:
-    from drawplate.kernels import dropped_product_triton
-    from drawplate.model.footprint import compiled_nodes
-
-    assert compiled_nodes.GRADIENT_PARTS == dropped_product_triton.PARTS
-
-
 def relative(value: Tensor, expected: Tensor) -> float:
     return float((value.double() - expected).norm() / (expected.norm() + 1e-30))
 
